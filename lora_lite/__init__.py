@@ -1,0 +1,66 @@
+"""lora-lite: hackable PyTorch adapters, attached by plain forward hooks."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import variants as variants
+from .adapter import Attachment, attach, detach, disabled, parameters, state_dict
+from .calibration import InputPCA, MeanAbsProjection, Statistic
+from .checkpoint import load, save
+from .config import AdapterConfig
+from .errors import AttachError, CalibrationError, CheckpointError, ConfigError, LoraLiteError
+from .params import Params, ParamSpec
+from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
+from .variant import REGISTRY, Variant, register
+from .variants.antipasto import AntiPaSTOConfig
+from .variants.delora import DeLoRAConfig
+from .variants.dora import DoRAConfig
+from .variants.eva import EVAConfig
+from .variants.hra import HRAConfig
+from .variants.ia3 import IA3Config, IA3FFConfig
+from .variants.lora import LoRAConfig
+from .variants.pissa import PiSSAConfig
+
+try:
+    __version__ = version("lora-lite")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "REGISTRY",
+    "AdapterConfig",
+    "AntiPaSTOConfig",
+    "AttachError",
+    "Attachment",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "DeLoRAConfig",
+    "DoRAConfig",
+    "EVAConfig",
+    "HRAConfig",
+    "IA3Config",
+    "IA3FFConfig",
+    "InputLowRankAdd",
+    "InputPCA",
+    "LoRAConfig",
+    "LoraLiteError",
+    "LowRankAdd",
+    "LowRankAddRescale",
+    "MeanAbsProjection",
+    "ParamSpec",
+    "Params",
+    "PiSSAConfig",
+    "Primitive",
+    "ScaleInput",
+    "ScaleOutput",
+    "Statistic",
+    "Variant",
+    "attach",
+    "detach",
+    "disabled",
+    "load",
+    "parameters",
+    "register",
+    "save",
+    "state_dict",
+]

@@ -1,0 +1,171 @@
+"""What data-driven variants learn from a layer's inputs before training, in memory that the batches can't grow."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .errors import CalibrationError
+
+CalibrationData = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor]
+
+
+class Statistic:
+    """A running summary of the rows that reach a layer.
+
+    `key`: layers that get the same tensor and whose statistics have equal keys share one. None: never shared.
+    `needs`: rows below which the summary means nothing.
+    """
+
+    key: Hashable | None = None
+    needs: int = 1
+    seen: int = 0
+
+    def update(self, rows: Float[Tensor, "M K"]) -> None:
+        """Take in one batch of rows."""
+        raise NotImplementedError
+
+
+class InputPCA(Statistic):
+    """Leading right singular vectors of all rows, by incremental SVD (Ross et al. 2008): O((rank + 8)·K) held.
+
+    center: subtract the running mean, so that the directions explain variance and not the mean.
+    """
+
+    def __init__(self, rank: int, center: bool = True, oversampling: int = 8) -> None:
+        self.rank, self.center, self.kept = rank, center, rank + oversampling
+        self.key = ("input_pca", rank, center)
+        self.needs = rank + center  # centring takes one degree of freedom
+        self.scaled_rows: Float[Tensor, "kept K"] | None = None  # diag(S) Vᵀ so far
+        self.mean: Float[Tensor, "K"] | None = None
+
+    def update(self, rows: Float[Tensor, "M K"]) -> None:
+        # Chunks bound the copy in float32 and the SVD's work.
+        for chunk in rows.split(max(512, 4 * self.kept)):
+            self._update(chunk.float())
+
+    def _update(self, X: Float[Tensor, "M K"]) -> None:
+        m, parts = X.shape[0], []
+        if self.scaled_rows is not None:
+            parts.append(self.scaled_rows)
+        if self.center:
+            mean = X.mean(0)
+            X = X - mean
+            if self.mean is not None:
+                shift = (self.seen * m / (self.seen + m)) ** 0.5 * (self.mean - mean)
+                parts.append(shift.unsqueeze(0))
+                mean = (self.seen * self.mean + m * mean) / (self.seen + m)
+            self.mean = mean
+        _, S, Vh = torch.linalg.svd(torch.cat([*parts, X]), full_matrices=False)
+        self.scaled_rows = S[: self.kept, None] * Vh[: self.kept]
+        self.seen += m
+
+    def components(self) -> Float[Tensor, "R K"]:
+        """The leading directions as orthonormal rows, strongest first."""
+        assert self.scaled_rows is not None
+        return nn.functional.normalize(self.scaled_rows[: self.rank], dim=1)
+
+
+class MeanAbsProjection(Statistic):
+    """Mean |x · vᵢ| over all rows, for each right singular vector vᵢ of a (partial) SVD, which it keeps."""
+
+    def __init__(self, svd: tuple[Float[Tensor, "N C"], Float[Tensor, "C"], Float[Tensor, "C K"]], needs: int) -> None:
+        self.svd, self.needs = svd, needs
+        self.total: Float[Tensor, "C"] = torch.zeros_like(svd[1])
+
+    def update(self, rows: Float[Tensor, "M K"]) -> None:
+        Vh = self.svd[2]
+        for chunk in rows.split(4096):
+            self.total += (chunk.to(Vh.dtype) @ Vh.t()).abs().sum(0)
+        self.seen += rows.shape[0]
+
+    def mean(self) -> Float[Tensor, "C"]:
+        return self.total / self.seen
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module, wanted: dict[str, tuple[nn.Module, Statistic]], data: CalibrationData | None
+) -> dict[str, Statistic]:
+    """Run the batches through the bare model, in evaluation mode, and summarise the inputs of the wanted layers.
+
+    A batch is a dict (keyword arguments), a tuple or list (positional arguments) or a tensor. Rows that a dict's
+    attention_mask marks as padding are left out. Layers that read one tensor share one statistic (q, k and v; gate and
+    up), decided on the first batch.
+
+    Returns:
+        The statistic of each layer by name; sharing layers return one object.
+
+    Raises:
+        CalibrationError: no data, no batch in it, or fewer rows than a statistic needs.
+    """
+    remedy = "pass attach(..., calibration_data=batches), an iterable of model inputs (dicts, tuples or tensors)"
+    if data is None:
+        raise CalibrationError(f"calibration_data is missing: {remedy}")
+
+    leader = {name: name for name in wanted}
+    sharing_settled = False
+    previous: tuple[str, Tensor] | None = None  # the last layer that ran and its input: kept alive, so `is` is safe
+    mask: Bool[Tensor, "*M"] | None = None
+
+    def watch(name: str, statistic: Statistic) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal previous
+            x = args[0] if args else kwargs["input"]
+            if not sharing_settled and previous is not None and previous[1] is x and statistic.key is not None:
+                other = leader[previous[0]]
+                if wanted[other][1].key == statistic.key:
+                    leader[name] = other
+            previous = (name, x)
+            if leader[name] == name:
+                rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+                if len(rows):
+                    statistic.update(rows.detach())
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(watch(name, statistic), with_kwargs=True)
+        for name, (layer, statistic) in wanted.items()
+    ]
+    try:
+        with _evaluation_mode(model):
+            for batch in data:
+                if isinstance(batch, Mapping):
+                    attention_mask = batch.get("attention_mask")
+                    mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+                sharing_settled, previous = True, None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    if not sharing_settled:
+        raise CalibrationError(f"calibration_data gave no batch (an iterator that has run out?): {remedy}")
+    gathered = {name: wanted[leader[name]][1] for name in wanted}
+    for name, statistic in gathered.items():
+        if statistic.seen < statistic.needs:
+            raise CalibrationError(
+                f"{name}: calibration_data gave {statistic.seen} tokens and at least {statistic.needs} are needed for "
+                f"this rank; pass more or longer batches, or lower r"
+            )
+    return gathered
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Any:
+    """Each module's own training flag comes back afterwards, not one flag for all."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

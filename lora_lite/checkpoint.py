@@ -1,0 +1,158 @@
+"""save and load: one safetensors file with the adapter's tensors and, as JSON metadata, all that attach needs."""
+
+import hashlib
+import json
+import os
+import uuid
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapter import Adapter, Attachment, build, check_free, install, require_attachment, run_step, state_dict, unwrap
+from .config import AdapterConfig
+from .errors import AttachError, CheckpointError, ConfigError
+from .targets import Target, candidates
+from .variant import REGISTRY, Variant
+
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the attached adapter to `path`. The file is replaced in one step: a crash leaves the earlier one.
+
+    Raises:
+        AttachError: nothing is attached.
+        CheckpointError: the path can't be written.
+    """
+    model, path = unwrap(model), Path(path)
+    attachment = require_attachment(model)
+    shapes = {t.name: _shape(t.layer) for t in attachment.targets}
+    metadata = {
+        "format": "lora-lite",
+        "format_version": str(FORMAT_VERSION),
+        "library_version": version("lora-lite"),
+        "config": json.dumps(attachment.cfg.to_dict()),
+        "base_model": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
+        "targets": json.dumps(shapes),
+        "fingerprint": _fingerprint(shapes),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict(model).items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"save: can't write {path}: {error}; whatever was there still is") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto") -> Attachment:
+    """Attach the adapter in `path`: no calibration data, no SVD. Also reads the original lora-lite's files.
+
+    Raises:
+        AttachError: an adapter is attached already.
+        CheckpointError: the file is unreadable or newer, its variant unknown, a tensor missing, unexpected or of the
+            wrong shape, or the model is not the one that it was trained on. The model is untouched.
+    """
+    model, path = unwrap(model), Path(path)
+    check_free(model)
+    try:
+        metadata, tensors = _read(path)
+        cfg, variant = _config(metadata)
+        targets = _targets(model, metadata, tensors)
+        adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
+        _fill(adapters, tensors)
+        for target in targets:
+            run_step(target, variant.derive, adapters[target.name], cfg)
+    except (CheckpointError, ConfigError, AttachError) as error:
+        raise CheckpointError(f"load: {path}: {error}") from error
+    return install(model, cfg, backend, targets, adapters)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
+
+
+def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
+    is_original = "format" not in metadata and "cfg" in metadata
+    if metadata.get("format") != "lora-lite" and not is_original:
+        raise CheckpointError("no lora-lite adapter: its metadata has neither format=lora-lite nor cfg")
+    found = metadata.get("format_version", "1")
+    if not found.isdigit() or int(found) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"its format version is {found} and this lora-lite reads up to {FORMAT_VERSION}; upgrade lora-lite"
+        )
+    try:
+        values = json.loads(metadata["cfg" if is_original else "config"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"its config is not readable ({error})") from error
+    name = values.get("variant")
+    if name not in REGISTRY:
+        raise CheckpointError(
+            f"its variant {name!r} is not registered ({', '.join(REGISTRY)}); import the module that registers it"
+        )
+    if is_original and name in ("pissa", "antipasto"):
+        raise CheckpointError(
+            f"the original lora-lite's {name} changed the base weights and its file is no use without them"
+        )
+    return REGISTRY[name].config.from_dict(values), REGISTRY[name]
+
+
+def _targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
+    """The layers that the file names, checked against the model. The original's files name them in their tensors."""
+    layers = {target.name: target for target in candidates(model)}
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    shapes = json.loads(metadata["targets"]) if "targets" in metadata else {}
+    if "targets" in metadata and metadata.get("fingerprint") != _fingerprint(shapes):
+        raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
+    problems = []
+    for name in shapes or names:
+        target = layers.get(name)
+        if target is None:
+            problems.append(f"the model has no linear layer {name}")
+        elif name in shapes and shapes[name] != _shape(target.layer):
+            problems.append(f"{name} is {shapes[name]} (in, out) in the file and {_shape(target.layer)} in the model")
+    if problems:
+        raise CheckpointError(
+            f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {_first(problems)}"
+        )
+    return [layers[name] for name in shapes or names]
+
+
+def _fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+    wanted = {f"{name}.{key}": t for name, a in adapters.items() for key, t in a.state_dict().items()}
+    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
+        for name, t in wanted.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if problems:
+        raise CheckpointError(f"its tensors do not fit its config: {_first(sorted(problems))}")
+    for name, t in wanted.items():
+        t.copy_(tensors[name])
+
+
+def _shape(layer: Any) -> list[int]:
+    return [layer.in_features, layer.out_features]
+
+
+def _fingerprint(shapes: dict[str, list[int]]) -> str:
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def _first(problems: list[str], shown: int = 3) -> str:
+    more = f" (and {len(problems) - shown} more)" if len(problems) > shown else ""
+    return "; ".join(problems[:shown]) + more

@@ -1,0 +1,93 @@
+"""AdapterConfig: the fields that all variants share. Each variant's file adds its own in a subclass."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from .errors import ConfigError
+
+Role = Literal["reader", "writer", "inner"]
+ROLES: tuple[Role, ...] = ("reader", "writer", "inner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which layers are adapted, and how large the adapter is.
+
+    Args:
+        r: rank of the update (number of reflections for HRA).
+        alpha: the update is scaled by alpha / r where the method has a scale.
+        dtype: of the matrices. One-dimensional parameters stay float32 (float64 if this is float64): a gain near 1
+            has a spacing of 7.8e-3 in bfloat16 and would not move. Arithmetic on tokens runs in the tokens' dtype.
+        target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
+            into it ("writer"), or neither ("inner"). Empty: all.
+        target_names: regular expressions searched in the layer's name; one must match. Empty: all.
+        exclude_names: regular expressions; a layer whose name matches one is left alone.
+        layers: indices of the transformer blocks to adapt. None: all.
+
+    Raises:
+        ConfigError: a field's value is out of range; the message names the field.
+    """
+
+    variant: ClassVar[str]
+
+    r: int = 8
+    alpha: float = 16.0
+    dtype: torch.dtype = torch.float32
+    target_roles: tuple[Role, ...] = ("reader", "writer")
+    target_names: tuple[str, ...] = ()
+    exclude_names: tuple[str, ...] = ("lm_head", "embed")
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_roles", "target_names", "exclude_names", "layers"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))  # JSON gives lists
+
+        self.require(isinstance(self.r, int) and self.r >= 1, "r", "a whole number of at least 1")
+        self.require(self.alpha > 0, "alpha", "greater than 0")
+        self.require(
+            isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point,
+            "dtype",
+            "a floating-point torch.dtype",
+        )
+        self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
+        for name in ("target_names", "exclude_names"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"{type(self).__name__}.{name}: {pattern!r} is not a regular expression ({error}); "
+                        "escape special characters with a backslash"
+                    ) from None
+        if self.layers is not None:
+            self.require(
+                all(isinstance(i, int) and i >= 0 for i in self.layers), "layers", "indices of 0 or more, or None"
+            )
+
+    def require(self, ok: bool, field: str, wanted: str) -> None:
+        """Raise a ConfigError that says what `field` must be, unless `ok`."""
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}.{field} must be {wanted}; got {getattr(self, field)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready values; `from_dict` of the variant's config class reads it back."""
+        values = dataclasses.asdict(self)
+        return {"variant": self.variant, **values, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":
+        """Rebuild a config; unknown fields are an error, since they would change what the adapter computes."""
+        values = {name: value for name, value in values.items() if name != "variant"}
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; a newer lora-lite may know it")
+        dtype = getattr(torch, str(values.get("dtype", "float32")), None)
+        return cls(**{**values, "dtype": dtype})

@@ -1,0 +1,21 @@
+"""What goes wrong, by the step at which it does. Each message names the layer, the argument and the remedy."""
+
+
+class LoraLiteError(Exception):
+    """Base of every error that lora-lite raises itself."""
+
+
+class ConfigError(LoraLiteError, ValueError):
+    """A config field has a value that no layer could use; raised when the config is made."""
+
+
+class AttachError(LoraLiteError, RuntimeError):
+    """The adapter and the model do not fit together; the model is as it was before the call."""
+
+
+class CalibrationError(LoraLiteError, ValueError):
+    """The calibration data is missing, empty or too small; the model is as it was before the call."""
+
+
+class CheckpointError(LoraLiteError, RuntimeError):
+    """A file can't be written or read as an adapter for this model; model and files are as they were."""

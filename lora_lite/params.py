@@ -1,0 +1,83 @@
+"""ParamSpec says what a variant keeps per layer; Params is the module that keeps it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+Init = Literal["zeros", "ones", "near_zero", "near_one", "kaiming"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a layer's adapter.
+
+    Args:
+        shape: of the tensor.
+        init: how it starts: a name or a callable that fills the tensor in place. near_zero is N(0, 1e-4) and
+            near_one 1 + N(0, 1e-4): they break the symmetry of an exact 0 or 1, so that every parameter has a live
+            gradient at step 0. Use the exact value where that alone makes step 0 the identity.
+        trainable: whether it gets gradients.
+        as_buffer: keep it as a buffer instead of a parameter.
+        dtype: overrides the config's; see `resolve_dtype`.
+        derived: recomputed from the base layer by `Variant.derive` on attach and on load, and never saved.
+    """
+
+    shape: tuple[int, ...]
+    init: Init | Callable[[Tensor], object] = "near_zero"
+    trainable: bool = True
+    as_buffer: bool = False
+    dtype: torch.dtype | None = None
+    derived: bool = False
+
+    def resolve_dtype(self, config_dtype: torch.dtype) -> torch.dtype:
+        """Vectors and scalars are at least float32, whatever the matrices are."""
+        if self.dtype is None and len(self.shape) > 1:
+            return config_dtype
+        return torch.promote_types(
+            self.dtype or torch.float32, torch.float64 if config_dtype is torch.float64 else torch.float32
+        )
+
+    def make(self, config_dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """A fresh tensor, initialised in at least float32 and rounded once."""
+        dtype = self.resolve_dtype(config_dtype)
+        t = torch.empty(self.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        if callable(self.init):
+            self.init(t)
+        elif self.init == "zeros":
+            t.zero_()
+        elif self.init == "ones":
+            t.fill_(1.0)
+        elif self.init == "near_zero":
+            t.normal_(0.0, 1e-4)
+        elif self.init == "near_one":
+            t.normal_(1.0, 1e-4)
+        elif self.init == "kaiming":
+            nn.init.kaiming_uniform_(t, a=5**0.5)  # as nn.Linear: uniform in ±1/√in_features
+        else:
+            raise ValueError(f"ParamSpec.init must be a callable or one of {Init}; got {self.init!r}")
+        return t.to(dtype)
+
+
+class Params(nn.Module):
+    """The tensors of one layer's adapter, as attributes under the names of their specs."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
+    def __init__(self, specs: dict[str, ParamSpec], config_dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        for name, spec in specs.items():
+            t = spec.make(config_dtype, device)
+            if spec.as_buffer or spec.derived:
+                self.register_buffer(name, t, persistent=not spec.derived)
+            else:
+                self.register_parameter(name, nn.Parameter(t, requires_grad=spec.trainable))
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Overwrite one tensor in place, converting dtype and device."""
+        with torch.no_grad():
+            getattr(self, name).copy_(value)

@@ -1,0 +1,91 @@
+"""The token-space primitives: the only things that touch a tensor with as many rows as there are tokens.
+
+A variant reduces its own tensors to one of these; the runtime calls `on_input` before the base layer and `on_output`
+after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with the same functions.
+M tokens, K in_features, N out_features, R rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Primitive:
+    """A change to a layer's input, its output, or both. The default changes nothing."""
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        """The x that the base layer gets, and whatever `on_output` will need of it."""
+        return x, None
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        """The layer's new output."""
+        return y
+
+
+@dataclass
+class LowRankAdd(Primitive):
+    """y + scale · (x Aᵀ) Bᵀ"""
+
+    A: Float[Tensor, "R K"]
+    B: Float[Tensor, "N R"]
+    scale: float = 1.0
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.shrink(x, self.A)
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return ops.expand_add(y, carry, self.B, self.scale)
+
+
+@dataclass
+class LowRankAddRescale(Primitive):
+    """g ∘ (y − bias + scale · (x Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
+
+    A: Float[Tensor, "R K"]
+    B: Float[Tensor, "N R"]
+    scale: float
+    m: Float[Tensor, "N"]
+    W: Float[Tensor, "N K"]
+    w_sq: Float[Tensor, "N"]
+    bias: Float[Tensor, "N"] | None
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.shrink(x, self.A)
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)
+        return ops.expand_add_rescale(y, carry, self.B, self.scale, g, self.bias)
+
+
+@dataclass
+class InputLowRankAdd(Primitive):
+    """x + (x Aᵀ) Bᵀ, before the base layer"""
+
+    A: Float[Tensor, "R K"]
+    B: Float[Tensor, "K R"]
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        x, h = ops.shrink(x, self.A)
+        return ops.expand_add(x, h, self.B, 1.0), None
+
+
+@dataclass
+class ScaleOutput(Primitive):
+    """y ∘ g"""
+
+    g: Float[Tensor, "N"]
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return ops.scale(y, self.g)
+
+
+@dataclass
+class ScaleInput(Primitive):
+    """x ∘ g, before the base layer"""
+
+    g: Float[Tensor, "K"]
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.scale(x, self.g), None

@@ -1,0 +1,115 @@
+"""The token-space operations in PyTorch: readable, differentiable, fast on a CPU.
+
+M tokens, K in_features, N out_features, R rank. Leading dimensions of x and y are free; the products see M×K and M×N.
+Each operation takes its small operands in any floating dtype and computes in the dtype of its token-sized one.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class _Shrink(torch.autograd.Function):
+    """x ↦ (x, x Aᵀ). Tapping x lets the backward add dh·A onto the gradient that arrives for x in one addmm."""
+
+    @staticmethod
+    def forward(x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), torch.nn.functional.linear(x, A)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        dx_base, dh = grads
+        x, A = ctx.saved_tensors
+        dh = _rows(dh)
+        dx = dA = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.addmm(_rows(dx_base), dh.to(x.dtype), A.to(x.dtype)).view_as(x)
+        if ctx.needs_input_grad[1]:
+            dA = (dh.t() @ _rows(x).to(dh.dtype)).to(A.dtype)
+        return dx, dA
+
+
+class _Scale(torch.autograd.Function):
+    """t ↦ t + (t − bias)∘δ with δ = g − 1, which a bfloat16 t needs: rounding g itself would lose g − 1."""
+
+    @staticmethod
+    def forward(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+        delta = (g - 1).to(t.dtype)
+        return torch.addcmul(t if bias is None else t - bias * delta, t, delta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (dy,) = grads
+        t, g, bias = ctx.saved_tensors
+        dt = dg = None
+        if ctx.needs_input_grad[0]:
+            dt = torch.addcmul(dy, dy, (g - 1).to(dy.dtype))
+        if ctx.needs_input_grad[1]:
+            dims = tuple(range(dy.ndim - 1))
+            dg = (dy * t).sum(dims, dtype=g.dtype)
+            if bias is not None:
+                dg = dg - bias * dy.sum(dims, dtype=g.dtype)
+        return dt, dg, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "*M R"]]:
+    """(x, x Aᵀ). Hand the returned x, not the argument, to whatever reads x next."""
+    return _Shrink.apply(x, A.to(x.dtype))  # type: ignore[return-value]
+
+
+def expand_add(
+    y: Float[Tensor, "*M N"], h: Float[Tensor, "*M R"], B: Float[Tensor, "N R"], scale: float
+) -> Float[Tensor, "*M N"]:
+    """y + scale · h Bᵀ."""
+    h, B = h.to(y.dtype), B.to(y.dtype)
+    return torch.addmm(_rows(y), _rows(h), B.t(), alpha=scale).view(y.shape)
+
+
+def expand_add_rescale(
+    y: Float[Tensor, "*M N"],
+    h: Float[Tensor, "*M R"],
+    B: Float[Tensor, "N R"],
+    scale: float,
+    g: Float[Tensor, "N"],
+    bias: Float[Tensor, "N"] | None,
+) -> Float[Tensor, "*M N"]:
+    """g ∘ (y − bias + scale · h Bᵀ) + bias."""
+    return expand_add(_Scale.apply(y, g, bias), h, g.unsqueeze(1) * B, scale)  # type: ignore[arg-type]
+
+
+def scale(t: Float[Tensor, "*M D"], g: Float[Tensor, "D"]) -> Float[Tensor, "*M D"]:
+    """t ∘ g."""
+    return _Scale.apply(t, g, None)  # type: ignore[return-value]
+
+
+def row_norm(
+    W: Float[Tensor, "N K"],
+    A: Float[Tensor, "R K"],
+    B: Float[Tensor, "N R"],
+    scale: float,
+    w_sq: Float[Tensor, "N"],
+) -> Float[Tensor, "N"]:
+    """‖W + scale·B A‖ of each row, from ‖W‖² (w_sq), W Aᵀ and the Gram matrix A Aᵀ: B A is never built.
+
+    ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ)·b. Not differentiable: DoRA holds the norm constant (§4.3).
+    """
+    with torch.no_grad():
+        A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
+        cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])
+        norm_sq = w_sq + ((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))).mul_(B).sum(1)
+        return norm_sq.clamp_min_(1e-12).sqrt_()

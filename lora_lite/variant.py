@@ -1,0 +1,69 @@
+"""A variant: the tensors of an adapter, their start, and the primitive that they make. And the registry of all."""
+
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import nn
+
+from .calibration import Statistic
+from .config import AdapterConfig
+from .params import Params, ParamSpec
+from .primitives import Primitive
+
+
+class Variant:
+    """One adapter method, in parameter space. Subclass it, decorate with `register`, and attach its config.
+
+    Methods are static: all state is in `p`, the layer's own tensors. `cfg` is the variant's config.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[type[AdapterConfig]]
+    calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        """The tensors of one layer, by name. Names start with `lora_`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def init(p: Params, layer: nn.Module, cfg: Any) -> None:
+        """Fill what the specs could not: tensors that start from the layer's weight. Not called on load, nor where
+        `calibrate` does this instead."""
+
+    @staticmethod
+    def derive(p: Params, layer: nn.Module, cfg: Any) -> None:
+        """Compute the `derived` tensors from the base layer, on attach and on load."""
+
+    @staticmethod
+    def statistic(p: Params, layer: nn.Module, cfg: Any) -> Statistic:
+        """What to gather from the layer's inputs on the calibration data."""
+        raise NotImplementedError
+
+    @staticmethod
+    def calibrate(p: Params, statistic: Any, cfg: Any) -> None:
+        """Fill tensors from the statistic, once all calibration batches have passed."""
+        raise NotImplementedError
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> Primitive:
+        """The differentiable computation on the adapter's own tensors: O((K + N)·r²), and no token."""
+        raise NotImplementedError
+
+
+REGISTRY: dict[str, type[Variant]] = {}
+V = TypeVar("V", bound=type[Variant])
+
+
+def register(variant: V) -> V:
+    """Class decorator: make `variant` known to `attach` and `load` under its `name`.
+
+    Raises:
+        ValueError: name or config is missing or they disagree, or another variant has the name.
+    """
+    name, config = getattr(variant, "name", None), getattr(variant, "config", None)
+    if not name or config is None or getattr(config, "variant", None) != name:
+        raise ValueError(f"{variant.__name__} needs `name` and `config`, with config.variant == name; got {name!r}")
+    if name in REGISTRY and REGISTRY[name].__qualname__ != variant.__qualname__:
+        raise ValueError(f"a variant named {name!r} is registered already: {REGISTRY[name].__qualname__}")
+    REGISTRY[name] = variant
+    return variant

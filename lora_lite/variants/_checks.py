@@ -1,0 +1,9 @@
+"""Checks of a config against a layer's shape that several variants share."""
+
+from ..errors import AttachError
+
+
+def check_rank(r: int, *sizes: int) -> None:
+    """Raise an AttachError where r exceeds the smallest of `sizes`."""
+    if r > min(sizes):
+        raise AttachError(f"r={r} is larger than the layer allows; use r ≤ {min(sizes)}, or leave this layer out")

@@ -1,0 +1,56 @@
+"""HRA: Householder reflection adaptation. Yuan et al. 2024, arXiv 2405.17484, equation 2.
+
+    y = W H₁ H₂ … H_r x,    Hᵢ = I − 2 uᵢuᵢᵀ / ‖uᵢ‖²
+
+In compact WY form (Schreiber & Van Loan 1989) the row x becomes x − (x Vᵀ)(T V), with V the unit rows of U and
+T⁻¹ = ½I + stril(V Vᵀ): two thin products, no K×K matrix and no r passes over x. The rows of U start in equal pairs,
+whose reflections cancel, so that step 0 is the base model.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..config import AdapterConfig
+from ..params import Params, ParamSpec
+from ..primitives import InputLowRankAdd
+from ..variant import Variant, register
+from ._checks import check_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRAConfig(AdapterConfig):
+    """HRA's config; see `AdapterConfig`. r is the number of reflections, even; alpha is not used."""
+
+    variant: ClassVar[str] = "hra"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.r % 2 == 0, "r", "even: reflections start in pairs that cancel")
+
+
+def _paired_rows(U: Tensor) -> None:
+    half = nn.init.kaiming_uniform_(U[::2].clone(), a=5**0.5)
+    U.copy_(half.repeat_interleave(2, dim=0))
+
+
+@register
+class HRA(Variant):
+    name = "hra"
+    config = HRAConfig
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        check_rank(cfg.r, in_features)
+        return {"lora_U": ParamSpec((cfg.r, in_features), init=_paired_rows)}
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> InputLowRankAdd:
+        U = p.lora_U
+        V = normalize(U.to(torch.promote_types(U.dtype, torch.float32)), dim=1)
+        T_inverse = (V @ V.t()).tril(-1) + 0.5 * torch.eye(cfg.r, dtype=V.dtype, device=V.device)
+        TV = torch.linalg.solve_triangular(T_inverse, V, upper=False)
+        return InputLowRankAdd(V, -TV.t())

@@ -1,0 +1,63 @@
+"""IA³: infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022, arXiv 2205.05638, section 3.3.
+
+    ia3:    y = g ∘ (W x + b)    on keys and values
+    ia3_ff: y = W (g ∘ x) + b    on the second layer of the feed-forward block
+
+g starts as one, so that step 0 is the base model. The paper trains both kinds at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..config import AdapterConfig
+from ..params import Params, ParamSpec
+from ..primitives import ScaleInput, ScaleOutput
+from ..variant import Variant, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(AdapterConfig):
+    """IA³ on outputs; see `AdapterConfig`. r and alpha are not used. Targets keys and values by default."""
+
+    variant: ClassVar[str] = "ia3"
+    target_roles: tuple = ()
+    target_names: tuple[str, ...] = (r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|query_key_value)$",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3FFConfig(AdapterConfig):
+    """IA³ on inputs; see `AdapterConfig`. r and alpha are not used. Targets the feed-forward output by default."""
+
+    variant: ClassVar[str] = "ia3_ff"
+    target_roles: tuple = ()
+    target_names: tuple[str, ...] = (r"(^|\.)(down_proj|fc2|lin2|dense_4h_to_h)$", r"layer\.\d+\.output\.dense$")
+
+
+@register
+class IA3(Variant):
+    name = "ia3"
+    config = IA3Config
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        return {"lora_g": ParamSpec((out_features,), init="ones")}
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> ScaleOutput:
+        return ScaleOutput(p.lora_g)
+
+
+@register
+class IA3FF(Variant):
+    name = "ia3_ff"
+    config = IA3FFConfig
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        return {"lora_g": ParamSpec((in_features,), init="ones")}
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> ScaleInput:
+        return ScaleInput(p.lora_g)

@@ -1,0 +1,42 @@
+"""LoRA: low-rank adaptation. Hu et al. 2021, arXiv 2106.09685, section 4.1.
+
+    y = W x + (α/r) B A x
+
+A (r×K) starts Kaiming-uniform and B (N×r) zero, so that step 0 is the base model: A's gradient is zero there, B's not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..config import AdapterConfig
+from ..params import Params, ParamSpec
+from ..primitives import LowRankAdd
+from ..variant import Variant, register
+from ._checks import check_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """LoRA's config; see `AdapterConfig`."""
+
+    variant: ClassVar[str] = "lora"
+
+
+@register
+class LoRA(Variant):
+    name = "lora"
+    config = LoRAConfig
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        check_rank(cfg.r, in_features, out_features)
+        return {
+            "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
+            "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
+        }
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
+        return LowRankAdd(p.lora_A, p.lora_B, cfg.alpha / cfg.r)
