@@ -1,0 +1,53 @@
+# Development recipes. `./dev RECIPE` makes the environment first; with it active, `just RECIPE` does the same.
+
+python := justfile_directory() / ".venv/bin/python"
+export PYTHONDONTWRITEBYTECODE := "1"
+
+# List the recipes.
+default:
+    @just --list --unsorted
+
+# Fine-tune SmolLM2-135M with LoRA for a few minutes and show that it learned.
+demo *args:
+    {{python}} bench/finetune.py --demo {{args}}
+
+# Fine-tune a language model with any variant; --help lists the options.
+finetune *args:
+    {{python}} bench/finetune.py {{args}}
+
+# Check every variant on Qwen3-0.6B, or on random weights of that architecture where no hub is reached.
+qwen-probe *args:
+    {{python}} bench/qwen_probe.py {{args}}
+
+# The tests.
+test *args:
+    {{python}} -m pytest {{args}}
+
+# The tests, and those that take over a minute.
+test-all *args:
+    {{python}} -m pytest -m "slow or not slow" {{args}}
+
+# Lint, format check and types.
+lint:
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+    {{python}} -m pyright --pythonpath {{python}}
+
+# Rewrite the sources in the project's format.
+format:
+    {{python}} -m ruff check --fix .
+    {{python}} -m ruff format .
+
+# Time a training step with each variant beside PEFT's.
+bench-adapters *args:
+    {{python}} bench/adapters.py {{args}}
+
+# Build the wheel and the sdist into dist/ and check their metadata.
+build:
+    rm -rf dist build
+    {{python}} -m build --quiet
+    {{python}} -m twine check --strict dist/*
+
+# Everything: lint, types, tests, build, and the wheel in an empty environment.
+check: lint test build
+    tests/support/empty_environment dist/*.whl

