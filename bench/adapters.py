@@ -1,8 +1,8 @@
 """A training step with each variant beside PEFT's, as overhead over the frozen base: `just bench-adapters`.
 
-One step is forward and backward of a Llama with an adapter on its seven linear layers. The base is the same frozen model
-with gradients flowing to its input, so the overhead is what the adapter adds. The base, ours and PEFT's take turns
-within one run and medians are compared, so that a noisy machine disturbs all three alike.
+One step is forward and backward of a Llama with an adapter on its seven linear layers. The base is the same frozen
+model with gradients flowing to its input, so the overhead is what the adapter adds. The base, ours and PEFT's take
+turns within one run and medians are compared, so that a noisy machine disturbs all three alike.
 """
 
 import gc
@@ -33,9 +33,9 @@ class Settings:
     variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
     """Which to measure."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """Of the base; adapters of both libraries have the same one (PEFT's default for bfloat16 is float32: --peft-default)."""
-    peft_default: bool = False
-    """Leave PEFT's adapters at its default dtype, float32, and ours at our default, float32 too."""
+    """Of the base model."""
+    same_dtype: bool = False
+    """Give the adapters of both libraries the base's dtype. Otherwise each keeps its default, float32 in both."""
     steps: int = 15
     """Timed steps of each model, after two that are not timed."""
     attaches: int = 3
@@ -46,7 +46,7 @@ class Settings:
     tokens: tuple[int, int] = (4, 128)
     """Sequences and tokens in each."""
     save: bool = True
-    """Write bench/results/adapters[-peft-default].json."""
+    """Write bench/results/adapters[-same-dtype].json."""
 
 
 def build(s: Settings, dtype: torch.dtype) -> nn.Module:
@@ -108,7 +108,7 @@ def measure(variant: str, s: Settings, dtype: torch.dtype) -> dict[str, Any]:
     """Medians in seconds: base, ours, PEFT's; attach times; overheads over the base and their ratio."""
     x = torch.randn(*s.tokens, s.width, dtype=dtype, requires_grad=True)
     calibration = [{"inputs_embeds": x.detach()}]
-    config = our_config(variant, s, torch.float32 if s.peft_default else dtype)
+    config = our_config(variant, s, dtype if s.same_dtype else torch.float32)
     other = peft_config(variant, s)
 
     models = {"base": build(s, dtype)}
@@ -123,13 +123,12 @@ def measure(variant: str, s: Settings, dtype: torch.dtype) -> dict[str, Any]:
         if other is not None:
             fresh = build(s, dtype)
             seconds, models["peft"] = timed(
-                lambda fresh=fresh: peft.get_peft_model(fresh, other, autocast_adapter_dtype=s.peft_default)
+                lambda fresh=fresh: peft.get_peft_model(fresh, other, autocast_adapter_dtype=not s.same_dtype)
             )
             attaches["peft"].append(seconds)
     models["ours"] = ours
     if "peft" in models:
-        # Some of PEFT's methods make float32 parameters whatever the base is.
-        if not s.peft_default:
+        if s.same_dtype:  # some of PEFT's methods make float32 parameters whatever the base is
             models["peft"].to(dtype)
         count = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
         assert count["ours"] == count["peft"], f"{variant}: not the same adapter: {count}"
@@ -165,9 +164,8 @@ def measure(variant: str, s: Settings, dtype: torch.dtype) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     out = Table(title="A training step beside PEFT's (medians)")
-    for heading in (
-        "variant", "dtype", "base ms", "ours ms", "PEFT ms", "overhead ms", "PEFT's", "ratio", "attach ms", "PEFT's", "speedup",
-    ):  # fmt: skip
+    headings = "variant,dtype,base ms,ours ms,PEFT ms,overhead ms,PEFT's,ratio,attach ms,PEFT's,speedup"
+    for heading in headings.split(","):
         out.add_column(heading, justify="right")
     for row in rows:
         s, o, a = row["seconds"], row["overhead"], row["attach_seconds"]
@@ -200,7 +198,7 @@ def main(s: Settings) -> None:
     Console(width=140).print(table(rows))
     if s.save:
         settings = {k: v for k, v in vars(s).items() if k != "save"}
-        name = "adapters-peft-default.json" if s.peft_default else "adapters.json"
+        name = "adapters-same-dtype.json" if s.same_dtype else "adapters.json"
         machine.write(machine.RESULTS / name, {"kind": "timed", "settings": settings, "rows": rows})
 
 

@@ -26,7 +26,8 @@ def top_svd(
         if result is not None:
             return result
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return U[:, :r].contiguous(), S[:r].contiguous(), Vh[:r].contiguous()
+    whole = torch.contiguous_format  # copies, so that the full U and Vᵀ are freed
+    return U[:, :r].clone(memory_format=whole), S[:r].clone(), Vh[:r].clone(memory_format=whole)
 
 
 def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -1,11 +1,9 @@
 """Fixtures: tiny models by architecture, and one real pretrained model."""
 
 import copy
-import os
 from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test needs a hub
-
+import environment  # noqa: F401  (before models, which imports transformers)
 import pytest
 import torch
 from models import ARCHITECTURES, smollm2, smollm2_folder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 VOCAB = 61
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -48,31 +48,31 @@ def spread(model: nn.Module) -> None:
 
 
 def llama(seed: int = 0, **sizes: Any) -> nn.Module:
-    config = transformers.LlamaConfig(**{**_SIZES, **_GROUPED, **sizes})
+    config = transformers.LlamaConfig(**{**SIZES, **_GROUPED, **sizes})
     return build(transformers.LlamaForCausalLM, config, seed)
 
 
 def qwen3(seed: int = 0, **sizes: Any) -> nn.Module:
     """Query-key norms, a head dimension that is not hidden_size / heads, tied embeddings."""
-    config = transformers.Qwen3Config(**{**_SIZES, **_GROUPED, "head_dim": 16, "tie_word_embeddings": True, **sizes})
+    config = transformers.Qwen3Config(**{**SIZES, **_GROUPED, "head_dim": 16, "tie_word_embeddings": True, **sizes})
     return build(transformers.Qwen3ForCausalLM, config, seed)
 
 
 def gemma(seed: int = 0, **sizes: Any) -> nn.Module:
     """Gains around zero, scaled and tied embeddings."""
-    config = transformers.GemmaConfig(**{**_SIZES, **_GROUPED, "head_dim": 8, "num_key_value_heads": 1, **sizes})
+    config = transformers.GemmaConfig(**{**SIZES, **_GROUPED, "head_dim": 8, "num_key_value_heads": 1, **sizes})
     return build(transformers.GemmaForCausalLM, config, seed)
 
 
 def gpt_neox(seed: int = 0, **sizes: Any) -> nn.Module:
     """Biases, one fused query_key_value layer, parallel residual branches."""
-    config = transformers.GPTNeoXConfig(**{**_SIZES, **sizes})
+    config = transformers.GPTNeoXConfig(**{**SIZES, **sizes})
     return build(transformers.GPTNeoXForCausalLM, config, seed)
 
 
 def bert(seed: int = 0, **sizes: Any) -> nn.Module:
     """An encoder with biases and layer norms behind the residual."""
-    config = transformers.BertConfig(**{**_SIZES, **sizes})
+    config = transformers.BertConfig(**{**SIZES, **sizes})
     return build(transformers.BertForMaskedLM, config, seed)
 
 
@@ -187,4 +187,3 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str = "") ->
     assert want.detach().norm() > 0, f"{what}: the oracle is zero and would prove nothing"
     error = rel_error(got, want)
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
-
