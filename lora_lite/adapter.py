@@ -60,6 +60,9 @@ class Adapter(Params):
         primitive, carry, ops = self._running.pop()
         return primitive.on_output(y, carry, ops)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": []}  # a call that raised may have left what can't be copied
+
     def extra_repr(self) -> str:
         return f"{self.variant.name}, r={self.cfg.r}"
 
@@ -158,8 +161,6 @@ def attach(
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
     """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
-    if hasattr(target.layer, _ADAPTERS):
-        raise AttachError(f"{target.name} carries an adapter already; call detach on the model it was attached through")
     return run_step(target, lambda *_: Adapter(target, variant, cfg, backend), None, cfg)
 
 
@@ -228,7 +229,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 def variant_of(cfg: AdapterConfig) -> type[Variant]:
     """The registered variant of a config."""
     name = getattr(cfg, "variant", None)
-    if name not in REGISTRY:
+    if name not in REGISTRY or not isinstance(cfg, AdapterConfig):
         raise AttachError(
             f"cfg must be the config of a registered variant ({', '.join(REGISTRY)}); got {type(cfg).__name__}"
         )
@@ -236,9 +237,15 @@ def variant_of(cfg: AdapterConfig) -> type[Variant]:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raise an AttachError where an adapter is attached already."""
+    """Raise an AttachError where this model or a layer of it carries an adapter: a second one would freeze that."""
     if hasattr(model, _ATTACHMENT):
         raise AttachError("an adapter is attached to this model already; call detach(model) first")
+    for name, module in model.named_modules():
+        if hasattr(module, _ADAPTERS):
+            raise AttachError(
+                f"{name or type(module).__name__} carries an adapter already; call detach on the model it was attached "
+                "through"
+            )
 
 
 def require_attachment(model: nn.Module) -> Attachment:

@@ -4,17 +4,19 @@ import hashlib
 import json
 import os
 import uuid
-from importlib.metadata import version
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import Adapter, Attachment, build, check_free, install, require_attachment, run_step, state_dict, unwrap
+from .backend import select
 from .config import AdapterConfig
-from .errors import AttachError, CheckpointError, ConfigError
+from .errors import CheckpointError, LoraLiteError
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 
@@ -28,20 +30,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         AttachError: nothing is attached.
         CheckpointError: the path can't be written.
     """
+    from . import __version__
+
     model, path = unwrap(model), Path(path)
     attachment = require_attachment(model)
     shapes = {t.name: _shape(t.layer) for t in attachment.targets}
     metadata = {
         "format": "lora-lite",
         "format_version": str(FORMAT_VERSION),
-        "library_version": version("lora-lite"),
+        "library_version": __version__,
         "config": json.dumps(attachment.cfg.to_dict()),
         "base_model": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict(model).items()}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         save_file(tensors, temporary, metadata=metadata)
         with open(temporary, "rb") as written:
@@ -50,7 +54,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"save: can't write {path}: {error}; whatever was there still is") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto") -> Attachment:
@@ -62,6 +67,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
             wrong shape, or the model is not the one that it was trained on. The model is untouched.
     """
     model, path = unwrap(model), Path(path)
+    select(backend, torch.device("cpu"), torch.float32)
     check_free(model)
     try:
         metadata, tensors = _read(path)
@@ -71,7 +77,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
         _fill(adapters, tensors)
         for target in targets:
             run_step(target, variant.derive, adapters[target.name], cfg)
-    except (CheckpointError, ConfigError, AttachError) as error:
+    except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
     return install(model, cfg, backend, targets, adapters)
 
@@ -89,15 +95,15 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
     if metadata.get("format") != "lora-lite" and not is_original:
         raise CheckpointError("no lora-lite adapter: its metadata has neither format=lora-lite nor cfg")
     found = metadata.get("format_version", "1")
-    if not found.isdigit() or int(found) > FORMAT_VERSION:
+    if not found.isdecimal() or int(found) > FORMAT_VERSION:
         raise CheckpointError(
             f"its format version is {found} and this lora-lite reads up to {FORMAT_VERSION}; upgrade lora-lite"
         )
     try:
         values = json.loads(metadata["cfg" if is_original else "config"])
-    except (KeyError, ValueError) as error:
+        name = str(values.get("variant"))
+    except (AttributeError, KeyError, ValueError) as error:
         raise CheckpointError(f"its config is not readable ({error})") from error
-    name = values.get("variant")
     if name not in REGISTRY:
         raise CheckpointError(
             f"its variant {name!r} is not registered ({', '.join(REGISTRY)}); import the module that registers it"
@@ -106,16 +112,24 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
         raise CheckpointError(
             f"the original lora-lite's {name} changed the base weights and its file is no use without them"
         )
-    return REGISTRY[name].config.from_dict(values), REGISTRY[name]
+    try:
+        return REGISTRY[name].config.from_dict(values), REGISTRY[name]
+    except TypeError as error:
+        raise CheckpointError(f"its config is not readable ({error})") from error
 
 
 def _targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
     """The layers that the file names, checked against the model. The original's files name them in their tensors."""
     layers = {target.name: target for target in candidates(model)}
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    shapes = json.loads(metadata["targets"]) if "targets" in metadata else {}
-    if "targets" in metadata and metadata.get("fingerprint") != _fingerprint(shapes):
-        raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
+    shapes = {}
+    if "format" in metadata:
+        try:
+            shapes = json.loads(metadata.get("targets", ""))
+        except ValueError as error:
+            raise CheckpointError(f"its list of target layers is not readable ({error})") from error
+        if metadata.get("fingerprint") != _fingerprint(shapes):
+            raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
     problems = []
     for name in shapes or names:
         target = layers.get(name)
@@ -132,15 +146,15 @@ def _targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tens
 
 def _fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
     wanted = {f"{name}.{key}": t for name, a in adapters.items() for key, t in a.state_dict().items()}
-    problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-    problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
-        for name, t in wanted.items()
-        if name in tensors and tensors[name].shape != t.shape
-    ]
+    problems = []
+    for name, t in wanted.items():
+        if name not in tensors:
+            problems.append(f"{name} is missing")
+        elif tensors[name].shape != t.shape:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}")
+    problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     if problems:
-        raise CheckpointError(f"its tensors do not fit its config: {_first(sorted(problems))}")
+        raise CheckpointError(f"its tensors do not fit its config: {_first(problems)}")
     for name, t in wanted.items():
         t.copy_(tensors[name])
 

@@ -1,7 +1,9 @@
 """AdapterConfig: the fields that all variants share. Each variant's file adds its own in a subclass."""
 
 import dataclasses
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -45,13 +47,15 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("target_roles", "target_names", "exclude_names", "layers"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            if isinstance(value, (str, int)):
                 value = (value,)
             if value is not None:
+                self.require(isinstance(value, Iterable), name, "a sequence")
                 object.__setattr__(self, name, tuple(value))  # JSON gives lists
 
         self.require(isinstance(self.r, int) and self.r >= 1, "r", "a whole number of at least 1")
-        self.require(self.alpha > 0, "alpha", "greater than 0")
+        finite = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
+        self.require(finite and self.alpha > 0, "alpha", "a number greater than 0")
         self.require(
             isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point,
             "dtype",
@@ -60,6 +64,7 @@ class AdapterConfig:
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
         for name in ("target_names", "exclude_names"):
             for pattern in getattr(self, name):
+                self.require(isinstance(pattern, str), name, "regular expressions")
                 try:
                     re.compile(pattern)
                 except re.error as error:

@@ -34,17 +34,20 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
     if W.shape[0] > W.shape[1]:  # keep the basis on the short side
         result = _block_krylov(W.t(), r, tolerance)
         return None if result is None else (result[2].t().contiguous(), result[1], result[0].t().contiguous())
-    block, limit = r // 2 + 8, W.shape[0] // 2
+    # A Krylov space holds at most `block` vectors of a repeated singular value, so a block is no smaller than r.
+    block, limit = r + 8, W.shape[0] // 2
     generator = torch.Generator().manual_seed(0)
     newest = torch.linalg.qr(W @ torch.randn(W.shape[1], block, generator=generator).to(W)).Q
     basis, image = newest[:, :0], W[:0]  # Q and QᵀW
+    # QᵀWWᵀQ: its eigenvalues are squares, hence float64; it is only as large as the basis.
+    gram = torch.zeros(0, 0, dtype=torch.float64, device=W.device)
     previous: Tensor | None = None
     while basis.shape[1] + block <= limit:
         basis = torch.cat([basis, newest], dim=1)
         image = torch.cat([image, newest.t() @ W])
+        rows = image[-block:].double() @ image.double().t()
+        gram = torch.cat([torch.cat([gram, rows[:, :-block].t()], dim=1), rows])
         if basis.shape[1] >= 2 * r:
-            # Eigenvalues of a Gram matrix are squares, hence float64; it is only as large as the basis.
-            gram = (image @ image.t()).double()
             S = torch.linalg.eigvalsh(gram)[-r:].flip(0).clamp_min(0).sqrt()
             if previous is not None and ((S - previous).abs() <= tolerance * S).all():
                 if S[-1] <= 1e-5 * S[0]:

@@ -47,7 +47,7 @@ class _ScaleLowPrecision(torch.autograd.Function):
 
 def _rows(t: Tensor) -> Tensor:
     """All leading dimensions as one."""
-    return t.reshape(-1, t.shape[-1])
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
@@ -56,17 +56,17 @@ def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Ten
 
 
 def expand_add(
-    y: Float[Tensor, "*M N"], h: Float[Tensor, "M R"], B: Float[Tensor, "N R"], scale: float
+    y: Float[Tensor, "*M N"], h: Float[Tensor, "*M R"], B: Float[Tensor, "N R"], scale: float
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ."""
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(y.dtype, memory_format=torch.contiguous_format).contiguous()
-    return torch.addmm(_rows(y), h.to(y.dtype), Bt, alpha=scale).view(y.shape)
+    return torch.addmm(_rows(y), _rows(h).to(y.dtype), Bt, alpha=scale).view(y.shape)
 
 
 def expand_add_rescale(
     y: Float[Tensor, "*M N"],
-    h: Float[Tensor, "M R"],
+    h: Float[Tensor, "*M R"],
     B: Float[Tensor, "N R"],
     scale: float,
     g: Float[Tensor, "N"],

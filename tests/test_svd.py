@@ -25,7 +25,9 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "power law": lambda: spectrum(torch.arange(1, 151) ** -0.7, 180, 150),
     "exponential": lambda: spectrum(0.8 ** torch.arange(150), 180, 150),
     "clustered": lambda: spectrum(torch.tensor([5.0, 2.0, 1.0, 0.5, 0.25]).repeat_interleave(30), 180, 150),
-    "one outlier": lambda: spectrum(torch.tensor([1e4] + [1.0] * 149), 180, 150),
+    "clustered, larger": lambda: spectrum(torch.tensor([5.0, 2.0, 1.0, 0.5, 0.2]).repeat_interleave(60), 320, 300),
+    "one outlier": lambda: spectrum(torch.tensor([1e3] + [1.0] * 299), 320, 300),
+    "outlier over noise": lambda: torch.randn(320, 300) + spectrum(torch.tensor([1e4]), 320, 300),
     "orthogonal": lambda: torch.linalg.qr(torch.randn(150, 150)).Q,
     "identity": lambda: torch.eye(150),
     "rank 5": lambda: torch.randn(180, 5) @ torch.randn(5, 150),
@@ -44,10 +46,10 @@ def check(W: Tensor, r: int, U: Tensor, S: Tensor, Vh: Tensor) -> None:
     assert S.shape == (r,)
     assert Vh.shape == (r, W.shape[1])
     assert U.dtype == S.dtype == Vh.dtype == W.dtype
-    # A float32 SVD knows values below 1e-6 of the largest to no relative precision.
-    torch.testing.assert_close(S.double(), exact[:r], rtol=1e-3, atol=2e-6 * exact[0].item())
+    # A float32 SVD knows values to some 3e-7 of the largest and no better.
+    torch.testing.assert_close(S.double(), exact[:r], rtol=1e-3, atol=5e-7 * exact[0].item())
     assert (S[:-1] >= S[1:]).all()
-    # Where W maps its Krylov space onto itself (the identity), the basis grows by rounding errors: 3e-4 was seen.
+    # Where W maps its Krylov space onto itself (the identity), the basis can only grow by rounding errors.
     eye = torch.eye(r, dtype=torch.float64)
     torch.testing.assert_close(U.double().t() @ U.double(), eye, rtol=0, atol=5e-4)
     torch.testing.assert_close(Vh.double() @ Vh.double().t(), eye, rtol=0, atol=5e-4)

@@ -56,6 +56,7 @@ class AntiPaSTOConfig(AdapterConfig):
 
 def rotation(rot_T: Float[Tensor, "blocks upper"], size: int, max_angle: float) -> Float[Tensor, "blocks size size"]:
     """Cayley rotations from the upper triangles of their generators."""
+    rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
     rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
     upper = rot_T.new_zeros(rot_T.shape[0], size, size)
     upper[:, rows, cols] = rot_T

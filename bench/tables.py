@@ -1,0 +1,119 @@
+"""Rewrite the tables of README.md and docs/ from the result files: `just tables`. With --check, only say what is stale.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+NAMES = {
+    "lora": "LoRA",
+    "pissa": "PiSSA",
+    "dora": "DoRA",
+    "delora": "DeLoRA",
+    "eva": "EVA",
+    "ia3": "IA³",
+    "ia3_ff": "IA³-FF",
+    "hra": "HRA",
+    "antipasto": "AntiPaSTO",
+}
+
+
+def finetune() -> str:
+    """The variant table, from `just finetune-all`."""
+    runs = [read(RESULTS / "finetune" / f"{variant}-smollm2-135m-gsm_symbolic.json") for variant in NAMES]
+    first, base = runs[0]["settings"], runs[0]["before"]
+    lines = [
+        f"SmolLM2-135M (bfloat16) on grade-school arithmetic with fresh numbers: {first['steps']} steps of "
+        f"{first['batch_size']} problems, {first['eval_problems']} held-out problems; the base scores a loss of "
+        f"{base['loss']:.3f} and {percent(base['accuracy'])} of them right. {machine_of(runs[0])}",
+        "",
+        "| method | trainable | r | learning rate | held-out loss | right | s/step | peak memory |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        no_rank = run["variant"].startswith("ia3")
+        lines.append(
+            f"| {NAMES[run['variant']]} | {run['trainable_parameters']:,} | {'–' if no_rank else run['adapter']['r']} "
+            f"| {run['settings']['lr']:g} | {run['after']['loss']:.3f} | {percent(run['after']['accuracy'])} "
+            f"| {run['seconds_per_step']:.2f} | {run['peak_memory_bytes'] / 2**30:.2f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def adapters() -> str:
+    """Training steps beside PEFT's, from `just bench-adapters`."""
+    result = read(RESULTS / "adapters.json")
+    s = result["settings"]
+    lines = [
+        f"What an adapter adds to a training step of the frozen base (forward and backward; Llama, {s['width']} wide, "
+        f"{s['layers']} layers, 7 linears each, {s['tokens'][0] * s['tokens'][1]} tokens, r={s['r']}), beside PEFT's; "
+        f"adapters in float32, the default of both. Medians of {s['steps']} interleaved steps. {machine_of(result)}",
+        "",
+        "| method | base dtype | base | + lora-lite | + PEFT | lora-lite / PEFT | attach: PEFT / lora-lite |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        over = row["overhead"]
+        cells = [
+            NAMES[row["variant"]],
+            row["dtype"],
+            f"{1e3 * row['seconds']['base']:.0f} ms",
+            f"{1e3 * over['ours']:.1f} ms",
+            f"{1e3 * over['peft']:.1f} ms" if "peft" in over else "–",
+            f"{row['overhead_ratio']:.2f}" if row["overhead_ratio"] is not None else "–",
+            f"{row['attach_speedup']:.1f}×" if row["attach_speedup"] is not None else "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def machine_of(result: dict[str, Any]) -> str:
+    m, v = result["machine"], result["versions"]
+    return f"Measured on {m['cpu']}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
+
+
+TABLES = {"finetune": finetune, "adapters": adapters}
+
+
+def rewritten(text: str) -> str:
+    """The document with each of its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a table is stale; change nothing")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = path.read_text()
+        new = rewritten(old)
+        if new != old:
+            stale.append(path.name)
+            if not check:
+                path.write_text(new)
+    print(f"{'stale' if check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    sys.exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()

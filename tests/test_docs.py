@@ -1,0 +1,102 @@
+"""The code in the documents is the code that runs, and what they name exists."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("docs/developer_guide.md", "README.md")
+
+
+def python_blocks(document: str) -> str:
+    """The document's Python blocks as one program, each line at its own number, so that a traceback points at it."""
+    lines, inside = [], False
+    for line in (ROOT / document).read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            inside = line == "```python"
+            line = ""
+        lines.append(line if inside else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_code_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the examples save files
+    program = python_blocks(document)
+    if document == "docs/developer_guide.md":
+        assert program.count("@ll.register") >= 2
+    registered, namespace = dict(ll.REGISTRY), {"__name__": "__main__"}
+    try:
+        exec(compile(program, ROOT / document, "exec"), namespace)
+    finally:
+        ll.REGISTRY.clear()
+        ll.REGISTRY.update(registered)
+
+
+def test_the_guides_example_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first block, saved as a file and imported, is a working method: also on a real architecture."""
+    from models import llama, token_ids
+
+    text = (ROOT / "docs/developer_guide.md").read_text(encoding="utf-8")
+    (tmp_path / "vera.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    registered = dict(ll.REGISTRY)
+    try:
+        import vera  # type: ignore[import-not-found]
+
+        model: Any = llama()
+        ids = token_ids()
+        base = model(ids).logits
+        attachment = ll.attach(model, vera.VeRAConfig(r=8, target_names=("q_proj", "v_proj")))
+        assert attachment.trainable == 2 * (8 + 32) + 2 * (8 + 16)
+        assert torch.equal(model(ids).logits, base)
+        optimizer = torch.optim.AdamW(ll.parameters(model), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+        assert all(p.grad is not None and p.grad.any() for p in ll.parameters(model))
+        trained = model(ids).logits
+        ll.save(model, tmp_path / "a")
+        ll.detach(model)
+        ll.load(model, tmp_path / "a")
+        assert torch.equal(model(ids).logits, trained)
+        assert not torch.allclose(trained, base, atol=1e-3)
+        with pytest.raises(ll.ConfigError, match=r"VeRAConfig\.d_initial must be other than 0"):
+            vera.VeRAConfig(d_initial=0)
+    finally:
+        ll.REGISTRY.clear()
+        ll.REGISTRY.update(registered)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert links
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_the_guide_names_every_primitive_and_operation() -> None:
+    """Its tables are complete."""
+    text = (ROOT / "docs/developer_guide.md").read_text(encoding="utf-8")
+    for primitive in ll.Primitive.__subclasses__():
+        if primitive.__module__ == "lora_lite.primitives":
+            fields = ", ".join(primitive.__dataclass_fields__)  # type: ignore[attr-defined]
+            assert f"`{primitive.__name__}({fields})`" in text
+    operations = {
+        name
+        for name, value in vars(ll.reference).items()
+        if callable(value) and value.__module__ == ll.reference.__name__
+    }
+    assert operations >= {"shrink", "expand_add"}
+    for name in operations:
+        assert name.startswith("_") or f"`{name}`" in text
+    for file in (ROOT / "lora_lite").glob("[!_]*.py"):
+        assert file.name in text or file.name == "errors.py"

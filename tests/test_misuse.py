@@ -1,0 +1,294 @@
+"""Misuse: each error names the layer or field, what is wrong and the remedy, and leaves the model as it was."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from models import VARIANTS, assert_same, config, llama, randomize, snapshot, token_ids
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+Q0 = "model.layers.0.self_attn.q_proj"
+NEED_WEIGHT = ("pissa", "dora", "delora", "antipasto")
+
+
+def refused(error: type[Exception], call: Callable[[], Any], *fragments: str, model: nn.Module | None = None) -> str:
+    """`call` raises `error` with these fragments in its message, and `model` is bit for bit as it was."""
+    before = snapshot(model) if model else None
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    for fragment in fragments:
+        assert fragment in message
+    if model and before:
+        assert_same(model, before)
+    return message
+
+
+def refused_attach(cfg: Any, *fragments: str, error: type[Exception] = ll.AttachError, **options: Any) -> str:
+    """attach to a Llama with a mix of flags is refused; then a good config still attaches and runs."""
+    model: Any = llama().train()
+    next(model.parameters()).requires_grad_(False)
+    model.model.layers[0].eval()
+    message = refused(error, lambda: ll.attach(model, cfg, **options), *fragments, model=model)
+    ll.attach(model, ll.LoRAConfig(r=2))
+    model(token_ids())
+    return message
+
+
+# ---- attach and detach out of turn ----
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")], ids=["plain", "compiled"])
+def test_attach_twice(wrap: Callable[[nn.Module], Any]) -> None:
+    model = llama()
+    ll.attach(model, ll.LoRAConfig(r=4))
+    randomize(model)
+    again = wrap(model)
+    refused(ll.AttachError, lambda: ll.attach(again, ll.IA3Config()), "attached", "detach(model) first", model=model)
+    ll.detach(again)
+    ll.attach(model, ll.IA3Config())
+
+
+@pytest.mark.parametrize("call", [ll.detach, ll.parameters, ll.state_dict, lambda m: ll.disabled(m).__enter__()])
+def test_nothing_attached(call: Callable[[nn.Module], Any]) -> None:
+    model = llama()
+    refused(ll.AttachError, lambda: call(model), "no adapter is attached", "attach(model, cfg)", "load", model=model)
+    ll.attach(model, ll.LoRAConfig(r=4))
+    ll.detach(model)
+    refused(ll.AttachError, lambda: call(model), "no adapter is attached", model=model)
+
+
+# ---- No layer to adapt ----
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_names": ("qproj",)},
+        {"layers": (7,)},
+        {"target_roles": ("inner",)},
+        {"exclude_names": (".",)},
+        {"target_names": ("lm_head",)},
+    ],
+    ids=str,
+)
+def test_no_match_lists_the_candidates(fields: dict[str, Any]) -> None:
+    message = refused_attach(
+        ll.LoRAConfig(**fields),
+        "no layer matches",
+        *(f"{name}={value}" for name, value in fields.items()),
+        "  model.layers.*.self_attn.q_proj (reader) ×2",
+        "  model.layers.*.mlp.down_proj (writer) ×2",
+        "  lm_head (reader) ×1",
+    )
+    assert len(message.splitlines()) == 1 + 8, "a line for each kind of layer, not for each layer"
+
+
+def test_no_match_keeps_digits_that_are_no_block_index() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.ModuleList([nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)}) for _ in "abc"])
+
+    message = refused(ll.AttachError, lambda: ll.attach(Net(), ll.LoRAConfig(target_names=("query",))))
+    assert "stack.*.fc1 (reader) ×3" in message
+    assert "stack.*.fc2 (writer) ×3" in message
+
+
+def test_no_linear_layer_at_all() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.LayerNorm(3))
+    refused(ll.AttachError, lambda: ll.attach(model, ll.LoRAConfig()), "the model has no linear layer", model=model)
+
+
+# ---- Config and layer do not fit ----
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("ia3", "ia3_ff")])
+def test_r_larger_than_the_layer(variant: str) -> None:
+    cfg = config(variant, r=36, target_names=("q_proj",))
+    data = [{"input_ids": token_ids(4)}]
+    refused_attach(cfg, f"{Q0} (32 → 32): r=36 is larger", "use r ≤ 32", calibration_data=data)
+
+
+def test_r_larger_than_the_last_layer_only() -> None:
+    """Earlier layers were built by then: none of them may keep anything."""
+    cfg = ll.LoRAConfig(r=20, target_names=("q_proj", r"1\.self_attn\.v_proj"))
+    refused_attach(cfg, "model.layers.1.self_attn.v_proj (32 → 16): r=20", "use r ≤ 16")
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight is stored as int8 in a layout of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.weight = nn.Parameter(torch.randint(-127, 127, (8, 8), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype) / 50)
+
+
+@pytest.mark.parametrize("variant", NEED_WEIGHT)
+def test_weight_that_cannot_be_read(variant: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Packed())
+    fragments = ("1 (8 → 8): its weight is a Parameter of dtype torch.int8", "lora, ia3, ia3_ff, hra")
+    refused(ll.AttachError, lambda: ll.attach(model, config(variant)), *fragments, model=model)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in NEED_WEIGHT])
+def test_weight_that_need_not_be_read(variant: str) -> None:
+    """The variants that the message above offers do work on such a layer."""
+    model, x = nn.Sequential(nn.Linear(8, 8), Packed()), torch.randn(30, 8)
+    base = model(x)
+    ll.attach(model, config(variant, target_names=()), calibration_data=[x] if variant == "eva" else None)
+    torch.testing.assert_close(model(x), base)
+    randomize(model)
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ll.parameters(model))
+    assert not torch.allclose(model(x), base, atol=1e-3)
+    ll.detach(model)
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("variant", NEED_WEIGHT)
+def test_weight_on_the_meta_device(variant: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(
+        ll.AttachError, match=r"0 \(8 → 8\): its weight is on the meta device.*load the model's weights"
+    ):
+        ll.attach(model, config(variant))
+    assert len(list(model.modules())) == 2
+    assert not model[0]._forward_hooks
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- Arguments of attach ----
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", None, "Triton"])
+def test_unknown_backend(backend: Any) -> None:
+    refused_attach(ll.LoRAConfig(r=4), "backend", "'triton'", repr(backend), error=ValueError, backend=backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnregisteredConfig(ll.AdapterConfig):
+    variant: ClassVar[str] = "unregistered"
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [UnregisteredConfig(), ll.AdapterConfig(), ll.LoRAConfig, {"variant": "lora"}, "lora", None],
+    ids=["unregistered", "base class", "class", "dict", "str", "None"],
+)
+def test_config_of_no_variant(cfg: Any) -> None:
+    refused_attach(cfg, "config of a registered variant", "lora", "antipasto", type(cfg).__name__)
+
+
+def exhausted() -> Iterator[Tensor]:
+    batches = iter([token_ids()])
+    list(batches)
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("data", "fragments"),
+    [
+        (None, ["calibration_data is missing", "pass attach(..., calibration_data=batches)"]),
+        ([], ["gave no batch", "run out", "pass attach("]),
+        (exhausted(), ["gave no batch", "run out", "pass attach("]),
+        ([token_ids(1, 3)], [f"{Q0}: calibration_data gave 3 tokens and at least 9 are needed", "lower r"]),
+        ((token_ids(1, 2, seed=s) for s in range(2)), ["gave 4 tokens", "at least 9", "more or longer batches"]),
+    ],
+    ids=["none", "empty", "exhausted", "too few", "generator runs out"],
+)
+def test_calibration_data_that_runs_out(data: Any, fragments: list[str]) -> None:
+    refused_attach(ll.EVAConfig(r=8), *fragments, error=ll.CalibrationError, calibration_data=data)
+
+
+def test_too_little_calibration_data_for_antipasto() -> None:
+    cfg = ll.AntiPaSTOConfig(r=8)
+    fragments = (f"{Q0}: calibration_data gave 3 tokens", "at least 8")
+    refused_attach(cfg, *fragments, error=ll.CalibrationError, calibration_data=[token_ids(1, 3)])
+
+
+def test_batch_that_the_model_refuses() -> None:
+    """The model's own error comes through; hooks and modes do not stay behind."""
+    batches = [{"input_ids": token_ids()}, {"labels": token_ids()}]
+    refused_attach(ll.EVAConfig(r=4), "input_ids", error=ValueError, calibration_data=batches)
+
+
+# ---- Configs that no layer could use ----
+
+BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
+    (ll.LoRAConfig, {"r": 0}, "a whole number of at least 1; got 0"),
+    (ll.LoRAConfig, {"r": -4}, "a whole number of at least 1; got -4"),
+    (ll.LoRAConfig, {"r": 4.0}, "a whole number of at least 1; got 4.0"),
+    (ll.LoRAConfig, {"r": "8"}, "a whole number of at least 1; got '8'"),
+    (ll.LoRAConfig, {"alpha": 0}, "greater than 0; got 0"),
+    (ll.LoRAConfig, {"alpha": -16.0}, "greater than 0; got -16.0"),
+    (ll.LoRAConfig, {"alpha": math.nan}, "greater than 0; got nan"),
+    (ll.LoRAConfig, {"alpha": math.inf}, "greater than 0; got inf"),
+    (ll.LoRAConfig, {"alpha": "16"}, "greater than 0; got '16'"),
+    (ll.LoRAConfig, {"dtype": torch.int8}, "a floating-point torch.dtype; got torch.int8"),
+    (ll.LoRAConfig, {"dtype": "bfloat16"}, "a floating-point torch.dtype; got 'bfloat16'"),
+    (ll.LoRAConfig, {"dtype": torch.complex64}, "a floating-point torch.dtype"),
+    (ll.LoRAConfig, {"target_roles": ("readers",)}, "some of ('reader', 'writer', 'inner'); got ('readers',)"),
+    (ll.LoRAConfig, {"target_roles": 3}, "some of ('reader', 'writer', 'inner')"),
+    (ll.LoRAConfig, {"target_names": ("q_proj", "(")}, "'(' is not a regular expression"),
+    (ll.LoRAConfig, {"target_names": ("*_proj",)}, "'*_proj' is not a regular expression"),
+    (ll.LoRAConfig, {"exclude_names": ("[a",)}, "'[a' is not a regular expression"),
+    (ll.LoRAConfig, {"target_names": (3,)}, "regular expressions; got (3,)"),
+    (ll.LoRAConfig, {"target_names": 3.5}, "a sequence; got 3.5"),
+    (ll.LoRAConfig, {"layers": (0, -1)}, "indices of 0 or more, or None; got (0, -1)"),
+    (ll.LoRAConfig, {"layers": ("0",)}, "indices of 0 or more, or None; got ('0',)"),
+    (ll.HRAConfig, {"r": 5}, "even: reflections start in pairs that cancel; got 5"),
+    (ll.DeLoRAConfig, {"lambda0": 0}, "greater than 0; got 0"),
+    (ll.DeLoRAConfig, {"lambda0": -1.0}, "greater than 0; got -1.0"),
+    (ll.AntiPaSTOConfig, {"r": 10}, "divisible by block_size=4; got 10"),
+    (ll.AntiPaSTOConfig, {"r": 8, "block_size": 3}, "divisible by block_size=3; got 8"),
+    (ll.AntiPaSTOConfig, {"block_size": 1}, "at least 2; got 1"),
+    (ll.AntiPaSTOConfig, {"max_rotation_angle": 4}, "between 0 and π; got 4"),
+    (ll.AntiPaSTOConfig, {"max_rotation_angle": 0}, "between 0 and π; got 0"),
+    (ll.AntiPaSTOConfig, {"rotate_basis": "W"}, "one of ('V', 'U', 'none'); got 'W'"),
+    (ll.AntiPaSTOConfig, {"svd": "fast"}, "one of ('randomized', 'exact'); got 'fast'"),
+    (ll.PiSSAConfig, {"svd": "fast"}, "one of ('randomized', 'exact'); got 'fast'"),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "message"), BAD_FIELDS, ids=lambda v: str(getattr(v, "variant", v))[:30])
+def test_bad_field(cls: Any, fields: dict[str, Any], message: str) -> None:
+    """Said when the config is made, before there is a model to harm, and by the field's name."""
+    name = "r" if message.startswith(("divisible", "even")) else list(fields)[-1]
+    text = refused(ll.ConfigError, lambda: cls(**fields), f"{cls.__name__}.{name}", message)
+    assert text.startswith(f"{cls.__name__}.{name}")
+    if "regular expression" in message and "got" not in message:
+        assert "backslash" in text
+
+
+def test_unknown_field() -> None:
+    refused(TypeError, lambda: ll.LoRAConfig(rank=8), "rank")  # type: ignore[call-arg]
+    refused(TypeError, lambda: ll.LoRAConfig(8), "positional")  # type: ignore[misc]
+
+
+def test_configs_are_frozen() -> None:
+    refused(AttributeError, lambda: setattr(ll.LoRAConfig(), "r", 4), "r")
+
+
+def test_one_name_or_layer_may_stand_alone() -> None:
+    """A string is one name, not a sequence of letters."""
+    cfg = ll.LoRAConfig(target_names="q_proj", target_roles="reader", exclude_names="embed", layers=1)  # type: ignore[arg-type]
+    assert cfg == ll.LoRAConfig(
+        target_names=("q_proj",), target_roles=("reader",), exclude_names=("embed",), layers=(1,)
+    )
+
+
+def test_errors_of_a_kind_can_be_caught_as_one() -> None:
+    for error in (ll.AttachError, ll.CalibrationError, ll.CheckpointError, ll.ConfigError):
+        assert issubclass(error, ll.LoraLiteError)
+    assert issubclass(ll.ConfigError, ValueError)
