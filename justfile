@@ -15,6 +15,16 @@ demo *args:
 finetune *args:
     {{python}} bench/finetune.py {{args}}
 
+# Fine-tune with each variant in turn, with the default budget: the variant table's figures.
+finetune-all *args:
+    for variant in lora pissa dora delora eva ia3 ia3_ff hra antipasto; do \
+        {{python}} bench/finetune.py --variant $variant {{args}} || exit 1; \
+    done
+
+# Rewrite the tables of README.md and docs/ from bench/results/.
+tables *args:
+    {{python}} bench/tables.py {{args}}
+
 # Check every variant on Qwen3-0.6B, or on random weights of that architecture where no hub is reached.
 qwen-probe *args:
     {{python}} bench/qwen_probe.py {{args}}
