@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import machine
-import models
+import pretrained
 import tasks
 import torch
 import tyro
@@ -51,8 +51,8 @@ class Budget:
 
 # `demo` is `gsm_symbolic` with fewer problems to answer; `metamath` is the original lora-lite's protocol.
 BUDGETS = {
-    "gsm_symbolic": Budget(40, 8, 64, 16, (LINEARS,), 0.0),
-    "demo": Budget(40, 8, 48, 16, (LINEARS,), 0.0),
+    "gsm_symbolic": Budget(40, 6, 48, 16, (LINEARS,), 0.0),
+    "demo": Budget(40, 6, 32, 16, (LINEARS,), 0.0),
     "metamath": Budget(5000, 4, 1319, 32, (QV,), 0.1),
 }
 
@@ -66,6 +66,9 @@ class Method:
     protocol_lr: float = 1e-4
     """For MetaMathQA's 5,000 steps, as the original lora-lite chose it."""
     fields: dict[str, Any] = field(default_factory=dict)
+    """For the short budget."""
+    protocol_fields: dict[str, Any] = field(default_factory=dict)
+    """For MetaMathQA, likewise."""
 
 
 METHODS = {
@@ -73,14 +76,14 @@ METHODS = {
     "pissa": Method(5e-4),
     "dora": Method(2e-3),
     # With λ = 15, its default, the update is as strong as the weight: the first step would undo the model.
-    "delora": Method(5e-3, 1e-3, {"lambda0": 1.0}),
+    "delora": Method(5e-3, 1e-3, {"lambda0": 1.0}, {"lambda0": 0.1}),
     "eva": Method(2e-3),
     "ia3": Method(3e-3, 5e-3),
     "ia3_ff": Method(3e-3, 5e-3),
     # The paper's 1e-5 is for thousands of steps; of 3e-4, 1e-3 and 3e-3 only the first does not undo the model.
     "hra": Method(3e-4),
     # 256, its default, exceeds the 192 outputs of SmolLM2's keys and values.
-    "antipasto": Method(5e-3, 5e-3, {"r": 128}),
+    "antipasto": Method(5e-3, 5e-3, {"r": 128}, {"r": 256}),
 }
 OWN_TARGETS = ("ia3", "ia3_ff")  # keep their config's layers, as their paper has them
 
@@ -94,7 +97,7 @@ class Settings:
     """
 
     variant: Literal["lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto"] = "lora"
-    model: str = models.SMOLLM2
+    model: str = pretrained.SMOLLM2
     """smollm2-135m, or a name on the Hugging Face Hub, or a folder."""
     data: Literal["gsm_symbolic", "metamath"] = "gsm_symbolic"
     """gsm_symbolic needs no network; metamath trains on MetaMathQA and tests on GSM8K, both from the Hub."""
@@ -106,9 +109,9 @@ class Settings:
     steps: int | None = None
     """Default: 40; metamath 5000."""
     batch_size: int | None = None
-    """Problems a step. Default: 8; metamath 4."""
+    """Problems a step. Default: 6; metamath 4."""
     eval_problems: int | None = None
-    """Held-out problems. Default: 64; demo 48; metamath all 1319 of GSM8K's test."""
+    """Held-out problems. Default: 48; demo 32; metamath all 1319 of GSM8K's test."""
     lr: float | None = None
     """Default: the variant's own (METHODS in this file)."""
     r: int | None = None
@@ -131,15 +134,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         budget = BUDGETS["demo" if self.demo else self.data]
-        own = METHODS[self.variant].fields
         for name in ("steps", "batch_size", "eval_problems", "r", "weight_decay"):
             if getattr(self, name) is None:
-                setattr(self, name, own.get(name, getattr(budget, name)))
+                setattr(self, name, self.own_fields.get(name, getattr(budget, name)))
         if self.lr is None:
             method = METHODS[self.variant]
             self.lr = method.protocol_lr if self.data == "metamath" else method.lr
         if self.target_names is None and self.variant not in OWN_TARGETS:
             self.target_names = budget.target_names
+
+    @property
+    def own_fields(self) -> dict[str, Any]:
+        """The fields in which the variant's config differs from the others', for this data."""
+        method = METHODS[self.variant]
+        return method.protocol_fields if self.data == "metamath" else method.fields
 
     @property
     def name(self) -> str:
@@ -157,7 +165,7 @@ class Settings:
         }
         if self.target_names is not None:
             fields |= {"target_roles": (), "target_names": self.target_names}
-        return ll.REGISTRY[self.variant].config(**METHODS[self.variant].fields | fields)
+        return ll.REGISTRY[self.variant].config(**self.own_fields | fields)
 
     def recorded(self) -> dict[str, Any]:
         """What a resumed run must agree on, JSON-ready."""
@@ -282,6 +290,7 @@ def schedule(step: int, steps: int, warmup: float = 0.05) -> float:
 def save_run(model: nn.Module, optimizer: torch.optim.Optimizer, s: Settings, done: Progressed) -> None:
     """The adapter, the optimiser's moments and the progress, as safetensors and JSON: nothing to unpickle."""
     s.folder.mkdir(parents=True, exist_ok=True)
+    (s.folder / "progress.json").unlink(missing_ok=True)  # written last: what is there without it is not resumed
     ll.save(model, s.folder / "adapter.safetensors")
     moments = {
         f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()
@@ -407,16 +416,15 @@ def run(s: Settings) -> dict[str, Any]:
     """The whole of it; returns what goes into the result's JSON."""
     start = time.perf_counter()
     torch.manual_seed(s.seed)
-    if s.model == models.SMOLLM2 and s.data == "gsm_symbolic":
-        models.stay_offline()
+    pretrained.settle_network(needs_hub=not pretrained.is_local(s.model) or s.data == "metamath")
     done = saved_progress(s) if s.resume else None
 
     console.print(f"{s.name}: loading the model and the problems")
     try:
-        tokenizer = models.tokenizer(s.model)
-        model = models.load(s.model, getattr(torch, s.dtype), s.device)
         task = tasks.TASKS[s.data](s.steps * s.batch_size, s.eval_problems, s.seed)
-    except models.NotReachedErrorError as error:
+        tokenizer = pretrained.tokenizer(s.model)
+        model = pretrained.load(s.model, getattr(torch, s.dtype), s.device)
+    except pretrained.NotReachedError as error:
         sys.exit(str(error))
     if done is None:
         done = Progressed(evaluate(model, tokenizer, task, s))
@@ -441,7 +449,7 @@ def run(s: Settings) -> dict[str, Any]:
     trainable, layers, cfg = attachment.trainable, len(attachment.targets), attachment.cfg.to_dict()
     del model, optimizer, attachment
     gc.collect()
-    fresh = models.load(s.model, getattr(torch, s.dtype), s.device)
+    fresh = pretrained.load(s.model, getattr(torch, s.dtype), s.device)
     ll.load(fresh, s.folder / "adapter.safetensors", backend=s.backend)
     difference = (logits(fresh, tokenizer, task, s) - trained).abs().max().item()
     draw_curve(s.folder / "loss.png", s, done, after)
@@ -475,7 +483,11 @@ def report(when: str, found: dict[str, float]) -> None:
 
 
 def main(s: Settings) -> None:
-    result = run(s)
+    try:
+        result = run(s)
+    except KeyboardInterrupt:
+        console.print("Stopped. What was saved before, if anything, is still there.")
+        sys.exit(130)
     console.print(
         f"{result['seconds_per_step']:.2f} s a step (median), {result['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB, {result['wall_seconds']:.0f} s in all\n"

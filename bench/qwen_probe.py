@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import models
+import pretrained
 import torch
 import tyro
 from rich.console import Console
@@ -73,8 +73,8 @@ def build(s: Settings) -> tuple[nn.Module, str]:
     reason = "as asked for"
     if not s.random:
         try:
-            return models.load(s.model, dtype, s.device), f"{s.model}, pretrained"
-        except models.NotReachedError as error:
+            return pretrained.load(s.model, dtype, s.device), f"{s.model}, pretrained"
+        except pretrained.NotReachedError as error:
             reason = str(error).splitlines()[0]
     return (
         random_qwen().to(s.device, dtype),
@@ -157,6 +157,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def main(s: Settings) -> None:
     console = Console(width=140, highlight=False)
+    pretrained.settle_network(needs_hub=not s.random and not pretrained.is_local(s.model))
     model, which = build(s)
     console.print(f"Model: {which}; {s.dtype} on {s.device}")
     torch.manual_seed(1)

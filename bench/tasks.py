@@ -7,6 +7,7 @@ from decimal import Decimal
 from random import Random
 from typing import Any
 
+import pretrained
 import torch
 from torch import Tensor
 
@@ -58,8 +59,11 @@ def metamath(train: int, test: int, seed: int) -> Task:
     """MetaMathQA to GSM8K, as the original lora-lite's benchmark asks them. Needs the Hub (or its cache)."""
     from datasets import load_dataset
 
-    rows = load_dataset("meta-math/MetaMathQA", split="train").shuffle(seed=seed)
-    gsm8k = load_dataset("openai/gsm8k", "main", split="test")
+    try:
+        rows = load_dataset("meta-math/MetaMathQA", split="train").shuffle(seed=seed)
+        gsm8k = load_dataset("openai/gsm8k", "main", split="test")
+    except OSError as error:
+        raise pretrained.NotReachedError(pretrained.not_reached("MetaMathQA and GSM8K", error)) from error
     problems = [Problem(row["question"], row["answer"]) for row in gsm8k.select(range(min(test, len(gsm8k))))]
     asked = {p.question for p in problems}
     # Some more than needed, for those that are asked in the test or repeat.

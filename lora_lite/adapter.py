@@ -174,8 +174,8 @@ def install(
     handles = []
     for target in targets:
         adapter = adapters[target.name]
-        adapter.train(target.layer.training)
-        target.layer.add_module(_ADAPTERS, nn.ModuleDict({_DEFAULT: adapter}))
+        by_name = nn.ModuleDict({_DEFAULT: adapter}).train(target.layer.training)
+        target.layer.add_module(_ADAPTERS, by_name)
         handles.append(target.layer.register_forward_pre_hook(adapter.before, with_kwargs=True))
         handles.append(target.layer.register_forward_hook(adapter.after))
     attachment = Attachment(cfg, backend, targets, adapters, requires_grad, handles)

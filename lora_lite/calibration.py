@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .linalg import top_svd
 
 CalibrationData = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor]
 
@@ -59,8 +60,8 @@ class InputPCA(Statistic):
                 parts.append(shift.unsqueeze(0))
                 mean = (self.seen * self.mean + m * mean) / (self.seen + m)
             self.mean = mean
-        _, S, Vh = torch.linalg.svd(torch.cat([*parts, X]), full_matrices=False)
-        self.scaled_rows = S[: self.kept, None] * Vh[: self.kept]
+        _, S, Vh = top_svd(torch.cat([*parts, X]), self.kept, tolerance=1e-5)
+        self.scaled_rows = S[:, None] * Vh
         self.seen += m
 
     def components(self) -> Float[Tensor, "R K"]:

@@ -370,6 +370,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
     "field out of range": (lambda m, t: with_config(m, r=0), ["LoRAConfig.r must be", "got 0"]),
     "field of another type": (lambda m, t: with_config(m, alpha="16"), ["LoRAConfig.alpha must be"]),
     "list field of another type": (lambda m, t: with_config(m, target_roles=3), ["LoRAConfig.target_roles must be"]),
+    "field of another type, of one variant": (
+        lambda m, t: with_config(m, variant="antipasto", block_size="4"),
+        ["config is not readable"],
+    ),
     "unknown dtype": (lambda m, t: with_config(m, dtype="float7"), ["LoRAConfig.dtype must be"]),
     "dtype that is a function": (lambda m, t: with_config(m, dtype="save"), ["LoRAConfig.dtype must be"]),
     "config is no object": (lambda m, t: m.update(config="[]"), ["config is not readable"]),

@@ -232,6 +232,18 @@ def test_a_plane_never_turns_by_more_than_the_angle(angle: float) -> None:
     assert (turned.sign() == rot_T[:, 0].sign()).all()
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_how_far_a_block_turns(size: int) -> None:
+    """Entries are bounded, not the block: n axes can turn in concert, up to 2·atan(cot(π/2n)·tan(θ/2)), θ for n = 2."""
+    angle = 0.5
+    most = 2 * math.atan(math.tan(angle / 2) / math.tan(math.pi / (2 * size)))
+    upper = size * (size - 1) // 2
+    extreme = torch.cat([torch.randn(200, upper, dtype=torch.float64).sign() * 1e9, torch.full((1, upper), 1e9)])
+    turned = torch.linalg.eigvals(rotation(extreme.double(), size, angle)).angle().abs().amax(1)
+    assert turned.max() <= most * (1 + 1e-9)
+    assert turned[-1].item() == pytest.approx(most)
+
+
 @pytest.mark.parametrize("gain", [1.003, 1.005, 1.01, 0.99, 1.02])
 def test_gains_near_one_are_not_rounded_to_bfloat16(gain: float) -> None:
     """bfloat16 has nothing between 1 and 1.0078. As good as the product in float32, rounded once."""

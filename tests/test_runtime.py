@@ -65,6 +65,7 @@ def test_attachment_describes_what_was_attached() -> None:
     assert attachment.trainable == 4 * (32 + 32) + 4 * (56 + 32)
     assert attachment.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert [id(p) for p in ll.parameters(model)] == [id(p) for p in model.parameters() if p.requires_grad]
+    assert not any(module.training for module in model.modules()), "adapters take their layer's mode"
 
 
 def test_backends_say_what_runs_and_why() -> None:
@@ -496,6 +497,7 @@ def test_variant_of_the_users_own(tmp_path: Any) -> None:
     plain = model.down_proj(h)
     attachment = ll.attach(model, ShiftConfig(start=0.5, target_names=("down_proj",)))
     assert attachment.trainable == 12
+    assert [p.shape for p in ll.parameters(model)] == [(12,)], "the frozen parameter is not for an optimiser"
     assert set(ll.state_dict(model)) == {f"down_proj.lora_{t}" for t in ("c", "frozen", "mask")}
     want = plain + 0.5 * model.down_proj.weight.norm()
     torch.testing.assert_close(model.down_proj(h), want)

