@@ -362,8 +362,9 @@ def test_any_leading_shape(variant: str, shape: tuple[int, ...]) -> None:
 
 @EACH_VARIANT
 def test_strided_input(variant: str) -> None:
-    model, x = block(variant), torch.randn(12, 6).t()
-    torch.testing.assert_close(model(x), model(x.contiguous()))
+    model = block(variant)
+    for x in (torch.randn(12, 6).t(), torch.randn(4, 12, 6).transpose(1, 2), torch.randn(1, 1, 12).expand(2, 3, 12)):
+        torch.testing.assert_close(model(x), model(x.contiguous()))
 
 
 @EACH_VARIANT
