@@ -1,9 +1,9 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .backend import select
+from .backend import check_backend, select
 from .calibration import CalibrationData, gather
 from .config import AdapterConfig
 from .errors import AttachError
@@ -22,8 +22,6 @@ from .variant import REGISTRY, Variant
 _ATTACHMENT = "_lora_lite"  # attribute of the model: its Attachment
 _ADAPTERS = "lora_lite"  # attribute of a layer: its adapters by name
 _DEFAULT = "default"
-
-T = TypeVar("T")
 
 
 class Adapter(Params):
@@ -142,26 +140,32 @@ def attach(
         In each case the model is as it was.
     """
     model = unwrap(model)
-    select(backend, torch.device("cpu"), torch.float32)
+    check_backend(backend)
     variant = variant_of(cfg)
     check_free(model)
     targets = find_targets(model, cfg)
     adapters = {target.name: build(target, variant, cfg, backend) for target in targets}
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
-        statistics = {t.name: (t.layer, run_step(t, variant.statistic, adapters[t.name], cfg)) for t in targets}
+        statistics = {}
+        for t in targets:
+            with naming(t):
+                statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, cfg))
         for name, statistic in gather(model, statistics, calibration_data).items():
             variant.calibrate(adapters[name], statistic, cfg)
     else:
         for t in targets:
-            run_step(t, variant.init, adapters[t.name], cfg)
+            with naming(t):
+                variant.init(adapters[t.name], t.layer, cfg)
     for t in targets:
-        run_step(t, variant.derive, adapters[t.name], cfg)
+        with naming(t):
+            variant.derive(adapters[t.name], t.layer, cfg)
     return install(model, cfg, backend, targets, adapters)
 
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
     """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
-    return run_step(target, lambda *_: Adapter(target, variant, cfg, backend), None, cfg)
+    with naming(target):
+        return Adapter(target, variant, cfg, backend)
 
 
 def install(
@@ -180,6 +184,7 @@ def install(
         handles.append(target.layer.register_forward_hook(adapter.after))
     attachment = Attachment(cfg, backend, targets, adapters, requires_grad, handles)
     setattr(model, _ATTACHMENT, attachment)
+    attachment.backends()  # warns now, and not in the middle of a forward, where "triton" has to fall back
     return attachment
 
 
@@ -261,10 +266,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def run_step(target: Target, step: Callable[[Any, nn.Module, AdapterConfig], T], p: Any, cfg: AdapterConfig) -> T:
-    """Run one step of a variant on a layer; what it raises names the layer."""
+@contextmanager
+def naming(target: Target) -> Iterator[None]:
+    """Name the layer in what a variant raises about it."""
     try:
-        return step(p, target.layer, cfg)
+        yield
     except AttachError as error:
         layer: Any = target.layer
         raise AttachError(f"{target.name} ({layer.in_features} → {layer.out_features}): {error}") from None

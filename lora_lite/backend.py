@@ -17,6 +17,12 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return "this version of lora-lite has no Triton kernels yet"
 
 
+def check_backend(requested: str) -> None:
+    """Raise a ValueError unless `requested` is a backend."""
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}; got {requested!r}")
+
+
 def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
     """(operations, name of the backend, reason for it).
 
@@ -25,8 +31,7 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Mo
     Raises:
         ValueError: `requested` is no backend.
     """
-    if requested not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}; got {requested!r}")
+    check_backend(requested)
     if requested == "reference":
         return reference, "reference", "requested"
     reason = triton_unavailable(device, dtype)

@@ -8,13 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import Adapter, Attachment, build, check_free, install, require_attachment, run_step, state_dict, unwrap
-from .backend import select
+from .adapter import Adapter, Attachment, build, check_free, install, naming, require_attachment, state_dict, unwrap
+from .backend import check_backend
 from .config import AdapterConfig
 from .errors import CheckpointError, LoraLiteError
 from .targets import Target, candidates
@@ -67,7 +66,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
             wrong shape, or the model is not the one that it was trained on. The model is untouched.
     """
     model, path = unwrap(model), Path(path)
-    select(backend, torch.device("cpu"), torch.float32)
+    check_backend(backend)
     check_free(model)
     try:
         metadata, tensors = _read(path)
@@ -76,7 +75,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
         adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
         _fill(adapters, tensors)
         for target in targets:
-            run_step(target, variant.derive, adapters[target.name], cfg)
+            with naming(target):
+                variant.derive(adapters[target.name], target.layer, cfg)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
     return install(model, cfg, backend, targets, adapters)
