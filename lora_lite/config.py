@@ -41,7 +41,7 @@ class AdapterConfig:
     dtype: torch.dtype = torch.float32
     target_roles: tuple[Role, ...] = ("reader", "writer")
     target_names: tuple[str, ...] = ()
-    exclude_names: tuple[str, ...] = ("lm_head", "embed")
+    exclude_names: tuple[str, ...] = ("lm_head", "embed", r"cls\.predictions")
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

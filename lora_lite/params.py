@@ -33,12 +33,12 @@ class ParamSpec:
     derived: bool = False
 
     def resolve_dtype(self, config_dtype: torch.dtype) -> torch.dtype:
-        """Vectors and scalars are at least float32, whatever the matrices are."""
-        if self.dtype is None and len(self.shape) > 1:
-            return config_dtype
-        return torch.promote_types(
-            self.dtype or torch.float32, torch.float64 if config_dtype is torch.float64 else torch.float32
-        )
+        """Its own dtype if it has one; else the config's, but at least float32 for vectors and scalars."""
+        dtype = self.dtype or config_dtype
+        if self.dtype is None and len(self.shape) <= 1:
+            dtype = torch.promote_types(dtype, torch.float32)
+        # A float64 config is for checking gradients: everything is float64 then.
+        return torch.float64 if config_dtype is torch.float64 and dtype.is_floating_point else dtype
 
     def make(self, config_dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """A fresh tensor, initialised in at least float32 and rounded once."""
