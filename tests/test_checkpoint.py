@@ -166,7 +166,7 @@ def test_metadata(saved: Path) -> None:
         "dtype": "float32",
         "target_roles": ["reader", "writer"],
         "target_names": [],
-        "exclude_names": ["lm_head", "embed"],
+        "exclude_names": ["lm_head", "embed", r"cls\.predictions"],
         "layers": None,
     }
     assert json.loads(metadata["targets"]) == shapes
