@@ -26,7 +26,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
     "exponential": lambda: spectrum(0.8 ** torch.arange(150), 180, 150),
     "clustered": lambda: spectrum(torch.tensor([5.0, 2.0, 1.0, 0.5, 0.25]).repeat_interleave(30), 180, 150),
     "clustered, larger": lambda: spectrum(torch.tensor([5.0, 2.0, 1.0, 0.5, 0.2]).repeat_interleave(60), 320, 300),
-    "one outlier": lambda: spectrum(torch.tensor([1e3] + [1.0] * 299), 320, 300),
+    "one outlier": lambda: spectrum(torch.tensor([1e4] + [1.0] * 299), 320, 300),
     "outlier over noise": lambda: torch.randn(320, 300) + spectrum(torch.tensor([1e4]), 320, 300),
     "orthogonal": lambda: torch.linalg.qr(torch.randn(150, 150)).Q,
     "identity": lambda: torch.eye(150),
