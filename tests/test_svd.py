@@ -65,6 +65,18 @@ def test_against_exact(kind: str) -> None:
             check(W, r, *top_svd(W, r))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", [(256, 256), (192, 768)])
+def test_strong_directions_do_not_drown_the_others(shape: tuple[int, int], seed: int) -> None:
+    """Squares of 1e4 and 1 lie 1e8 apart: a Gram matrix in float32 loses the small ones."""
+    torch.manual_seed(seed)
+    W = spectrum(torch.tensor([1e4] * 4 + [1.0] * (min(shape) - 4)), *shape)
+    U, S, Vh = top_svd(W, 8)
+    torch.testing.assert_close(S.double(), torch.linalg.svdvals(W.double())[:8], rtol=5e-4, atol=0)
+    torch.testing.assert_close(U.t() @ U, torch.eye(8), rtol=0, atol=5e-4)
+    torch.testing.assert_close(Vh @ Vh.t(), torch.eye(8), rtol=0, atol=5e-4)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "rank 5", "small"])
 def test_exact_method(kind: str) -> None:
     W = MATRICES[kind]()
