@@ -11,7 +11,7 @@ SVD = Literal["randomized", "exact"]
 
 @torch.no_grad()
 def top_svd(
-    W: Float[Tensor, "N K"], r: int, method: SVD = "randomized", tolerance: float = 3e-4
+    W: Float[Tensor, "N K"], r: int, method: SVD = "randomized", tolerance: float = 2e-4
 ) -> tuple[Float[Tensor, "N R"], Float[Tensor, "R"], Float[Tensor, "R K"]]:
     """U, S and Vᵀ of the r largest singular values, in W's dtype.
 

@@ -3,8 +3,8 @@
     y = W x + U [diag(S + δ) R Vᵀ − diag(S) Vᵀ] x    (r of W's singular triplets; R rotates V, U, or neither)
 
 R is block-diagonal: each block is the Cayley map (I − X)⁻¹(I + X) of a skew X bounded elementwise by
-tan(θ/2)·tanh(·), so that a plane turns by at most θ. δ and R's parameters start as zero: step 0 is the base model, and
-every gradient is live, since S is not zero. W is left alone.
+tan(θ/2)·tanh(·), so that a block of 2 turns by at most θ, and a block of n by at most 2 atan(cot(π/2n)·tan(θ/2)). δ and
+R's parameters start as zero: step 0 is the base model; every gradient is live, since S is not zero. W is left alone.
 """
 
 import math
@@ -33,7 +33,7 @@ class AntiPaSTOConfig(AdapterConfig):
 
     Args:
         block_size: side of a rotation block; it divides r.
-        max_rotation_angle: θ, in radians, below π.
+        max_rotation_angle: θ, in radians, below π; the bound of one plane alone.
         rotate_basis: "V" turns the input side, "U" the output side, "none" neither.
         svd: as in `PiSSAConfig`.
     """
