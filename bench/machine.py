@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -36,10 +37,13 @@ def describe() -> dict[str, Any]:
     }
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """One JSON file, with the machine's description."""
+def write(path: Path, result: dict[str, Any], compact: bool = False) -> None:
+    """One JSON file, with the machine's description; `compact` puts each innermost object on a line."""
+    text = json.dumps({**result, **describe()}, indent=1, ensure_ascii=False)
+    if compact:
+        text = re.sub(r"\{\n\s+([^{}]*?)\n\s+\}", lambda found: "{" + re.sub(r"\n\s+", " ", found[1]) + "}", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**result, **describe()}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(text + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -1,5 +1,6 @@
 """Which implementation of the token-space operations a layer runs. The only place that chooses."""
 
+import importlib.util
 import warnings
 from types import ModuleType
 from typing import Literal, get_args
@@ -10,11 +11,28 @@ from . import reference
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_in_force: dict[tuple[str, torch.device, torch.dtype], tuple[ModuleType, str, str]] = {}
+_warned: set[str] = set()
 
 
 def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels can't run on this device and dtype; None where they can."""
-    return "this version of lora-lite has no Triton kernels yet"
+    if dtype not in KERNEL_DTYPES:
+        return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the kernels don't run on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if device.type == "cpu":
+        from .kernels import interpreter
+
+        if not interpreter.ACTIVE:
+            return "the layer is on a CPU; TRITON_INTERPRET=1, set before Python starts, runs kernels there, slowly"
+    elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return "the kernels need compute capability 8.0 or later; this GPU has {}.{}".format(*capability)
+    return None
 
 
 def check_backend(requested: str) -> None:
@@ -31,15 +49,24 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Mo
     Raises:
         ValueError: `requested` is no backend.
     """
-    check_backend(requested)
+    if (requested, device, dtype) not in _in_force:
+        check_backend(requested)
+        # All dtypes of a device at once: torch.compile can trace a look-up but not the imports behind a choice.
+        for each in {*KERNEL_DTYPES, dtype}:
+            _in_force[requested, device, each] = _choose(requested, device, each)
+    chosen = _in_force[requested, device, dtype]
+    if requested == "triton" and chosen[0] is reference and chosen[2] not in _warned:
+        _warned.add(chosen[2])
+        warnings.warn(f'backend="triton" runs the PyTorch reference instead: {chosen[2]}', stacklevel=3)
+    return chosen
+
+
+def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
     if requested == "reference":
         return reference, "reference", "requested"
     reason = triton_unavailable(device, dtype)
-    assert reason is not None
-    if requested == "triton" and reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f'backend="triton" runs the PyTorch reference instead: {reason}', stacklevel=3)
-    return reference, "reference", reason
+    if reason is not None:
+        return reference, "reference", reason
+    from .kernels import ops
 
-
-_warned: set[str] = set()
+    return ops, "triton", "requested" if requested == "triton" else f"the kernels run on {device.type}"

@@ -1,0 +1,268 @@
+"""What the compilers make of every kernel, for every row of the block tables: `just kernels-report`. No GPU is needed.
+
+The launchers run on tensors without storage, their launches are recorded instead of started, and each distinct one is
+compiled for six architectures. Read from the machine code: registers, spills, shared memory, tensor-core instructions
+and 128-bit accesses to global memory. Everything here is compiled, nothing is timed.
+"""
+
+import ast
+import hashlib
+import inspect
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # decides, when kernels are defined, that they can't be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import machine
+import torch
+import triton
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lora_lite.kernels import common, dora, lowrank, scale, tuning
+
+RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What bounds a program: registers a multiprocessor (lanes × 32 bit), warps, and shared memory in bytes."""
+
+    target: GPUTarget
+    shared_of_program: int
+    shared: int
+    warps: int
+
+
+# NVIDIA: CUDA C++ Programming Guide, table of technical specifications per compute capability. AMD: CDNA3 and CDNA4
+# instruction set guides (a compute unit has 4 SIMDs of 8 waves, 512 registers a lane each).
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 64),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 64),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 64),
+    "sm_120": Architecture(GPUTarget("cuda", 120, 32), 99 << 10, 100 << 10, 48),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 32),
+    "gfx950": Architecture(GPUTarget("hip", "gfx950", 64), 160 << 10, 160 << 10, 32),
+}
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, tuple[int, int, Callable[[], Any]]]:
+    """For each kernel of the table its tokens, its rank and a launch on tensors without storage."""
+
+    def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    f32 = torch.float32
+    x, y, h, A, B, W = t(M, K), t(M, N), t(M, R), t(R, K), t(N, R), t(N, K)
+    g, bias = t(N, dtype=f32), t(N)
+    A32, B32 = t(R, K, dtype=f32), t(N, R, dtype=f32)
+    return {
+        "shrink": (M, R, lambda: lowrank.launch_shrink(x, A, dtype)),
+        "expand": (M, R, lambda: lowrank.launch_expand(y, h, B, 0.5)),
+        "expand_backward": (M, R, lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True)),
+        "expand_backward_rescale": (
+            M, R, lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias)
+        ),
+        "shrink_backward": (M, R, lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True)),
+        "row_norm": (N, R, lambda: dora.launch_row_norm(W, A32, B32, B32, 0.5, g)),
+        "scale": (M, 1, lambda: scale.launch_scale(y, g)),
+        "scale_backward": (M, 1, lambda: scale.launch_scale_backward(y, y, g, True, True)),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as recorded: the kernel, its arguments by name, its grid and its options."""
+
+    kernel: triton.JITFunction
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    options: dict[str, int]
+
+
+def record(run: Callable[[], Any]) -> list[Launch]:
+    """The launches that `run` would start."""
+    launches: list[Launch] = []
+
+    def note(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(self, {name: arguments[name] for name in self.arg_names}, grid, options))
+
+    start = triton.JITFunction.run
+    triton.JITFunction.run = note
+    try:
+        run()
+    finally:
+        triton.JITFunction.run = start
+    return launches
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Any:
+    """The launch's kernel, specialised as a real launch would be: ones, multiples of 16, aligned tensors."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+        else:
+            signature[name] = "fp32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str, Any]:
+    """Registers, spills, shared memory, occupancy and the instructions that matter, read from the machine code."""
+    shared = program.metadata.shared
+    if architecture.target.backend == "cuda":
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(program.asm["cubin"])
+            file.flush()
+            resources, sass = (
+                subprocess.run(
+                    [tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+                ).stdout
+                for flag in ("-res-usage", "-sass")
+            )
+        registers = int(re.search(r"REG:(\d+)", resources)[1])  # type: ignore[index]
+        spills = _count(r"\b(LDL|STL)\b", sass)
+        loads = _count(r"LDG\.E\.(\w+\.)*(128|ENL2)|LDGSTS\.E\.(\w+\.)*128", sass)
+        stores = _count(r"STG\.E\.(\w+\.)*(128|ENL2)", sass)
+        dots = _count(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
+        kind = next((name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", sass)), "FMA")
+        by_registers = 65536 // (32 * (registers + 7) // 8 * 8) // num_warps
+    else:
+        text = program.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        loads = _count(r"(global|buffer)_load_dwordx4", text)
+        stores = _count(r"(global|buffer)_store_dwordx4", text)
+        dots, kind = _count("v_mfma", text), "MFMA"
+        by_registers = 4 * min(8, 512 // ((registers + 7) // 8 * 8)) // num_warps
+    programs = min(by_registers, architecture.warps // num_warps, architecture.shared // (shared + 1024))
+    return {
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "overflows": shared > architecture.shared_of_program,
+        "occupancy": round(programs * num_warps / architecture.warps, 3),
+        "dots": dots,
+        "dot_kind": kind if dots else "none",
+        "loads_128": loads,
+        "stores_128": stores,
+    }
+
+
+def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks: list[int], first_only: bool) -> Any:
+    """(architecture, dtype, kernel, rank, config) for every row that the tables can choose, each program once."""
+    for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
+        itemsize = getattr(torch, dtype).itemsize
+        for kernel in kernels:
+            if kernel.startswith("scale") and rank != ranks[0]:
+                continue
+            seen = {}
+            for M in (8192,) if first_only else (8192, 32, 16):
+                rows = tuning.candidates(kernel, name, itemsize, rank, M)
+                seen.update(dict.fromkeys(rows[:1] if first_only else rows))
+            for config in seen:
+                yield name, dtype, kernel, rank, config
+
+
+def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
+    """One row of the report."""
+    name, dtype, kernel, rank, config = job
+    with tuning.force(config=config, architecture=name):
+        launch, *_ = record(kernel_calls(getattr(torch, dtype), 8192, 4096, 4096, rank)[kernel][2])
+    architecture = ARCHITECTURES[name]
+    found = usage(compiled(launch, architecture.target), architecture, config.num_warps)
+    return {
+        "kernel": kernel, "architecture": name, "dtype": dtype, "rank": rank, **asdict(config),
+        "grid": list(launch.grid), **found,
+    }  # fmt: skip
+
+
+def fingerprint() -> str:
+    """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
+    parts = [repr(tuning.TABLE)]
+    for module in (common, lowrank, dora, scale):
+        for _, kernel in sorted(vars(module).items()):
+            if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+                body = tree.body[0].body  # type: ignore[attr-defined]
+                if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                    del body[0]
+                parts.append(ast.unparse(tree))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def report(work: list[Any], show: bool) -> Iterator[dict[str, Any]]:
+    """Rows in the order of `work`, compiled on all cores."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = pool.map(examine, work)
+        yield from track(rows, "compiling", total=len(work)) if show else rows
+
+
+@dataclass
+class Settings:
+    """Compile every kernel for every architecture and read what came of it."""
+
+    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    """float16 takes bfloat16's rows and the same instructions."""
+    kernels: tuple[str, ...] = tuple(tuning.TABLE["nvidia", 2])
+    ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    first_only: bool = False
+    """Only the row of the table that is taken untimed."""
+    save: bool = True
+    """Write bench/results/kernels_report.json."""
+
+
+def main(s: Settings) -> int:
+    work = list(jobs(list(s.architectures), list(s.dtypes), list(s.kernels), list(s.ranks), s.first_only))
+    rows = list(report(work, show=sys.stdout.isatty()))
+    table = Table(title=f"{len(rows)} kernels, compiled")
+    headings = ("kernel", "architecture", "dtype", "rank", "rows", "cols", "num_warps", "num_stages", "registers")
+    headings += ("spills", "shared", "occupancy", "dots", "dot_kind", "loads_128", "stores_128")
+    for heading in headings:
+        table.add_column(heading.replace("num_", ""))
+    bad = [row for row in rows if row["spills"] or row["overflows"]]
+    for row in rows:
+        table.add_row(*(str(row[heading]) for heading in headings), style="red" if row in bad else "")
+    Console(width=170).print(table)
+    if s.save:
+        machine.write(RESULTS, {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows}, compact=True)
+    if bad:
+        print(f"{len(bad)} kernels spill or overflow", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))

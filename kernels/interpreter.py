@@ -1,0 +1,54 @@
+"""Makes Triton's interpreter compute bfloat16 as a GPU does. Active under TRITON_INTERPRET=1 only.
+
+The interpreter keeps bfloat16 as raw uint16. Left alone it multiplies those integers in `tl.dot` and drops the low
+half of a float32 where it should round to nearest even (Triton 3.7 to 3.9). float16 and float32 are right as they are.
+Elementwise arithmetic on bfloat16 is wrong too, and stays so: the kernels convert to float32 first.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+
+# Read once, as Triton does when a kernel is defined.
+ACTIVE = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def to_float32(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits as float32; exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 as bfloat16 bits, to nearest even; a NaN stays a NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def install() -> None:
+    """Patch the interpreter, once; where it is not in use, nothing."""
+    if not ACTIVE:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.InterpreterBuilder
+    if hasattr(builder, "_lora_lite"):
+        return
+    builder._lora_lite = True
+    handle, cast, dot = interpreter.TensorHandle, builder.cast_impl, builder.create_dot
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        kinds = (src.dtype.scalar, dst_type.scalar)
+        if kinds == (tl.bfloat16, tl.float32):
+            return handle(to_float32(src.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            return handle(to_bfloat16(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *args: Any) -> Any:
+        a, b = (self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
+        return dot(self, a, b, d, *args)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot

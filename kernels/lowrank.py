@@ -1,0 +1,418 @@
+"""y + scale · (x Aᵀ) Bᵀ in two halves around the base layer: `shrink` before it, `expand_add` after it.
+
+M tokens, K in_features, N out_features, R rank. Token-sized reads and writes, each tensor once a kernel:
+
+    shrink              reads x                 writes –         h = x Aᵀ
+    expand_add          reads y                 writes out       out = y + scale · h Bᵀ
+    expand_add backward reads dy                writes –         dh = scale · dy B,  dB = scale · dyᵀ h
+    shrink backward     reads x, dx_base        writes dx        dx = dx_base + dh A,  dA = dhᵀ x
+
+`shrink` hands x on to the base layer, so the base layer's own input gradient dx_base comes back to it together with
+dh: no M×K delta is ever stored and autograd has nothing to add. With g and bias the same kernels do DoRA's
+composition (see dora.py). Sums over a dimension that several programs share are float32 parts, added in fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from .common import (
+    MAX_RANK,
+    block_of,
+    compute_dtype,
+    device,
+    inside,
+    parts_like,
+    precision,
+    rows_of,
+    small,
+    split,
+    sum_parts,
+    tile,
+)
+from .tuning import Config, programs, tuned
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shrink_kernel(
+    x, A, h,
+    M, K, R, stride_xm, stride_xk, k_per_program,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (i, s): rows of block i, and columns of part s. h holds a result a part."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * k_per_program
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(first, min(first + k_per_program, K), BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, M, K), other=0.0)
+        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+        acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
+    h += tl.program_id(1).to(tl.int64) * M * R
+    tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, M, R))
+
+
+@triton.jit
+def _expand_kernel(
+    y, h, B, out, g, bias, scale,
+    M, N, R, stride_ym, stride_yn,
+    HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    here = inside(rows, cols, M, N)
+    y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
+        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
+        acc = tl.dot(h_tile.to(B_tile.dtype), tl.trans(B_tile), acc, input_precision=PRECISION)
+    if HAS_G:
+        gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            y_tile = (y_tile - b) * gain + b
+        else:
+            y_tile *= gain
+    tl.store(tile(out, rows, cols, N, 1), y_tile + scale * acc, mask=here)
+
+
+@triton.jit
+def _expand_backward_kernel(
+    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale,
+    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
+    NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr, HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * m_per_program
+    dh += tl.program_id(0).to(tl.int64) * M * R
+    B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
+    dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if HAS_G:
+        dg_acc = tl.zeros((BLOCK_N,), tl.float32)
+        gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        b = tl.zeros((1, BLOCK_N), tl.float32)
+        if HAS_BIAS:
+            b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    for start in range(first, min(first + m_per_program, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        here = inside(rows, cols, M, N)
+        dy_tile = tl.load(tile(dy, rows, cols, stride_dm, stride_dn), mask=here, other=0.0)
+        if HAS_G:
+            dy_wide = dy_tile.to(tl.float32)
+            y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
+            dg_acc += tl.sum(dy_wide * (y_tile - b), 0)
+            tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
+        dy_tile = dy_tile.to(B_tile.dtype)
+        if NEEDS_DB:
+            h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
+            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(B_tile.dtype), dB_acc, input_precision=PRECISION)
+        if NEEDS_DH:
+            dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
+            tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, M, R))
+    if NEEDS_DB:
+        dB += tl.program_id(1).to(tl.int64) * N * R
+        tl.store(tile(dB, cols, ranks, R, 1), scale * dB_acc, mask=inside(cols, ranks, N, R))
+    if HAS_G:
+        tl.store(dg + tl.program_id(1) * N + cols, dg_acc, mask=cols < N)
+
+
+@triton.jit
+def _shrink_backward_kernel(
+    dx_base, dh, x, A, dx, dA,
+    M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
+    HAS_BASE: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part."""
+    cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    first = tl.program_id(1) * m_per_program
+    A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+    dA_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for start in range(first, min(first + m_per_program, M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        here = inside(rows, cols, M, K)
+        dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0).to(A_tile.dtype)
+        if NEEDS_DA:
+            x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(A_tile.dtype)
+            dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
+        if NEEDS_DX:
+            dx_tile = tl.dot(dh_tile, A_tile, input_precision=PRECISION)
+            if HAS_BASE:
+                dx_tile += tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
+            tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
+    if NEEDS_DA:
+        dA += tl.program_id(1).to(tl.int64) * R * K
+        dA_at = dA + ranks[None, :] * K + cols[:, None]
+        tl.store(dA_at, dA_acc, mask=inside(cols, ranks, K, R))
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+
+def launch_shrink(x: Float[Tensor, "M K"], A: Float[Tensor, "R K"], dtype: torch.dtype) -> Float[Tensor, "M R"]:
+    """x Aᵀ, multiplied and returned in `dtype`."""
+    (M, K), R = x.shape, len(A)
+    if R > MAX_RANK:
+        return torch.cat([launch_shrink(x, part, dtype) for part in A.split(MAX_RANK)], dim=1)
+    A = small(A, dtype)
+    h = x.new_empty(M, R, dtype=dtype)
+    if M == 0:
+        return h
+
+    def run(config: Config) -> Tensor:
+        blocks = triton.cdiv(M, config.rows)
+        count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
+        parts = parts_like(h, count)
+        with device(x):
+            _shrink_kernel[(blocks, count)](
+                x, A, parts, M, K, R, *x.stride(), each,
+                PRECISION=precision(dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
+                **config.launch,
+            )  # fmt: skip
+        return sum_parts(parts, h)
+
+    return tuned("shrink", run, x, M, K, R)
+
+
+def launch_expand(
+    y: Float[Tensor, "M N"],
+    h: Float[Tensor, "M R"],
+    B: Float[Tensor, "N R"],
+    scale: float,
+    g: Float[Tensor, "N"] | None = None,
+    bias: Float[Tensor, "N"] | None = None,
+) -> Float[Tensor, "M N"]:
+    """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already."""
+    (M, N), R = y.shape, B.shape[1]
+    B = small(B, y.dtype)
+    h = h.contiguous()
+    out = y.new_empty(M, N)
+    if M == 0:
+        return out
+
+    def run(config: Config) -> Tensor:
+        grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
+        with device(y):
+            _expand_kernel[grid](
+                y, h, B, out, g, bias, scale, M, N, R, *y.stride(), HAS_G=g is not None, HAS_BIAS=bias is not None,
+                PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, 64 if y.element_size() == 2 else 16),
+                **config.launch,
+            )  # fmt: skip
+        return out
+
+    return tuned("expand", run, y, M, N, R)
+
+
+def launch_expand_backward(
+    dy: Float[Tensor, "M N"],
+    h: Float[Tensor, "M R"],
+    B: Float[Tensor, "N R"],
+    scale: float,
+    needs_dh: bool,
+    needs_dB: bool,  # noqa: N803
+    y: Float[Tensor, "M N"] | None = None,
+    g: Float[Tensor, "N"] | None = None,
+    bias: Float[Tensor, "N"] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, the latter in float32; with y and g also g ∘ dy and
+    Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
+    (M, N), R = dy.shape, B.shape[1]
+    if R > MAX_RANK:
+        rest = []
+        first = None
+        for hs, Bs in zip(h.split(MAX_RANK, dim=1), B.split(MAX_RANK, dim=1), strict=True):
+            with_y = (y, g, bias) if first is None else ()
+            got = launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *with_y)
+            first = first or got
+            rest.append(got[:2])
+        assert first is not None
+        return torch.cat([r[0] for r in rest], -1), torch.cat([r[1] for r in rest], -1), *first[2:]
+    B, h = small(B, dy.dtype), h.contiguous()
+    dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
+    dB = B.new_empty(N, R, dtype=torch.float32) if needs_dB else B.new_empty(0)
+    dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
+    dg = dy.new_empty(N, dtype=torch.float32) if y is not None else dy.new_empty(0)
+    if M == 0:
+        return dh, dB.zero_(), dy_base, dg.zero_()
+    y_strides = y.stride() if y is not None else (0, 0)
+
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        blocks = triton.cdiv(N, config.cols)
+        count, each = split(M, config.rows, triton.cdiv(programs(dy), blocks))
+        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count), parts_like(dg, count)
+        with device(dy):
+            _expand_backward_kernel[(blocks, count)](
+                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, M, N, R, *dy.stride(), *y_strides, each,
+                NEEDS_DH=needs_dh, NEEDS_DB=needs_dB, HAS_G=y is not None, HAS_BIAS=bias is not None,
+                PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
+                **config.launch,
+            )  # fmt: skip
+        return sum_parts(dhs, dh), sum_parts(dBs, dB), dy_base, sum_parts(dgs, dg)
+
+    return tuned("expand_backward" if y is None else "expand_backward_rescale", run, dy, M, N, R)
+
+
+def launch_shrink_backward(
+    dx_base: Float[Tensor, "M K"] | None,
+    dh: Float[Tensor, "M R"],
+    x: Float[Tensor, "M K"],
+    A: Float[Tensor, "R K"],
+    needs_dx: bool,
+    needs_dA: bool,  # noqa: N803
+) -> tuple[Tensor, Tensor]:
+    """(dx, dA): dx_base + dh A and dhᵀ x, the latter in float32. What is not needed is left empty."""
+    (M, K), R = x.shape, len(A)
+    dh = dh.contiguous()
+    if R > MAX_RANK:
+        halves = zip(dh.split(MAX_RANK, dim=1), A.split(MAX_RANK), strict=True)
+        dAs = [launch_shrink_backward(None, part, x, rows, False, needs_dA)[1] for part, rows in halves]
+        base = torch.zeros_like(x) if dx_base is None else dx_base
+        return launch_expand(base, dh, A.t(), 1.0) if needs_dx else x.new_empty(0), torch.cat(dAs)
+    A = small(A, dh.dtype)
+    dx = x.new_empty(M, K) if needs_dx else x.new_empty(0)
+    dA = A.new_empty(R, K, dtype=torch.float32) if needs_dA else A.new_empty(0)
+    if M == 0:
+        return dx, dA.zero_()
+    base_strides = dx_base.stride() if dx_base is not None else (0, 0)
+
+    def run(config: Config) -> tuple[Tensor, Tensor]:
+        blocks = triton.cdiv(K, config.cols)
+        count, each = split(M, config.rows, triton.cdiv(programs(x), blocks))
+        dAs = parts_like(dA, count)
+        with device(x):
+            _shrink_backward_kernel[(blocks, count)](
+                dx_base, dh, x, A, dx, dAs, M, K, R, *base_strides, *x.stride(), each,
+                HAS_BASE=dx_base is not None, NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
+                PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
+                **config.launch,
+            )  # fmt: skip
+        return dx, sum_parts(dAs, dA)
+
+    return tuned("shrink_backward", run, x, M, K, R)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lora_lite::shrink", mutates_args=())
+def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    return launch_shrink(rows_of(x), A, dtype)
+
+
+@_shrink.register_fake
+def _(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], A.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
+def _shrink_backward(
+    dx_base: Tensor | None, dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool  # noqa: N803
+) -> tuple[Tensor, Tensor]:
+    base = None if dx_base is None else rows_of(dx_base)
+    dx, dA = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA)
+    return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
+
+
+@_shrink_backward.register_fake
+def _(
+    dx_base: Tensor | None, dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool  # noqa: N803
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape if needs_dA else 0)
+
+
+def _save_shrink(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    needs_dx, needs_dA = ctx.needs_input_grad[:2]  # noqa: N806
+    dx, dA = _shrink_backward(None, dh, *ctx.saved_tensors, needs_dx, needs_dA)
+    return dx if needs_dx else None, dA if needs_dA else None, None
+
+
+_shrink.register_autograd(_backward_shrink, setup_context=_save_shrink)
+
+
+class _Tap(torch.autograd.Function):
+    """x and x Aᵀ; the gradients of both come back together. A Function, since an operator may not return its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, A)
+        return x.view_as(x), _shrink(x, A, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        dx, dA = _shrink_backward(*grads, *ctx.saved_tensors, True, ctx.needs_input_grad[1])
+        return dx, dA if ctx.needs_input_grad[1] else None, None
+
+
+@torch.library.custom_op("lora_lite::expand_add", mutates_args=())
+def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    return launch_expand(rows_of(y), h, B, scale).view(y.shape)
+
+
+@_expand_add.register_fake
+def _(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("lora_lite::expand_add_backward", mutates_args=())
+def _expand_add_backward(
+    dy: Tensor, h: Tensor, B: Tensor, scale: float, needs_dh: bool, needs_dB: bool  # noqa: N803
+) -> tuple[Tensor, Tensor]:
+    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB)
+    return dh, dB.to(B.dtype)
+
+
+@_expand_add_backward.register_fake
+def _(
+    dy: Tensor, h: Tensor, B: Tensor, scale: float, needs_dh: bool, needs_dB: bool  # noqa: N803
+) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape if needs_dh else 0), B.new_empty(B.shape if needs_dB else 0)
+
+
+def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+    _, h, B, ctx.scale = inputs
+    ctx.save_for_backward(h, B)
+
+
+def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    _, needs_dh, needs_dB, _ = ctx.needs_input_grad  # noqa: N806
+    if not (needs_dh or needs_dB):
+        return dy, None, None, None
+    dh, dB = _expand_add_backward(dy, *ctx.saved_tensors, ctx.scale, needs_dh, needs_dB)
+    return dy, dh if needs_dh else None, dB if needs_dB else None, None
+
+
+_expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
+
+
+def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
+    """(x, x Aᵀ), the second with its leading dimensions as one. Hand the returned x, not the argument, to the layer."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Tap.apply(x, A, compute_dtype(x))  # type: ignore[return-value]
+    return x, _shrink(x, A, compute_dtype(x))
+
+
+def expand_add(
+    y: Float[Tensor, "*M N"], h: Float[Tensor, "M R"], B: Float[Tensor, "N R"], scale: float
+) -> Float[Tensor, "*M N"]:
+    """y + scale · h Bᵀ."""
+    return _expand_add(y, h, B, scale)

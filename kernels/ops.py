@@ -1,0 +1,7 @@
+"""The Triton backend: the functions of `lora_lite.reference`, by the same names and signatures."""
+
+from .dora import expand_add_rescale, row_norm
+from .lowrank import expand_add, shrink
+from .scale import scale
+
+__all__ = ["expand_add", "expand_add_rescale", "row_norm", "scale", "shrink"]

@@ -1,0 +1,175 @@
+"""Block shapes: one table a vendor, and the choice among its rows by timing them on the machine at hand.
+
+A launch is written as `run(config)`; `tuned` calls it with a row of the table. On a GPU the rows are timed once for
+each (kernel, dtype, widths, rank, bucket of M) and the fastest is kept for the process; LORA_LITE_AUTOTUNE=0 takes the
+first row instead, as the interpreter does. A shape keeps its row, and so its bits, for as long as the process lives.
+
+Every row compiles without spilling for every architecture of its vendor (`just kernels-report` shows it, a test asks
+for it). What bounds them: 255 registers a thread, 99 KiB of shared memory on sm_120, 64 KiB on gfx942.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows × cols is the tile of the token-sized tensors (of W for the row norm)."""
+
+    rows: int
+    cols: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a Triton launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+Rows = tuple[Config, ...]
+
+# (vendor, bytes an element) → kernel → most ranks in a block → rows, the first being the one to take untimed.
+TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
+    ("nvidia", 2): {
+        # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
+        "shrink": {
+            64: (Config(64, 128, 4, 3), Config(32, 128, 4, 3)),
+            128: (Config(32, 128, 4, 3),),
+            256: (Config(64, 64, 8, 2),),
+        },
+        # No loop over tokens, so nothing to pipeline: warps hide the latency.
+        "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
+        # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
+        # accumulator of dB allows.
+        "expand_backward": {
+            32: (Config(32, 512, 8), Config(32, 256, 8)),
+            64: (Config(32, 256, 8), Config(32, 128, 8)),
+            128: (Config(32, 128, 8),),
+            256: (Config(32, 64, 8),),
+        },
+        # As above with a second token-sized read and a write in flight.
+        "expand_backward_rescale": {
+            32: (Config(32, 256, 8), Config(32, 128, 8)),
+            64: (Config(32, 128, 8), Config(16, 256, 8)),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 64, 8, 1),),
+        },
+        "shrink_backward": {
+            64: (Config(64, 128, 8), Config(64, 64, 8)),
+            256: (Config(32, 64, 8, 1),),
+        },
+        # 16 rows a program: N = 4096 must still fill the chip.
+        "row_norm": {64: (Config(16, 64, 4), Config(16, 32, 8)), 256: (Config(16, 32, 8),)},
+        "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+        "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+    },
+    # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
+    ("nvidia", 4): {
+        "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
+        "expand": {256: (Config(32, 64, 8), Config(32, 32, 4))},
+        "expand_backward": {256: (Config(16, 32, 8, 1),)},
+        "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
+        "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
+        "row_norm": {64: (Config(16, 64, 4), Config(16, 32, 8)), 256: (Config(16, 32, 8),)},
+        "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+    },
+    # 64 lanes a warp and 64 KiB of shared memory: small tiles, and no pipelining through shared memory.
+    ("amd", 2): {
+        "shrink": {256: (Config(64, 64, 8),)},
+        "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
+        "expand_backward": {256: (Config(64, 64, 8, 1),)},
+        "expand_backward_rescale": {256: (Config(64, 64, 8, 1),)},
+        "shrink_backward": {256: (Config(64, 64, 8, 1),)},
+        "row_norm": {256: (Config(16, 32, 8),)},
+        "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+        "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+    },
+    ("amd", 4): {
+        "shrink": {256: (Config(32, 32, 8),)},
+        "expand": {256: (Config(32, 64, 8), Config(32, 32, 4))},
+        "expand_backward": {256: (Config(16, 32, 8, 1),)},
+        "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
+        "shrink_backward": {256: (Config(16, 16, 8, 1),)},
+        "row_norm": {256: (Config(16, 32, 8),)},
+        "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+    },
+}
+
+_forced: dict[str, Any] = {}
+_chosen: dict[tuple[Any, ...], Config] = {}
+
+
+@contextmanager
+def force(**choices: Any) -> Iterator[None]:
+    """For tests and reports: fix `config` (a Config), `architecture` ("gfx942") or `programs` (a number)."""
+    before = dict(_forced)
+    _forced.update(choices)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def architecture(t: Tensor) -> str:
+    """Of the device that holds t, such as "sm_90". The interpreter stands for that one."""
+    return _forced.get("architecture") or (_architecture(t.device.index) if t.is_cuda else "sm_90")
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs(t: Tensor) -> int:
+    """Programs that fill the device: one a multiprocessor. The interpreter stands for an H100."""
+    return _forced.get("programs") or (_processors(t.device.index) if t.is_cuda else 132)
+
+
+def candidates(kernel: str, architecture: str, itemsize: int, rank: int, M: int) -> Rows:
+    """The table's rows for a launch. No tile is taller than M tokens need."""
+    vendor = "amd" if architecture.startswith("gfx") else "nvidia"
+    table = TABLE[vendor, itemsize][kernel]
+    rows = table[min((most for most in table if rank <= most), default=max(table))]
+    tallest = max(16, triton.next_power_of_2(M))
+    return tuple(dict.fromkeys(replace(config, rows=min(config.rows, tallest)) for config in rows))
+
+
+def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:
+    """run(config) with the fastest row of the table for this kernel, and for x (M × …) and its launch's shape.
+
+    `shape` is the widths, then the rank (1 where there is none). Operators are functional, so that timing one by
+    running it is safe.
+    """
+    if "config" in _forced:
+        return run(_forced["config"])
+    rows = candidates(kernel, architecture(x), x.element_size(), shape[-1], M)
+    if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
+        return run(rows[0])
+    key = (kernel, x.device.index, x.dtype, *shape, triton.next_power_of_2(M))
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return run(rows[0])  # a graph's capture can't be timed
+        _chosen[key] = min(rows, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
+    return run(_chosen[key])
