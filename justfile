@@ -29,13 +29,13 @@ tables *args:
 qwen-probe *args:
     {{python}} bench/qwen_probe.py {{args}}
 
-# The tests.
+# The tests: the library's, then the kernels' in Triton's interpreter, a process a core. Exit 5: nothing selected.
 test *args:
     {{python}} -m pytest {{args}}
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto tests/kernels {{args}} || [ $? = 5 ]
 
 # The tests, and those that take over a minute.
-test-all *args:
-    {{python}} -m pytest -m "slow or not slow" {{args}}
+test-all *args: (test "-m '' " + args)
 
 # Lint, format check and types.
 lint:
@@ -51,6 +51,10 @@ format:
 # Time a training step with each variant beside PEFT's.
 bench-adapters *args:
     {{python}} bench/adapters.py {{args}}
+
+# Compile every kernel for six architectures and read registers, spills, shared memory, instructions. No GPU is needed.
+kernels-report *args:
+    {{python}} bench/kernels_report.py {{args}}
 
 # Build the wheel and the sdist into dist/ and check their metadata.
 build:

@@ -63,8 +63,8 @@ ARCHITECTURES = {
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, tuple[int, int, Callable[[], Any]]]:
-    """For each kernel of the table its tokens, its rank and a launch on tensors without storage."""
+def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, Callable[[], Any]]:
+    """For each kernel of the table a launch on tensors without storage."""
 
     def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -74,16 +74,14 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
     g, bias = t(N, dtype=f32), t(N)
     A32, B32 = t(R, K, dtype=f32), t(N, R, dtype=f32)
     return {
-        "shrink": (M, R, lambda: lowrank.launch_shrink(x, A, dtype)),
-        "expand": (M, R, lambda: lowrank.launch_expand(y, h, B, 0.5)),
-        "expand_backward": (M, R, lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True)),
-        "expand_backward_rescale": (
-            M, R, lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias)
-        ),
-        "shrink_backward": (M, R, lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True)),
-        "row_norm": (N, R, lambda: dora.launch_row_norm(W, A32, B32, B32, 0.5, g)),
-        "scale": (M, 1, lambda: scale.launch_scale(y, g)),
-        "scale_backward": (M, 1, lambda: scale.launch_scale_backward(y, y, g, True, True)),
+        "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
+        "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
+        "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
+        "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
+        "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
+        "row_norm": lambda: dora.launch_row_norm(W, A32, B32, B32, 0.5, g),
+        "scale": lambda: scale.launch_scale(y, g),
+        "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
     }  # fmt: skip
 
 
@@ -158,16 +156,18 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
         stores = _count(r"STG\.E\.(\w+\.)*(128|ENL2)", sass)
         dots = _count(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
         kind = next((name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", sass)), "FMA")
-        by_registers = 65536 // (32 * (registers + 7) // 8 * 8) // num_warps
+        reserved = 1024
+        by_registers = 65536 // (32 * ((registers + 7) // 8 * 8)) // num_warps
     else:
         text = program.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
         spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
-        loads = _count(r"(global|buffer)_load_dwordx4", text)
+        loads = _count(r"(global|buffer)_load_(lds_)?dwordx4", text)
         stores = _count(r"(global|buffer)_store_dwordx4", text)
         dots, kind = _count("v_mfma", text), "MFMA"
+        reserved = 0
         by_registers = 4 * min(8, 512 // ((registers + 7) // 8 * 8)) // num_warps
-    programs = min(by_registers, architecture.warps // num_warps, architecture.shared // (shared + 1024))
+    programs = min(by_registers, architecture.warps // num_warps, architecture.shared // max(shared + reserved, 1))
     return {
         "registers": registers,
         "spills": spills,
@@ -182,17 +182,14 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
 
 
 def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks: list[int], first_only: bool) -> Any:
-    """(architecture, dtype, kernel, rank, config) for every row that the tables can choose, each program once."""
+    """(architecture, dtype, kernel, rank, config) for every row that the tables can choose."""
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
         itemsize = getattr(torch, dtype).itemsize
         for kernel in kernels:
             if kernel.startswith("scale") and rank != ranks[0]:
                 continue
-            seen = {}
-            for M in (8192,) if first_only else (8192, 32, 16):
-                rows = tuning.candidates(kernel, name, itemsize, rank, M)
-                seen.update(dict.fromkeys(rows[:1] if first_only else rows))
-            for config in seen:
+            rows = tuning.candidates(kernel, name, itemsize, rank)
+            for config in rows[:1] if first_only else rows:
                 yield name, dtype, kernel, rank, config
 
 
@@ -200,7 +197,7 @@ def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
     """One row of the report."""
     name, dtype, kernel, rank, config = job
     with tuning.force(config=config, architecture=name):
-        launch, *_ = record(kernel_calls(getattr(torch, dtype), 8192, 4096, 4096, rank)[kernel][2])
+        launch, *_ = record(kernel_calls(getattr(torch, dtype), 8192, 4096, 4096, rank)[kernel])
     architecture = ARCHITECTURES[name]
     found = usage(compiled(launch, architecture.target), architecture, config.num_warps)
     return {

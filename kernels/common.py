@@ -90,5 +90,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: autocast's where that is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .common import block_of, device, inside, rows_of, small, tile
 from .lowrank import launch_expand, launch_expand_backward
@@ -82,7 +83,9 @@ def launch_row_norm(
 def _row_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
     A, B = small(A, torch.float32), small(B, torch.float32)
     with torch.autocast(W.device.type, enabled=False):
-        BG = B @ (A @ A.t())
+        # The Gram matrix's error goes into every row: add its K products in pieces, which rounds less.
+        pieces = pad(A, (0, -A.shape[1] % 128)).view(len(A), -1, 128).transpose(0, 1)
+        BG = B @ torch.bmm(pieces, pieces.mT).sum(0)
     return launch_row_norm(W, A, B, BG, scale, small(w_sq, torch.float32)).to(w_sq.dtype)
 
 
@@ -105,9 +108,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | N
 def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dB, dy_base, dg = launch_expand_backward(
-        rows_of(dy), h, g[:, None] * B, scale, True, True, rows_of(y), g, bias
-    )
+    dh, dB, dy_base, dg = launch_expand_backward(rows_of(dy), h, g[:, None] * B, scale, True, True, rows_of(y), g, bias)
     dg += (B * dB).sum(1)
     return dy_base.view(y.shape), dh, (g[:, None] * dB).to(B.dtype), dg.to(g.dtype)
 

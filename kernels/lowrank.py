@@ -203,6 +203,7 @@ def launch_expand(
     B = small(B, y.dtype)
     h = h.contiguous()
     out = y.new_empty(M, N)
+    inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
         return out
 
@@ -211,7 +212,7 @@ def launch_expand(
         with device(y):
             _expand_kernel[grid](
                 y, h, B, out, g, bias, scale, M, N, R, *y.stride(), HAS_G=g is not None, HAS_BIAS=bias is not None,
-                PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, 64 if y.element_size() == 2 else 16),
+                PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
         return out
@@ -225,7 +226,7 @@ def launch_expand_backward(
     B: Float[Tensor, "N R"],
     scale: float,
     needs_dh: bool,
-    needs_dB: bool,  # noqa: N803
+    needs_dB: bool,
     y: Float[Tensor, "M N"] | None = None,
     g: Float[Tensor, "N"] | None = None,
     bias: Float[Tensor, "N"] | None = None,
@@ -274,7 +275,7 @@ def launch_shrink_backward(
     x: Float[Tensor, "M K"],
     A: Float[Tensor, "R K"],
     needs_dx: bool,
-    needs_dA: bool,  # noqa: N803
+    needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dA): dx_base + dh A and dhᵀ x, the latter in float32. What is not needed is left empty."""
     (M, K), R = x.shape, len(A)
@@ -322,7 +323,12 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
 def _shrink_backward(
-    dx_base: Tensor | None, dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool  # noqa: N803
+    dx_base: Tensor | None,
+    dh: Tensor,
+    x: Tensor,
+    A: Tensor,
+    needs_dx: bool,
+    needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     base = None if dx_base is None else rows_of(dx_base)
     dx, dA = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA)
@@ -331,7 +337,12 @@ def _shrink_backward(
 
 @_shrink_backward.register_fake
 def _(
-    dx_base: Tensor | None, dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool  # noqa: N803
+    dx_base: Tensor | None,
+    dh: Tensor,
+    x: Tensor,
+    A: Tensor,
+    needs_dx: bool,
+    needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape if needs_dA else 0)
 
@@ -341,7 +352,7 @@ def _save_shrink(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: T
 
 
 def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    needs_dx, needs_dA = ctx.needs_input_grad[:2]  # noqa: N806
+    needs_dx, needs_dA = ctx.needs_input_grad[:2]
     dx, dA = _shrink_backward(None, dh, *ctx.saved_tensors, needs_dx, needs_dA)
     return dx if needs_dx else None, dA if needs_dA else None, None
 
@@ -375,7 +386,12 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("lora_lite::expand_add_backward", mutates_args=())
 def _expand_add_backward(
-    dy: Tensor, h: Tensor, B: Tensor, scale: float, needs_dh: bool, needs_dB: bool  # noqa: N803
+    dy: Tensor,
+    h: Tensor,
+    B: Tensor,
+    scale: float,
+    needs_dh: bool,
+    needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
     dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB)
     return dh, dB.to(B.dtype)
@@ -383,7 +399,12 @@ def _expand_add_backward(
 
 @_expand_add_backward.register_fake
 def _(
-    dy: Tensor, h: Tensor, B: Tensor, scale: float, needs_dh: bool, needs_dB: bool  # noqa: N803
+    dy: Tensor,
+    h: Tensor,
+    B: Tensor,
+    scale: float,
+    needs_dh: bool,
+    needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape if needs_dh else 0), B.new_empty(B.shape if needs_dB else 0)
 
@@ -394,7 +415,7 @@ def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], out
 
 
 def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    _, needs_dh, needs_dB, _ = ctx.needs_input_grad  # noqa: N806
+    _, needs_dh, needs_dB, _ = ctx.needs_input_grad
     if not (needs_dh or needs_dB):
         return dy, None, None, None
     dh, dB = _expand_add_backward(dy, *ctx.saved_tensors, ctx.scale, needs_dh, needs_dB)

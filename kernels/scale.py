@@ -69,9 +69,7 @@ def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "N"]) -> Float[Tensor
     def run(config: Config) -> Tensor:
         grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
         with device(t):
-            _scale_kernel[grid](
-                t, g, out, M, N, *t.stride(), BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch
-            )
+            _scale_kernel[grid](t, g, out, M, N, *t.stride(), BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch)
         return out
 
     return tuned("scale", run, t, M, N, 1)

@@ -11,7 +11,7 @@ for it). What bounds them: 255 registers a thread, 99 KiB of shared memory on sm
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(32, 64, 8, 1),),
         },
         # 16 rows a program: N = 4096 must still fill the chip.
-        "row_norm": {64: (Config(16, 64, 4), Config(16, 32, 8)), 256: (Config(16, 32, 8),)},
+        "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
@@ -81,7 +81,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
-        "row_norm": {64: (Config(16, 64, 4), Config(16, 32, 8)), 256: (Config(16, 32, 8),)},
+        "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
@@ -92,7 +92,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {256: (Config(64, 64, 8, 1),)},
         "shrink_backward": {256: (Config(64, 64, 8, 1),)},
-        "row_norm": {256: (Config(16, 32, 8),)},
+        "row_norm": {256: (Config(16, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
@@ -102,7 +102,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
-        "row_norm": {256: (Config(16, 32, 8),)},
+        "row_norm": {256: (Config(16, 64, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
@@ -147,13 +147,11 @@ def programs(t: Tensor) -> int:
     return _forced.get("programs") or (_processors(t.device.index) if t.is_cuda else 132)
 
 
-def candidates(kernel: str, architecture: str, itemsize: int, rank: int, M: int) -> Rows:
-    """The table's rows for a launch. No tile is taller than M tokens need."""
+def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows:
+    """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     table = TABLE[vendor, itemsize][kernel]
-    rows = table[min((most for most in table if rank <= most), default=max(table))]
-    tallest = max(16, triton.next_power_of_2(M))
-    return tuple(dict.fromkeys(replace(config, rows=min(config.rows, tallest)) for config in rows))
+    return table[min((most for most in table if rank <= most), default=max(table))]
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:
@@ -164,7 +162,7 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: in
     """
     if "config" in _forced:
         return run(_forced["config"])
-    rows = candidates(kernel, architecture(x), x.element_size(), shape[-1], M)
+    rows = candidates(kernel, architecture(x), x.element_size(), shape[-1])
     if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
         return run(rows[0])
     key = (kernel, x.device.index, x.dtype, *shape, triton.next_power_of_2(M))

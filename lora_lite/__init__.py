@@ -7,7 +7,14 @@ from .adapter import Attachment, attach, detach, disabled, parameters, state_dic
 from .calibration import InputPCA, MeanAbsProjection, Statistic
 from .checkpoint import load, save
 from .config import AdapterConfig
-from .errors import AttachError, CalibrationError, CheckpointError, ConfigError, LoraLiteError
+from .errors import (
+    AttachError,
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    KernelMismatchError,
+    LoraLiteError,
+)
 from .params import Params, ParamSpec
 from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
 from .variant import REGISTRY, Variant, register
@@ -19,6 +26,7 @@ from .variants.hra import HRAConfig
 from .variants.ia3 import IA3Config, IA3FFConfig
 from .variants.lora import LoRAConfig
 from .variants.pissa import PiSSAConfig
+from .verification import Comparison, verify
 
 try:
     __version__ = version("lora-lite")
@@ -33,6 +41,7 @@ __all__ = [
     "Attachment",
     "CalibrationError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "DeLoRAConfig",
     "DoRAConfig",
@@ -42,6 +51,7 @@ __all__ = [
     "IA3FFConfig",
     "InputLowRankAdd",
     "InputPCA",
+    "KernelMismatchError",
     "LoRAConfig",
     "LoraLiteError",
     "LowRankAdd",
@@ -63,4 +73,5 @@ __all__ = [
     "register",
     "save",
     "state_dict",
+    "verify",
 ]

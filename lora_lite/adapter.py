@@ -58,6 +58,10 @@ class Adapter(Params):
         primitive, carry, ops = self._running.pop()
         return primitive.on_output(y, carry, ops)
 
+    def in_force(self, x: Tensor) -> str:
+        """The backend that runs for this input."""
+        return select(self.backend, x.device, x.dtype)[1]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_running": []}  # a call that raised may have left what can't be copied
 

@@ -1,7 +1,8 @@
 """Which implementation of the token-space operations a layer runs. The only place that chooses."""
 
-import importlib.util
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -23,12 +24,10 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there are no kernels for {str(dtype).removeprefix('torch.')}"
     if device.type not in ("cpu", "cuda"):
         return f"the kernels don't run on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     if device.type == "cpu":
-        from .kernels import interpreter
-
-        if not interpreter.ACTIVE:
+        if not import_module("lora_lite.kernels.interpreter").ACTIVE:
             return "the layer is on a CPU; TRITON_INTERPRET=1, set before Python starts, runs kernels there, slowly"
     elif torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return "the kernels need compute capability 8.0 or later; this GPU has {}.{}".format(*capability)
@@ -67,6 +66,5 @@ def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[M
     reason = triton_unavailable(device, dtype)
     if reason is not None:
         return reference, "reference", reason
-    from .kernels import ops
-
+    ops = import_module("lora_lite.kernels.ops")  # here, so that lora_lite imports without Triton
     return ops, "triton", "requested" if requested == "triton" else f"the kernels run on {device.type}"

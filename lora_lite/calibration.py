@@ -138,11 +138,7 @@ def gather(
                 if isinstance(batch, Mapping):
                     attention_mask = batch.get("attention_mask")
                     mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
+                run_batch(model, batch)
                 sharing_settled, previous = True, None
     finally:
         for handle in handles:
@@ -158,6 +154,13 @@ def gather(
                 f"this rank; pass more or longer batches, or lower r"
             )
     return gathered
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: a dict of keyword arguments, a tuple or list of positional ones, or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 @contextmanager

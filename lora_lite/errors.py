@@ -19,3 +19,7 @@ class CalibrationError(LoraLiteError, ValueError):
 
 class CheckpointError(LoraLiteError, RuntimeError):
     """A file can't be written or read as an adapter for this model; model and files are as they were."""
+
+
+class KernelMismatchError(LoraLiteError, ArithmeticError):
+    """A backend's output or gradient is further from the float32 reference than rounding explains."""

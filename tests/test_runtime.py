@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +95,34 @@ def test_triton_that_falls_back_warns_once(monkeypatch: pytest.MonkeyPatch) -> N
     for name, why in attachment.backends().values():
         assert name == "reference"
         assert any("reference instead" in message and why in message for message in messages)
+
+
+FALL_BACK = """
+import sys, warnings
+if {blocked}:
+    sys.modules["triton"] = None
+import torch
+import lora_lite as ll
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    attachment = ll.attach(model, ll.LoRAConfig(r=2), backend="triton")
+    model(torch.randn(2, 8)).sum().backward()
+print(len([w for w in caught if "reference instead" in str(w.message)]), attachment.summary())
+assert "lora_lite.kernels.ops" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "why"), [(False, "TRITON_INTERPRET=1, set before Python starts"), (True, "Triton is not installed")]
+)
+def test_without_the_interpreter_or_without_triton(blocked: bool, why: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = FALL_BACK.format(blocked=blocked)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 "), done.stdout
+    assert why in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_summary_has_a_row_for_each_layer() -> None:

@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -86,6 +88,16 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
 MATRIX_VARIANTS = tuple(v for v in VARIANTS if not v.startswith("ia3"))
+
+
+def load_tests(name: str) -> ModuleType:
+    """A test module of tests/ by name, to run its tests elsewhere: the tests' folders are no packages."""
+    spec = importlib.util.spec_from_file_location(f"again_{name}", Path(__file__).parents[1] / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def smollm2_folder() -> Path | None:

@@ -1,0 +1,149 @@
+"""verify: does the backend in force compute, on a real batch, what the float32 reference computes?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from . import reference
+from .adapter import Adapter, require_attachment, unwrap
+from .calibration import run_batch
+from .errors import AttachError, KernelMismatchError
+from .quantized import dense_weight
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layer's row. Errors are relative norm errors against the float32 reference, by what they are errors of:
+    "output", "grad_input", and each trainable tensor's gradient under its name."""
+
+    layer: str
+    backend: str
+    errors: dict[str, float]
+    allowed: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """What is furthest beyond, or nearest to, what is allowed."""
+        return max(self.errors, key=lambda name: self.errors[name] / self.allowed[name])
+
+    @property
+    def excess(self) -> float:
+        """The worst error as a multiple of what is allowed for it."""
+        return self.errors[self.worst] / self.allowed[self.worst]
+
+    def __str__(self) -> str:
+        name = self.worst
+        return f"{self.layer} ({self.backend}): {name} {self.errors[name]:.1e}, allowed {self.allowed[name]:.1e}"
+
+
+def verify(model: nn.Module, batch: Any, *, rtol: float | None = None) -> list[Comparison]:
+    """Run `batch` forward and backward and compare every adapted layer with the float32 reference.
+
+    Each layer is run again by itself on the input and the output gradient that the batch gave it: with the backend in
+    force, with the PyTorch reference in the layer's own dtype, and with the reference in float32.
+
+    Args:
+        model: a model with an adapter attached. It is as it was afterwards, gradients included.
+        batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
+            one (pass labels), otherwise at the mean square of its first floating-point tensor.
+        rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, and
+            at least four roundings.
+
+    Returns:
+        One `Comparison` a call of an adapted layer, in the order in which they ran.
+
+    Raises:
+        AttachError: nothing is attached, or no adapted layer ran.
+        KernelMismatchError: a layer's error is larger than allowed; it names the worst one.
+    """
+    attachment = require_attachment(unwrap(model))
+    calls = _record(model, batch, attachment.targets)
+    if not calls:
+        raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
+    rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
+    wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
+    if wrong:
+        worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
+        raise KernelMismatchError(
+            f"{len(wrong)} of {len(rows)} layers differ from the float32 reference by more than rounding; the worst: "
+            f'{worst}. attach(..., backend="reference") avoids the kernels'
+        )
+    return rows
+
+
+def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[Target, Tensor, Tensor]]:
+    """For each call of an adapted layer its input and the gradient of its output."""
+    seen: list[tuple[Target, Tensor]] = []
+    outputs: list[Tensor] = []
+
+    def before(target: Target) -> Callable[..., None]:
+        return lambda module, args, kwargs: seen.append((target, (args[0] if args else kwargs["input"]).detach()))
+
+    def after(module: nn.Module, args: Any, y: Tensor) -> None:
+        outputs.append(y)
+
+    handles = []
+    for target in targets:
+        handles.append(target.layer.register_forward_pre_hook(before(target), with_kwargs=True, prepend=True))
+        handles.append(target.layer.register_forward_hook(after))
+    try:
+        with torch.enable_grad():
+            loss = _loss(run_batch(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    grads = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
+    return [
+        (target, x, torch.zeros_like(y) if dy is None else dy)
+        for (target, x), y, dy in zip(seen, outputs, grads, strict=True)
+    ]
+
+
+def _loss(output: Any) -> Tensor:
+    if isinstance(loss := getattr(output, "loss", None), Tensor):
+        return loss
+    tensors = [output] if isinstance(output, Tensor) else list(output.values() if hasattr(output, "values") else output)
+    return next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()).float().square().mean()
+
+
+def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: float | None) -> Comparison:
+    layer: Any = target.layer
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def base(x: Tensor) -> Tensor:
+        return linear(x, dense_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    def by_reference(x: Tensor) -> Tensor:
+        primitive = adapter.variant.primitive(adapter, layer, adapter.cfg)
+        x, carry = primitive.on_input(x, reference)
+        return primitive.on_output(base(x), carry, reference)
+
+    want = _results(adapter, by_reference, x.to(wide), dy)
+    plain = _results(adapter, by_reference, x, dy)
+    got = _results(adapter, layer, x, dy)
+    roundings = 4 * torch.finfo(x.dtype).eps / 2
+    errors = {name: _error(got[name], want[name]) for name in want}
+    allowed = {name: rtol or max(2 * _error(plain[name], want[name]), roundings) for name in want}
+    return Comparison(target.name, adapter.in_force(x), errors, allowed)
+
+
+def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of the input and of each trainable tensor."""
+    trainable = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = run(x)
+        grads = torch.autograd.grad(y, [x, *trainable.values()], dy.to(y.dtype))
+    return {"output": y.detach(), "grad_input": grads[0], **dict(zip(trainable, grads[1:], strict=True))}
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖; 0 where both are zero."""
+    got, want = got.double(), want.double()
+    difference, size = (got - want).norm().item(), want.norm().item()
+    return difference / size if size else (0.0 if difference == 0 else float("inf"))

@@ -1,0 +1,112 @@
+"""What the compilers make of the kernels: no spills, no overflow, tensor cores, wide accesses.
+
+The whole of it, every row of the block tables on six architectures, is bench/results/kernels_report.json (`just
+kernels-report`, minutes); here that file is held to be of this code and clean, and a part of it is compiled anew.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return json.loads((BENCH / "results" / "kernels_report.json").read_text())
+
+
+def in_bench(code: str) -> Any:
+    """The value that `code` prints as JSON, run beside kernels_report with kernels that can be compiled."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, kernels_report as k\n{code}"],
+        cwd=BENCH,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_report_is_of_this_code(report: dict[str, Any]) -> None:
+    assert report["fingerprint"] == in_bench("print(json.dumps(k.fingerprint()))"), "run: just kernels-report"
+
+
+def test_report_has_every_row_of_the_tables(report: dict[str, Any]) -> None:
+    keys = ("architecture", "dtype", "kernel", "rank", "rows", "cols", "num_warps", "num_stages")
+    wanted = in_bench(
+        "s = k.Settings()\n"
+        "work = k.jobs(list(s.architectures), list(s.dtypes), list(s.kernels), list(s.ranks), False)\n"
+        "print(json.dumps([[*job[:4], *k.asdict(job[4]).values()] for job in work]))"
+    )
+    assert [[row[key] for key in keys] for row in report["rows"]] == wanted
+    assert {row["architecture"] for row in report["rows"]} == set(ARCHITECTURES)
+    assert {row["rank"] for row in report["rows"]} == {16, 32, 64, 128, 256}
+
+
+def test_nothing_spills_or_overflows(report: dict[str, Any]) -> None:
+    assert [row for row in report["rows"] if row["spills"] or row["overflows"]] == []
+    assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in report["rows"])
+
+
+def test_dots_run_on_tensor_cores(report: dict[str, Any]) -> None:
+    """Hopper's HGMMA takes 64 rows an instruction; smaller tiles take HMMA. float32 multiplies exactly, on FMA units,
+    but for the row norm's three TF32 products and AMD's, whose matrix cores take float32."""
+    for row in report["rows"]:
+        if row["kernel"].startswith("scale"):
+            assert row["dots"] == 0
+        elif row["dtype"] == "bfloat16" or row["kernel"] == "row_norm" or row["architecture"].startswith("gfx"):
+            assert row["dots"] > 0, row
+            kinds = {"MFMA"} if row["architecture"].startswith("gfx") else {"HMMA", "HGMMA", "UTCHMMA"}
+            assert row["dot_kind"] in kinds, row
+    assert any(row["dot_kind"] == "HGMMA" for row in report["rows"])
+
+
+def test_accesses_are_wide(report: dict[str, Any]) -> None:
+    """128 bits a thread. On gfx942, `expand` and `shrink_backward` store straight from the matrix cores' registers,
+    64 bits at a time: the compiler prefers that to a trip through shared memory."""
+    stores = {"expand", "expand_backward_rescale", "shrink_backward", "scale", "scale_backward"}
+    for row in report["rows"]:
+        if row["dtype"] == "bfloat16":
+            assert row["loads_128"] > 0, row
+            narrow = row["architecture"] == "gfx942" and row["kernel"] in ("expand", "shrink_backward")
+            assert (row["stores_128"] > 0) or row["kernel"] not in stores or narrow, row
+
+
+def compiled_anew(*options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "kernels_report.py", "--no-save", "--first-only", "--dtypes", "bfloat16", *options],
+        cwd=BENCH,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_here(architecture: str) -> None:
+    """Every kernel at r=32 with the row that is taken untimed."""
+    done = compiled_anew("--ranks", "32", "--architectures", architecture)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 kernels, compiled" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("job", "spills", "overflows"),
+    [
+        ("'expand_backward', 128, k.tuning.Config(32, 256, 8)", True, False),
+        ("'shrink', 256, k.tuning.Config(64, 128, 4, 3)", False, True),
+    ],
+)
+def test_a_bad_row_is_noticed(job: str, spills: bool, overflows: bool) -> None:
+    """Tiles that no thread's registers, or no multiprocessor's shared memory, hold."""
+    found = in_bench(f"print(json.dumps(k.examine(('sm_90', 'bfloat16', {job}))))")
+    assert (found["spills"] > 0, found["overflows"]) == (spills, overflows)

@@ -1,0 +1,37 @@
+"""The runtime's and PEFT's tests once more, with every layer on the kernels.
+
+Under TRITON_INTERPRET=1 `backend="auto"` takes the kernels on a CPU, so the tests need no change: torch.compile without
+graph breaks, both kinds of checkpointing, autocast, no_grad and inference_mode, generation with a cache, conversion
+after attach, copies and pickles, strided inputs, and PEFT's outputs and gradients for the same weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import launches
+import pytest
+from models import load_tests
+
+runtime, against_peft = load_tests("test_runtime"), load_tests("test_peft")
+
+test_compile = runtime.test_compile
+test_checkpointing = runtime.test_checkpointing
+test_checkpointing_of_a_transformer = runtime.test_checkpointing_of_a_transformer
+test_autocast = runtime.test_autocast
+test_inference = runtime.test_inference
+test_generation_with_a_cache = runtime.test_generation_with_a_cache
+test_model_converted_after_attach = runtime.test_model_converted_after_attach
+test_low_precision_base = runtime.test_low_precision_base
+test_copies_are_independent = runtime.test_copies_are_independent
+test_any_leading_shape = runtime.test_any_leading_shape
+test_strided_input = runtime.test_strided_input
+test_disabled_is_the_base_model = runtime.test_disabled_is_the_base_model
+test_same_weights_same_outputs_and_gradients = against_peft.test_same_weights_same_outputs_and_gradients
+
+
+@pytest.fixture(autouse=True)
+def _on_the_kernels(request: Any) -> Iterator[None]:
+    """A test that fell back to the reference would prove nothing; float64 has no kernels, and no tokens need none."""
+    with launches.counted() as launched:
+        yield
+    assert launched or "float64" in request.node.name or "(0, " in request.node.name, "no kernel ran"

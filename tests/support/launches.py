@@ -1,0 +1,149 @@
+"""Watches kernels run in Triton's interpreter: what each launch reads and writes, in which order, and where.
+
+`watch` runs the programs of every launch in a random order, counts the elements that each tensor argument has read
+from and written to it, and raises where a program touches memory that is not an argument's, or where two stores of
+one launch meet at one address: on a GPU, where programs run at once, that would be a race.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+
+@dataclass
+class Launch:
+    """One launch: elements read and written, by the name of the kernel's argument."""
+
+    kernel: str
+    tensors: dict[str, Tensor]  # held, so that no later tensor takes their addresses
+    reads: dict[str, int] = field(default_factory=dict)
+    writes: dict[str, int] = field(default_factory=dict)
+    programs: int = 0
+
+    def passes(self) -> dict[str, tuple[float, float]]:
+        """(reads, writes) of each tensor as multiples of its size."""
+        return {
+            name: (self.reads.get(name, 0) / t.numel(), self.writes.get(name, 0) / t.numel())
+            for name, t in self.tensors.items()
+            if t.numel()
+        }
+
+
+def _elements(t: Tensor) -> np.ndarray:
+    """The address of each element."""
+    offsets = torch.zeros(t.shape, dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        offsets += (torch.arange(size) * stride).view(-1, *[1] * (t.ndim - dim - 1))
+    return np.unique(t.data_ptr() + offsets.numpy().ravel() * t.element_size())
+
+
+class _Watcher:
+    def __init__(self, seed: int) -> None:
+        self.launches: list[Launch] = []
+        self.random = random.Random(seed)
+        self.order: list[int] = []
+        self.grid = (1, 1, 1)
+        self.touched: dict[str, list[np.ndarray]] = {}
+
+    def begin(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.launches.append(Launch(name, tensors))
+        self.touched = {"reads": [], "writes": []}
+
+    def touch(self, kind: str, addresses: Any, mask: Any) -> None:
+        addresses, mask = np.broadcast_arrays(addresses.data, mask.data)
+        self.touched[kind].append(addresses[mask])
+
+    def end(self) -> None:
+        launch = self.launches[-1]
+        launch.programs = int(np.prod(self.grid))
+        elements = {name: _elements(t) for name, t in launch.tensors.items() if t.numel()}
+        for kind, lists in self.touched.items():
+            addresses, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *lists]), return_counts=True)
+            addresses = addresses.astype(np.int64)
+            if kind == "writes" and (counts > 1).any():
+                raise AssertionError(f"{launch.kernel}: {int((counts > 1).sum())} addresses are stored to twice")
+            for name, of_tensor in elements.items():
+                mine = np.isin(addresses, of_tensor, assume_unique=True)
+                getattr(launch, kind)[name] = int(counts[mine].sum())
+                addresses, counts = addresses[~mine], counts[~mine]
+            if len(addresses):
+                raise AssertionError(f"{launch.kernel}: {kind} {len(addresses)} addresses that belong to no argument")
+
+    def set_grid(self, *grid: int) -> None:
+        self.grid = grid
+        self.order = list(range(int(np.prod(grid))))
+        self.random.shuffle(self.order)
+
+    def program(self, x: int, y: int, z: int) -> tuple[int, int, int]:
+        index = self.order[(x * self.grid[1] + y) * self.grid[2] + z]
+        return tuple(int(i) for i in np.unravel_index(index, self.grid))  # type: ignore[return-value]
+
+
+@contextmanager
+def watch(seed: int = 0) -> Iterator[list[Launch]]:
+    """The launches made within the context, programs shuffled by `seed`."""
+    watcher = _Watcher(seed)
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    run, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        watcher.begin(self.fn.__name__, {name: t for name, t in named.items() if isinstance(t, Tensor)})
+        run(self, *args, **kwargs)
+        watcher.end()
+
+    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        watcher.touch("reads", ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        watcher.touch("writes", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    def grid_dim(self: Any, *grid: int) -> None:
+        watcher.set_grid(*grid)
+        set_dim(self, *grid)
+
+    with (
+        mock.patch.object(executor, "__call__", launched),
+        mock.patch.object(builder, "create_masked_load", loaded),
+        mock.patch.object(builder, "create_masked_store", stored),
+        mock.patch.object(builder, "set_grid_dim", grid_dim),
+        mock.patch.object(builder, "set_grid_idx", lambda self, *at: set_idx(self, *watcher.program(*at))),
+    ):
+        yield watcher.launches
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The names of the kernels launched within the context; nothing else is watched, so that it is quick."""
+    names: list[str] = []
+    run = interpreter.GridExecutor.__call__
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(self.fn.__name__)
+        run(self, *args, **kwargs)
+
+    with mock.patch.object(interpreter.GridExecutor, "__call__", launched):
+        yield names
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every tensor that is allocated without values starts as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

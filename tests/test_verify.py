@@ -1,0 +1,73 @@
+"""`verify` apart from the kernels: what it leaves behind, what it accepts, what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import VARIANTS, attach, llama, randomize, snapshot, token_ids
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reference_is_within_rounding(variant: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = llama().to(dtype)
+        attachment = attach(model, variant)
+        randomize(model, by=0.2)
+        rows = ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()})
+        assert sorted(row.layer for row in rows) == sorted(attachment.adapters)
+        for row in rows:
+            adapter = attachment.adapters[row.layer]
+            trainable = {name for name, p in adapter.named_parameters() if p.requires_grad}
+            assert set(row.errors) == {"output", "grad_input"} | trainable
+            assert row.excess <= 1
+            assert row.layer in str(row)
+
+
+def test_nothing_is_left_behind() -> None:
+    model: Any = llama()
+    attach(model, "lora")
+    for p in ll.parameters(model):
+        p.grad = torch.ones_like(p)
+    before = snapshot(model)
+    ll.verify(model, token_ids())
+    after = snapshot(model)
+    assert before.keys() == after.keys()
+    assert before["hooks"] == after["hooks"]
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in ll.parameters(model))
+
+
+class Twice(nn.Module):
+    """One layer that runs twice, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[str, Tensor]:
+        return "a label", self.q_proj(torch.tanh(self.q_proj(x * scale)))
+
+
+@pytest.mark.parametrize("batch", [torch.randn(3, 8), (torch.randn(3, 8), 2.0), {"x": torch.randn(3, 8)}])
+def test_batches(batch: Any) -> None:
+    model = Twice()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    assert [row.layer for row in ll.verify(model, batch)] == ["q_proj", "q_proj"]
+
+
+def test_refuses() -> None:
+    with pytest.raises(ll.AttachError, match="no adapter is attached"):
+        ll.verify(llama(), token_ids())
+    model = Twice()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("k_proj",)))
+    with pytest.raises(ll.AttachError, match="ran none of the adapted layers"):
+        ll.verify(model, torch.randn(3, 8))
+
+
+def test_a_wrong_variant_of_the_users_own_is_not_its_business() -> None:
+    """verify compares backends: both run the variant as it is written."""
+    model = Twice()
+    ll.attach(model, ll.LoRAConfig(r=2, alpha=123.0))
+    assert ll.verify(model, torch.randn(3, 8))
