@@ -72,12 +72,12 @@ def _expand_kernel(
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, M, N)
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
         h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
-        acc = tl.dot(h_tile.to(B_tile.dtype), tl.trans(B_tile), acc, input_precision=PRECISION)
+        acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
     if HAS_G:
         gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
@@ -85,7 +85,7 @@ def _expand_kernel(
             y_tile = (y_tile - b) * gain + b
         else:
             y_tile *= gain
-    tl.store(tile(out, rows, cols, N, 1), y_tile + scale * acc, mask=here)
+    tl.store(tile(out, rows, cols, N, 1), y_tile + scale * tl.trans(acc), mask=here)
 
 
 @triton.jit
@@ -152,7 +152,8 @@ def _shrink_backward_kernel(
             x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(A_tile.dtype)
             dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
         if NEEDS_DX:
-            dx_tile = tl.dot(dh_tile, A_tile, input_precision=PRECISION)
+            # As (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
+            dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
             if HAS_BASE:
                 dx_tile += tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
