@@ -34,7 +34,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_lite.kernels import common, dora, lowrank, scale, tuning
+from lora_lite.kernels import common, lowrank, row_norm, scale, tuning
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
 
@@ -60,7 +60,9 @@ ARCHITECTURES = {
     "gfx950": Architecture(GPUTarget("hip", "gfx950", 64), 160 << 10, 160 << 10, 32),
 }
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8"
+}  # fmt: skip
 
 
 def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, Callable[[], Any]]:
@@ -73,16 +75,24 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
     x, y, h, A, B, W = t(M, K), t(M, N), t(M, R), t(R, K), t(N, R), t(N, K)
     g, bias = t(N, dtype=f32), t(N)
     A32, B32 = t(R, K, dtype=f32), t(N, R, dtype=f32)
+    packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
         "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
         "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
         "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
         "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
-        "row_norm": lambda: dora.launch_row_norm(W, A32, B32, B32, 0.5, g),
+        "row_norm": lambda: row_norm.launch_row_norm(W, None, A32, B32, B32, 0.5, g),
+        "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A32, B32, B32, 0.5, g),
+        "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
+            packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A32, B32, B32, 0.5, g
+        ),
         "scale": lambda: scale.launch_scale(y, g),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
     }  # fmt: skip
+
+
+QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,7 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
         itemsize = getattr(torch, dtype).itemsize
         for kernel in kernels:
-            if kernel.startswith("scale") and rank != ranks[0]:
+            if (kernel.startswith("scale") and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
             rows = tuning.candidates(kernel, name, itemsize, rank)
             for config in rows[:1] if first_only else rows:
@@ -209,7 +219,7 @@ def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
     parts = [repr(tuning.TABLE)]
-    for module in (common, lowrank, dora, scale):
+    for module in (common, lowrank, row_norm, scale):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
@@ -234,7 +244,7 @@ class Settings:
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """float16 takes bfloat16's rows and the same instructions."""
-    kernels: tuple[str, ...] = tuple(tuning.TABLE["nvidia", 2])
+    kernels: tuple[str, ...] = tuple(tuning.TABLE["nvidia", 4])
     ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
     first_only: bool = False
     """Only the row of the table that is taken untimed."""

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Config:
-    """rows × cols is the tile of the token-sized tensors (of W for the row norm)."""
+    """rows × cols is the tile of the token-sized tensors; of W, in its own elements or bytes, for the row norms."""
 
     rows: int
     cols: int
@@ -82,6 +82,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {64: (Config(32, 32, 8),), 256: (Config(16, 16, 8),)},
         "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
+        "row_norm_int8": {128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
+        "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
@@ -103,6 +105,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
         "row_norm": {256: (Config(16, 64, 8, 1),)},
+        "row_norm_int8": {256: (Config(16, 64, 8, 1),)},
+        "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },

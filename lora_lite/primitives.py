@@ -47,7 +47,7 @@ class LowRankAddRescale(Primitive):
     B: Float[Tensor, "N R"]
     scale: float
     m: Float[Tensor, "N"]
-    W: Float[Tensor, "N K"]
+    W: Any  # N×K as stored: a tensor, or a quantised weight of `lora_lite.quantized`
     w_sq: Float[Tensor, "N"]
     bias: Float[Tensor, "N"] | None
 

@@ -1,12 +1,95 @@
-"""The dense weight of a base layer, whatever it is stored as. The weight itself is never changed."""
+"""A base layer's weight, whatever it is stored as: as it is, or made dense. The weight itself is never changed."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from .errors import AttachError
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """bitsandbytes' 8-bit weight: factor ∘ values, with a factor for each row."""
+
+    kind: ClassVar[str] = "int8"
+    values: Int8[Tensor, "N K"]
+    factor: Float[Tensor, "N"]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
+        """In `dtype`; float32 where that is None."""
+        return (self.values.float() * self.factor.unsqueeze(1)).to(dtype or torch.float32)
+
+
+@dataclass(frozen=True)
+class FourBitWeight:
+    """bitsandbytes' 4-bit weight (NF4, FP4): two weights a byte, each code[half byte] · absmax of its block."""
+
+    kind: ClassVar[str] = "4bit"
+    packed: UInt8[Tensor, "half 1"]
+    state: Any
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What a weight is rounded to."""
+        return self.state.dtype
+
+    @property
+    def code(self) -> Float[Tensor, "16"]:
+        return self.state.code
+
+    @property
+    def absmax(self) -> Tensor:
+        """A block's largest size: float32, or where it is itself quantised a byte."""
+        return self.state.absmax
+
+    @property
+    def nested(self) -> list[Tensor]:
+        """Of a quantised absmax its code, its own absmax, and its offset; empty where it is not quantised."""
+        state = self.state
+        return [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
+
+    @property
+    def blocks(self) -> list[int]:
+        """How many weights share an absmax, and how many absmaxes share one of theirs."""
+        return [self.state.blocksize, self.state.state2.blocksize if self.state.nested else 1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
+        """In `dtype`; as it is dequantised where that is None."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense = dequantize_4bit(self.packed, self.state)
+        return dense.to(dtype or dense.dtype).view(self.shape)
+
+
+def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
+    """`layer.weight` as it is stored, without a copy.
+
+    Raises:
+        AttachError: the weight is on the meta device, or of a kind that can't be read.
+    """
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features)
+    kind = type(weight).__name__
+    if weight.device.type == "meta":
+        raise AttachError(
+            "its weight is on the meta device and holds no values; load the model's weights before attach"
+        )
+    if weight.is_floating_point() and tuple(weight.shape) == shape:
+        return weight.detach()
+    if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
+        return FourBitWeight(weight.data, weight.quant_state, shape)
+    if kind == "Int8Params":
+        row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return Int8Weight(weight.data, row_absmax.float() / 127)
+    raise AttachError(
+        f"its weight is a {kind} of dtype {weight.dtype} and shape {tuple(weight.shape)}, which this variant can't "
+        "read; use a floating-point weight, bitsandbytes 4-bit or 8-bit, or a variant that needs no weight "
+        "(lora, ia3, ia3_ff, hra)"
+    )
 
 
 def dense_weight(layer: Any, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
@@ -20,25 +103,5 @@ def dense_weight(layer: Any, dtype: torch.dtype | None = None) -> Float[Tensor, 
     Raises:
         AttachError: the weight is on the meta device, or of a kind that can't be read.
     """
-    weight = layer.weight
-    shape = (layer.out_features, layer.in_features)
-    kind = type(weight).__name__
-    if weight.device.type == "meta":
-        raise AttachError(
-            "its weight is on the meta device and holds no values; load the model's weights before attach"
-        )
-    if weight.is_floating_point() and tuple(weight.shape) == shape:
-        return weight.detach().to(dtype or weight.dtype)
-    if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        dense = dequantize_4bit(weight.data, weight.quant_state)
-        return dense.to(dtype or dense.dtype).view(shape)
-    if kind == "Int8Params":
-        row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return (weight.data.float() * (row_absmax.float().unsqueeze(1) / 127)).to(dtype or torch.float32)
-    raise AttachError(
-        f"its weight is a {kind} of dtype {weight.dtype} and shape {tuple(weight.shape)}, which this variant can't "
-        "read; use a floating-point weight, bitsandbytes 4-bit or 8-bit, or a variant that needs no weight "
-        "(lora, ia3, ia3_ff, hra)"
-    )
+    weight = stored_weight(layer)
+    return weight.to(dtype or weight.dtype) if isinstance(weight, Tensor) else weight.dense(dtype)

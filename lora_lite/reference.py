@@ -82,7 +82,7 @@ def scale(t: Float[Tensor, "*M D"], g: Float[Tensor, "D"]) -> Float[Tensor, "*M 
 
 
 def row_norm(
-    W: Float[Tensor, "N K"],
+    W: Any,
     A: Float[Tensor, "R K"],
     B: Float[Tensor, "N R"],
     scale: float,
@@ -91,8 +91,10 @@ def row_norm(
     """‖W + scale·B A‖ of each row, from ‖W‖² (w_sq), W Aᵀ and the Gram matrix A Aᵀ: B A is never built.
 
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ)·b. Not differentiable: DoRA holds the norm constant (§4.3).
+    W is N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
     """
     with torch.no_grad():
+        W = W if isinstance(W, Tensor) else W.dense()
         A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
         cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])
         norm_sq = w_sq + ((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))).mul_(B).sum(1)

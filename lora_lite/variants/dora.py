@@ -14,7 +14,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAddRescale
-from ..quantized import dense_weight
+from ..quantized import dense_weight, stored_weight
 from ..variant import Variant, register
 from ._checks import check_rank
 
@@ -51,5 +51,5 @@ class DoRA(Variant):
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAddRescale:
-        W, bias = dense_weight(layer), getattr(layer, "bias", None)
+        W, bias = stored_weight(layer), getattr(layer, "bias", None)
         return LowRankAddRescale(p.lora_A, p.lora_B, cfg.alpha / cfg.r, p.lora_m, W, p.lora_w_sq, bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite.kernels import dora, lowrank, ops, scale, tuning
+from lora_lite.kernels import dora, lowrank, ops, row_norm, scale, tuning
 
 M, K, N, R = 200, 260, 300, 20
 SMALL = tuning.Config(32, 64)
@@ -63,7 +63,7 @@ def test_dora() -> None:
     backward = main_launch(lambda: lowrank.launch_expand_backward(tensor(M, N), h, B, 0.7, True, True, y, g, bias))
     assert passes(backward, "dy", "y", "dy_base") == {"dy": (1, 0), "y": (1, 0), "dy_base": (0, 1)}
     W, A, B = tensor(N, K), torch.randn(R, K), torch.randn(N, R)
-    norm = main_launch(lambda: dora.launch_row_norm(W, A, B, B, 0.7, g))
+    norm = main_launch(lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.7, g))
     assert passes(norm, "W", "norm") == {"W": (1, 0), "norm": (0, 1)}
     assert all(t.numel() < W.numel() for name, t in norm.tensors.items() if name != "W"), "an N×K temporary"
 
@@ -155,7 +155,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
             *lowrank.launch_shrink_backward(t["base"], h, t["x"], A, True, True),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
-            dora.launch_row_norm(t["x"], A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),
+            row_norm.launch_row_norm(t["x"], None, A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),
         ]
 
     for got, want in zip(everything(far), everything(near), strict=True):
@@ -175,7 +175,7 @@ def test_operators_are_what_they_claim() -> None:
     check(dora._expand_add_rescale, (y, h, B, 0.7, g, None))
     check(scale._scale, (y, g))
     x, y, h, A, B, g = (t.detach() for t in (x, y, h, A, B, g))
-    check(dora._row_norm, (W, A, B, 0.7, torch.rand(10)))
+    check(row_norm._row_norm, (W, None, A, B, 0.7, torch.rand(10)))
     check(lowrank._shrink_backward, (x, h, x, A, True, True))
     check(lowrank._shrink_backward, (None, h, x, A, False, True))
     check(lowrank._expand_add_backward, (y, h, B, 0.7, True, False))

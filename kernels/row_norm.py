@@ -1,0 +1,233 @@
+"""‖W + scale · B A‖ of each row, from which DoRA's g comes, for W as it is stored: dense, int8 or 4 bit.
+
+N out_features, K in_features, R rank. W is read once and nothing of its size is written: a row's squared norm is
+‖w‖² + 2·scale · b·(A w) + scale² · b·(A Aᵀ)·b with ‖w‖² known. float32 throughout, quantised weights included: they
+turn into numbers in registers, as bitsandbytes defines them.
+
+    row_norm        reads W  (N×K; int8 with a factor a row)
+    row_norm_4bit   reads W  (N×K/2 bytes), with an absmax a block of weights, itself quantised or not
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .common import block_of, device, inside, small, tile
+from .tuning import Config, architecture, tuned
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _beyond_w(cross, B, BG, rows, ranks, N, R, scale):
+    """What these ranks add to ‖w‖²; cross is W Aᵀ and BG is B (A Aᵀ)."""
+    here = inside(rows, ranks, N, R)
+    B_tile = tl.load(tile(B, rows, ranks, R, 1), mask=here, other=0.0)
+    BG_tile = tl.load(tile(BG, rows, ranks, R, 1), mask=here, other=0.0)
+    return tl.sum(scale * B_tile * (2 * cross + scale * BG_tile), 1)
+
+
+@triton.jit
+def _row_norm_kernel(
+    W, factor, A, B, BG, w_sq, norm, scale,
+    N, K, R, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program i: the rows of block i. W is read once for every BLOCK_R ranks. `factor` scales rows of int8."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    norm_sq = tl.load(w_sq + rows, mask=rows < N, other=0.0)
+    for first in range(0, R, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        cross = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            cols = start + tl.arange(0, BLOCK_K)
+            W_tile = tl.load(tile(W, rows, cols, stride_wn, stride_wk), mask=inside(rows, cols, N, K), other=0)
+            A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+            cross = tl.dot(W_tile.to(tl.float32), tl.trans(A_tile), cross, input_precision=PRECISION)
+        if factor is not None:
+            cross *= tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
+        norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
+    tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
+
+
+@triton.jit
+def _row_norm_4bit_kernel(
+    W, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale,
+    N, K, R,
+    DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ABSMAXES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Program i: the rows of block i, BLOCK_K bytes of them at a time. Byte k of a row holds weight 2k in its high half
+    and 2k + 1 in its low one; each is code[half] · absmax of its block of WEIGHTS, rounded to DTYPE. With
+    `absmax_code` an absmax is itself a byte: absmax_code[byte] · absmax_absmax of its block of ABSMAXES + offset."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    norm_sq = tl.load(w_sq + rows, mask=rows < N, other=0.0)
+    for first in range(0, R, BLOCK_R):
+        ranks = first + tl.arange(0, BLOCK_R)
+        cross = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for start in range(0, K // 2, BLOCK_K):
+            pairs = start + tl.arange(0, BLOCK_K)
+            here = inside(rows, pairs, N, K // 2)
+            packed = tl.load(tile(W, rows, pairs, K // 2, 1), mask=here, other=0).to(tl.int32)
+            block = tile(0, rows, 2 * pairs, K, 1) // WEIGHTS
+            size = tl.load(absmax + block, mask=here, other=0)
+            if absmax_code is not None:
+                size = tl.load(absmax_code + size.to(tl.int32))
+                size *= tl.load(absmax_absmax + block // ABSMAXES, mask=here, other=0.0)
+                size += tl.load(absmax_offset)
+            high = (tl.load(code + (packed >> 4)) * size).to(DTYPE).to(tl.float32)
+            low = (tl.load(code + (packed & 15)) * size).to(DTYPE).to(tl.float32)
+            real = inside(ranks, pairs, R, K // 2)  # zeros here cancel whatever the weights beyond W's edge are
+            even = tl.load(tile(A, ranks, 2 * pairs, K, 1), mask=real, other=0.0)
+            odd = tl.load(tile(A, ranks, 2 * pairs + 1, K, 1), mask=real, other=0.0)
+            cross = tl.dot(high, tl.trans(even), cross, input_precision=PRECISION)
+            cross = tl.dot(low, tl.trans(odd), cross, input_precision=PRECISION)
+        norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
+    tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def full_precision(t: Tensor) -> str:
+    """Three TF32 products are float32 to the last bits on NVIDIA's tensor cores; AMD's take float32 itself."""
+    return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
+
+
+def launch_row_norm(
+    W: Float[Tensor, "N K"],
+    factor: Float[Tensor, "N"] | None,
+    A: Float[Tensor, "R K"],
+    B: Float[Tensor, "N R"],
+    BG: Float[Tensor, "N R"],
+    scale: float,
+    w_sq: Float[Tensor, "N"],
+) -> Float[Tensor, "N"]:
+    """Of a dense W, or of factor ∘ W with W in int8. All but W are float32 and contiguous."""
+    (N, K), R = W.shape, len(A)
+    norm = torch.empty_like(w_sq)
+
+    def run(config: Config) -> Tensor:
+        with device(W):
+            _row_norm_kernel[(triton.cdiv(N, config.rows),)](
+                W, factor, A, B, BG, w_sq, norm, scale, N, K, R, *W.stride(), PRECISION=full_precision(W),
+                BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
+            )  # fmt: skip
+        return norm
+
+    if factor is None:
+        return tuned("row_norm", run, W, N, K, R)
+    return tuned("row_norm_int8", run, A, N, K, R)
+
+
+def launch_row_norm_4bit(
+    packed: Tensor,
+    code: Float[Tensor, "16"],
+    absmax: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    blocks: tuple[int, int],
+    dtype: torch.dtype,
+    A: Float[Tensor, "R K"],
+    B: Float[Tensor, "N R"],
+    BG: Float[Tensor, "N R"],
+    scale: float,
+    w_sq: Float[Tensor, "N"],
+) -> Float[Tensor, "N"]:
+    """Of a packed W (N·K/2 bytes, K even). `nested` is the code, the absmax and the offset of a quantised absmax,
+    `blocks` how many weights, and how many absmaxes, share one; `dtype` is what the weights are rounded to."""
+    N, (R, K) = len(w_sq), A.shape
+    absmax_code, absmax_absmax, absmax_offset = nested or (None, None, None)
+    norm = torch.empty_like(w_sq)
+
+    def run(config: Config) -> Tensor:
+        with device(A):
+            _row_norm_4bit_kernel[(triton.cdiv(N, config.rows),)](
+                packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale, N, K, R,
+                DTYPE=DTYPES[dtype], WEIGHTS=blocks[0], ABSMAXES=blocks[1], PRECISION=full_precision(A),
+                BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
+            )  # fmt: skip
+        return norm
+
+    return tuned("row_norm_4bit", run, A, N, K, R)
+
+
+def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, B, B (A Aᵀ) and w_sq in float32."""
+    A, B, w_sq = (small(t, torch.float32) for t in (A, B, w_sq))
+    with torch.autocast(A.device.type, enabled=False):
+        # The Gram matrix's error goes into every row: add its K products in pieces, which rounds less.
+        pieces = pad(A, (0, -A.shape[1] % 128)).view(len(A), -1, 128).transpose(0, 1)
+        return A, B, B @ torch.bmm(pieces, pieces.mT).sum(0), w_sq
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lora_lite::row_norm", mutates_args=())
+def _row_norm(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
+    A, B, BG, sq = _small_operands(A, B, w_sq)
+    factor = None if factor is None else small(factor, torch.float32)
+    return launch_row_norm(W, factor, A, B, BG, scale, sq).to(w_sq.dtype)
+
+
+@_row_norm.register_fake
+def _(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
+    return w_sq.new_empty(w_sq.shape)
+
+
+@torch.library.custom_op("lora_lite::row_norm_4bit", mutates_args=())
+def _row_norm_4bit(
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    nested: list[Tensor],
+    blocks: list[int],
+    dtype: torch.dtype,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    w_sq: Tensor,
+) -> Tensor:
+    A, B, BG, sq = _small_operands(A, B, w_sq)
+    of_absmax = (nested[0], nested[1], nested[2]) if nested else None
+    sizes = (blocks[0], blocks[1])
+    return launch_row_norm_4bit(packed, code, absmax, of_absmax, sizes, dtype, A, B, BG, scale, sq).to(w_sq.dtype)
+
+
+@_row_norm_4bit.register_fake
+def _(
+    packed: Tensor,
+    code: Tensor,
+    absmax: Tensor,
+    nested: list[Tensor],
+    blocks: list[int],
+    dtype: torch.dtype,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    w_sq: Tensor,
+) -> Tensor:
+    return w_sq.new_empty(w_sq.shape)
+
+
+def row_norm(
+    W: Any, A: Float[Tensor, "R K"], B: Float[Tensor, "N R"], scale: float, w_sq: Float[Tensor, "N"]
+) -> Float[Tensor, "N"]:
+    """‖W + scale·B A‖ of each row from ‖W‖² (w_sq). Not differentiable: DoRA holds the norm constant (§4.3).
+
+    W is a tensor or a quantised weight of `lora_lite.quantized`; one that the kernels can't read is made dense.
+    """
+    A, B = A.detach(), B.detach()
+    kind = getattr(W, "kind", "dense")
+    if kind == "int8":
+        return _row_norm(W.values, W.factor, A, B, scale, w_sq)
+    if kind == "4bit" and A.shape[1] % 2 == 0 and W.dtype in DTYPES:
+        return _row_norm_4bit(W.packed, W.code, W.absmax, W.nested, W.blocks, W.dtype, A, B, scale, w_sq)
+    return _row_norm(W.detach() if isinstance(W, Tensor) else W.dense(), None, A, B, scale, w_sq)
