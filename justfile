@@ -25,6 +25,10 @@ finetune-all *args:
 tables *args:
     {{python}} bench/tables.py {{args}}
 
+# Draw the pictures of docs/img/ from bench/results/.
+plots:
+    {{python}} bench/plots.py
+
 # Check every variant on Qwen3-0.6B, or on random weights of that architecture where no hub is reached.
 qwen-probe *args:
     {{python}} bench/qwen_probe.py {{args}}
@@ -55,6 +59,10 @@ bench-adapters *args:
 # Compile every kernel for six architectures and read registers, spills, shared memory, instructions. No GPU is needed.
 kernels-report *args:
     {{python}} bench/kernels_report.py {{args}}
+
+# On a GPU, times of kernels and layers beside rivals; without one, the bytes they move, counted.
+bench-kernels *args:
+    {{python}} bench/kernel_bench.py {{args}}
 
 # Build the wheel and the sdist into dist/ and check their metadata.
 build:

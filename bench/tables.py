@@ -75,6 +75,27 @@ def adapters() -> str:
     return "\n".join(lines)
 
 
+def traffic() -> str:
+    """Bytes of an adapter's step, from `just bench-kernels` without a GPU."""
+    result = read(RESULTS / "kernel_traffic.json")
+    first = result["rows"][0]
+    lines = [
+        f"Bytes that an adapter's training step of one layer moves (M = {first['M']} tokens, K = N = {first['K']}, bf16, "
+        "the base layer's own products left out), as multiples of the least that an adapter in hooks can move. Counted, "
+        f"not timed: from the loads and stores that kernels and operators execute. `{result['command']}`",
+        "",
+        "| step | r | least | lora-lite | in-place addmm_ | eager PyTorch | PEFT's layer |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        rank = "–" if row["variant"] == "ia3" else row["R"]
+        ratios = [
+            f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("lora_lite", "addmm", "eager", "peft")
+        ]
+        lines.append(f"| {NAMES[row['variant']]} | {rank} | {row['bound'] / 1e6:.0f} MB | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -88,7 +109,7 @@ def machine_of(result: dict[str, Any]) -> str:
     return f"Measured on {m['cpu']}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
 
 
-TABLES = {"finetune": finetune, "adapters": adapters}
+TABLES = {"finetune": finetune, "adapters": adapters, "traffic": traffic}
 
 
 def rewritten(text: str) -> str:

@@ -4,6 +4,8 @@ Letters as in the rest of the kernels: M tokens, K in_features, N out_features, 
 any token-sized tensor where it does not matter which it is.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -70,8 +72,11 @@ def block_of(size: int, most: int = MAX_RANK) -> int:
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
-    """(programs, elements each) that share `size`, whole blocks each: `wanted` programs or, within rounding, more."""
-    each = max(size // max(wanted, 1) // block, 1) * block
+    """(programs, elements each) that share `size` in whole blocks: at least `wanted` programs, if there are blocks."""
+    share = size / max(wanted, 1) / block
+    for each in (math.ceil(share) * block, max(int(share), 1) * block):
+        if triton.cdiv(size, each) >= wanted:
+            break
     return triton.cdiv(size, each), each
 
 

@@ -1,4 +1,4 @@
-"""Block shapes: one table a vendor, and the choice among its rows by timing them on the machine at hand.
+"""Block shapes: one table a vendor, with an architecture's exceptions, and the choice among a table's rows by timing.
 
 A launch is written as `run(config)`; `tuned` calls it with a row of the table. On a GPU the rows are timed once for
 each (kernel, dtype, widths, rank, bucket of M) and the fastest is kept for the process; LORA_LITE_AUTOTUNE=0 takes the
@@ -39,12 +39,13 @@ class Config:
 
 Rows = tuple[Config, ...]
 
-# (vendor, bytes an element) → kernel → most ranks in a block → rows, the first being the one to take untimed.
+# (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows; the first is the one to take
+# untimed.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("nvidia", 2): {
         # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
         "shrink": {
-            64: (Config(64, 128, 4, 3), Config(32, 128, 4, 3)),
+            64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
             128: (Config(32, 128, 4, 3),),
             256: (Config(64, 64, 8, 2),),
         },
@@ -74,6 +75,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
+    # Hopper alone has the registers for 512 columns at r = 64, which halves the parts of dh.
+    ("sm_90", 2): {"expand_backward": {64: (Config(32, 512, 16, 1), Config(32, 256, 8))}},
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
@@ -155,7 +158,9 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows
     """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     table = TABLE[vendor, itemsize][kernel]
-    return table[min((most for most in table if rank <= most), default=max(table))]
+    rows = table[min((most for most in table if rank <= most), default=max(table))]
+    special = TABLE.get((architecture, itemsize), {}).get(kernel, {})
+    return special.get(max(16, triton.next_power_of_2(rank)), rows)
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:

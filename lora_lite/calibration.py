@@ -165,11 +165,17 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Any:
-    """Each module's own training flag comes back afterwards, not one flag for all."""
-    training = [module for module in model.modules() if module.training]
+    """Each module's own training flag comes back afterwards, not one flag for all.
+
+    4-bit linears stay in training mode: in evaluation bitsandbytes packs their weights anew on some CPUs, for good.
+    """
+    flags = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in flags:
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+            module.training = True
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in flags:
+            module.training = training

@@ -27,10 +27,14 @@ class Int8Weight:
 class FourBitWeight:
     """bitsandbytes' 4-bit weight (NF4, FP4): two weights a byte, each code[half byte] · absmax of its block."""
 
-    kind: ClassVar[str] = "4bit"
     packed: UInt8[Tensor, "half 1"]
     state: Any
     shape: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        """Whether the bytes are in the order of the weights, as the kernels read them."""
+        return "inference" if getattr(self.state, "packing_format_for_cpu", False) else "4bit"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,8 +65,18 @@ class FourBitWeight:
         """In `dtype`; as it is dequantised where that is None."""
         from bitsandbytes.functional import dequantize_4bit
 
+        if getattr(self.state, "packing_format_for_cpu", False):
+            return self._dense_of_inference_layout().to(dtype or self.dtype)
         dense = dequantize_4bit(self.packed, self.state)
         return dense.to(dtype or dense.dtype).view(self.shape)
+
+    def _dense_of_inference_layout(self) -> Float[Tensor, "N K"]:
+        """On some CPUs the first inference in evaluation mode moves the halves of bytes: 32 rows side by side, and the
+        absmaxes transposed. bitsandbytes can't make dense what it has packed so."""
+        (N, K), bytes_ = self.shape, self.packed.view(-1, 32).int()
+        halves = torch.stack([bytes_ & 15, bytes_ >> 4], 1)  # the first 32 of every 64, then the rest
+        weights = self.code[halves.view(N // 32, K // 2, 32, 2).transpose(1, 2).reshape(N, K)]
+        return weights * self.absmax.t().float().repeat_interleave(self.state.blocksize, dim=1)
 
 
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:

@@ -1,0 +1,291 @@
+"""How much each adapter's step moves, and on a GPU how long it takes, against what one would use instead: `just
+bench-kernels`.
+
+Without a GPU: bytes counted (see traffic.py) at M = 8192 tokens, K = N = 4096, in bf16, beside the lower bound, eager
+PyTorch, PEFT's layer and the in-place addmm_ formulation, and the time that those bytes would take on public figures of
+bandwidth: a model, not a measurement. The base layer's own products are left out everywhere: all have them alike.
+"""
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kernel_times
+import machine
+import peft
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from traffic import OperatorsCounted, Traffic, kernels_counted
+
+from lora_lite.kernels import ops, tuning
+
+RESULTS = Path(__file__).parent / "results" / "kernel_traffic.json"
+SCALE = 2.0
+
+# Bandwidth in TB/s and dense bf16 in TFLOP/s, without sparsity, from the vendors' data sheets.
+GPUS = {
+    "A100 SXM 80 GB": (2.039, 312.0, "NVIDIA A100 Tensor Core GPU datasheet, 2022"),
+    "H100 SXM": (3.35, 989.4, "NVIDIA H100 Tensor Core GPU datasheet, 2023"),
+    "H200 SXM": (4.8, 989.4, "NVIDIA H200 Tensor Core GPU datasheet, 2024"),
+    "B200": (8.0, 2250.0, "NVIDIA DGX B200 datasheet, 2024 (an eighth of the system)"),
+    "MI300X": (5.3, 1307.4, "AMD Instinct MI300X accelerator data sheet, 2023"),
+}
+
+BY_KERNEL = tuple(tuning.TABLE["nvidia", 2])
+
+# Passes over a token-sized tensor that a post-hook adapter can't avoid; W once for DoRA's norm.
+BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5}
+TARGETS = {
+    ("lora", 16): 1.10, ("lora", 32): 1.10, ("lora", 64): 1.20, ("dora", 16): 1.15, ("hra", 8): 1.45, ("hra", 16): 1.45,
+    ("ia3", 1): 1.05,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    M: int
+    K: int
+    N: int
+    R: int
+
+
+@dataclass
+class Tensors:
+    """One layer's tensors: x and y, the gradients that arrive, and the adapter's parameters in float32."""
+
+    x: Tensor
+    y: Tensor
+    dy: Tensor
+    dx_base: Tensor
+    A: Tensor
+    B: Tensor
+    g: Tensor
+    W: Tensor
+
+    @classmethod
+    def make(cls, s: Shape, device: str, dtype: torch.dtype = torch.bfloat16) -> "Tensors":
+        def t(*shape: int, dtype: torch.dtype = dtype, grad: bool = False) -> Tensor:
+            return torch.randn(*shape, dtype=dtype, device=device).requires_grad_(grad)
+
+        f32 = torch.float32
+        return cls(
+            x=t(s.M, s.K, grad=True), y=t(s.M, s.N, grad=True), dy=t(s.M, s.N), dx_base=t(s.M, s.K),
+            A=t(s.R, s.K, dtype=f32, grad=True), B=t(s.N, s.R, dtype=f32, grad=True), g=t(s.N, dtype=f32, grad=True),
+            W=t(s.N, s.K),
+        )  # fmt: skip
+
+
+def lora_lite_step(variant: str, t: Tensors) -> None:
+    """Forward and backward of the adapter's own operators, around a base layer that has run already."""
+    if variant == "ia3":
+        out = ops.scale(t.y, t.g)
+        torch.autograd.grad(out, [t.y, t.g], t.dy)
+        return
+    x, h = ops.shrink(t.x, t.A)
+    if variant == "hra":
+        out = ops.expand_add(x, h, t.B, 1.0)
+        torch.autograd.grad(out, [t.x, t.A, t.B], t.dx_base)
+        return
+    if variant == "dora":
+        g = t.g / ops.row_norm(t.W, t.A, t.B, SCALE, t.g.detach())
+        out = ops.expand_add_rescale(t.y, h, t.B, SCALE, g, None)
+    else:
+        out = ops.expand_add(t.y, h, t.B, SCALE)
+    wanted = [t.x, t.y, t.A, t.B] + ([t.g] if variant == "dora" else [])
+    torch.autograd.grad([out, x], wanted, [t.dy, t.dx_base])
+
+
+def eager_step(variant: str, t: Tensors) -> None:
+    """The formula as one writes it in PyTorch, with autograd adding dx to the base layer's."""
+    A, B, g = t.A.to(t.x.dtype), t.B.to(t.x.dtype), t.g.to(t.x.dtype)
+    if variant == "ia3":
+        torch.autograd.grad(t.y * g, [t.y, t.g], t.dy)
+        return
+    if variant == "hra":
+        torch.autograd.grad(t.x + (t.x @ A.t()) @ B.t(), [t.x, t.A, t.B], t.dx_base)
+        return
+    update = SCALE * ((t.x @ A.t()) @ B.t())
+    out, wanted = t.y + update, [t.x, t.y, t.A, t.B]
+    if variant == "dora":
+        norm = (t.W + SCALE * (B @ A)).norm(dim=1).detach()
+        out, wanted = (g / norm) * out, [*wanted, t.g]
+    torch.autograd.grad([out, t.x.view_as(t.x)], wanted, [t.dy, t.dx_base])
+
+
+@torch.no_grad()
+def addmm_step(variant: str, t: Tensors) -> None:
+    """LoRA with both passes written out and addmm_ in place, the best that separate products can do."""
+    A, B = t.A.to(t.x.dtype), t.B.to(t.x.dtype)
+    h = t.x @ A.t()
+    t.y.addmm_(h, B.t(), alpha=SCALE)
+    dh = (t.dy @ B) * SCALE
+    (t.dy.t() @ h) * SCALE
+    dh.t() @ t.x
+    t.dx_base.addmm_(dh, A)
+
+
+def peft_step(variant: str, t: Tensors) -> Callable[[], None]:
+    """PEFT's layer around an nn.Linear. Its base products are recognised by W's shape and left out."""
+    (N, K), r = t.W.shape, t.A.shape[0]
+    base = torch.nn.Linear(K, N, bias=False, device=t.W.device, dtype=t.W.dtype)
+    model = torch.nn.ModuleDict({"k_proj": base})
+    common: dict[str, Any] = {"target_modules": ["k_proj"]}
+    config = {
+        "lora": lambda: peft.LoraConfig(r=r, lora_alpha=SCALE * r, **common),
+        "dora": lambda: peft.LoraConfig(r=r, lora_alpha=SCALE * r, use_dora=True, **common),
+        "hra": lambda: peft.HRAConfig(r=r, **common),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **common),
+    }[variant]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = peft.inject_adapter_in_model(config, model)["k_proj"]
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+
+    def run() -> None:
+        torch.autograd.grad(layer(t.x), [t.x, *parameters], t.dy)
+
+    return run
+
+
+def flops(variant: str, s: Shape) -> int:
+    """Multiplications and additions of the adapter's products in a step."""
+    per_token = {"ia3": 3 * s.N, "hra": 6 * s.R * (s.K + s.K)}.get(variant, 6 * s.R * (s.K + s.N))
+    return s.M * per_token + (2 * s.N * s.K * s.R if variant == "dora" else 0)
+
+
+def bound(variant: str, s: Shape) -> int:
+    """Bytes that must move once, in bf16."""
+    width = {"hra": s.K, "ia3": s.N}.get(variant, s.K)
+    return 2 * (BOUND[variant] * s.M * width + (s.N * s.K if variant == "dora" else 0))
+
+
+def counted(variant: str, s: Shape) -> dict[str, Any]:
+    """One row: bytes of each contender for one step."""
+    torch.manual_seed(0)
+    t = Tensors.make(s, "cpu")
+    with kernels_counted(large=s.M * min(s.K, s.N) // 2 if variant != "dora" else s.N * s.K // 2) as traffic:
+        lora_lite_step(variant, t)
+    rivals: dict[str, Traffic | None] = {"addmm": None}
+    for name in ("eager", "peft", *(["addmm"] if variant == "lora" else [])):
+        t = Tensors.make(s, "meta")
+        run = {"eager": lambda t=t: eager_step(variant, t), "addmm": lambda t=t: addmm_step(variant, t)}.get(name)
+        run = run or peft_step(variant, t)
+        with OperatorsCounted(t.W) as mode:
+            run()
+        rivals[name] = mode.traffic
+    least = bound(variant, s)
+    target = TARGETS.get((variant, s.R))
+    return {
+        "variant": variant,
+        **vars(s),
+        "bound": least,
+        "lora_lite": traffic.total,
+        **{name: found and found.total for name, found in rivals.items()},
+        "target": target,
+        "meets_target": target is None or traffic.total <= target * least,
+        "again_from_cache": traffic.again,
+        "fewest_programs": traffic.fewest_programs,
+        "flops": flops(variant, s),
+        "by_kernel": {f"{kernel}.{tensor}": count for (kernel, tensor), count in traffic.bytes.items()},
+        "modelled_us": {
+            gpu: round(1e6 * max(traffic.total / (bandwidth * 1e12), flops(variant, s) / (rate * 1e12)), 1)
+            for gpu, (bandwidth, rate, _) in GPUS.items()
+        },
+    }
+
+
+@dataclass
+class Settings:
+    """Without a GPU, count the bytes of every adapter's training step; on one, time kernels and layers."""
+
+    tokens: int = 8192
+    width: int = 4096
+    """K and N."""
+    cases: tuple[str, ...] = ("lora:16", "lora:32", "lora:64", "dora:16", "hra:8", "hra:16", "ia3:1")
+    """variant:rank; lora stands for PiSSA, DeLoRA, EVA and AntiPaSTO too, at their number of columns."""
+    models: tuple[str, ...] = tuple(kernel_times.PROJECTIONS)
+    """On a GPU, whose projections."""
+    gpu_tokens: tuple[int, ...] = kernel_times.TOKENS
+    gpu_ranks: tuple[int, ...] = kernel_times.RANKS
+    save: bool = True
+    """Write bench/results/kernel_traffic.json, or kernel_times.json on a GPU."""
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="Bytes of one training step of one layer, counted, as multiples of the lower bound")
+    headings = ["variant", "r", "bound MB", "lora-lite", "target", "addmm_", "eager", "PEFT", "again from cache"]
+    for heading in [*headings, "programs", *(f"{gpu} (model)" for gpu in GPUS)]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ratios = [f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("addmm", "eager", "peft")]
+        table.add_row(
+            row["variant"], str(row["R"]), f"{row['bound'] / 1e6:.0f}", f"{row['lora_lite'] / row['bound']:.3f}",
+            f"{row['target']}" if row["target"] else "–", *ratios, f"{row['again_from_cache'] / row['bound']:.2f}",
+            str(row["fewest_programs"]), *(f"{us} µs" for us in row["modelled_us"].values()),
+            style="" if row["meets_target"] else "red",
+        )  # fmt: skip
+    Console(width=200).print(table)
+
+
+def timed(models: tuple[str, ...], tokens: tuple[int, ...], ranks: tuple[int, ...], save: bool) -> int:
+    """On a GPU: every kernel and every layer at every shape; not 0 where a result is wrong."""
+    limit = kernel_times.limits(kernel_times.gpu_timer, "cuda")
+    rows: dict[str, list[dict[str, Any]]] = {"kernels": [], "layers": []}
+    for shape in kernel_times.shapes(tokens, ranks):
+        if shape.model in models:
+            rows["kernels"] += kernel_times.kernels(shape, kernel_times.gpu_timer, limit, "cuda")
+            for variant in ("lora", "dora", "hra", "ia3"):
+                rows["layers"] += kernel_times.layers(variant, shape, kernel_times.gpu_timer, "cuda")
+            show_times(rows)
+            if save:  # after each shape: a run of hours may be cut short
+                result = {"kind": "timed", "limits": vars(limit), **rows}
+                machine.write(RESULTS.with_name("kernel_times.json"), result, compact=True)
+    return 0 if all(row["right"] for table in rows.values() for row in table) else 1
+
+
+def show_times(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """The last shape's rows; a wrong result in red."""
+    shown = {
+        "kernels": ("kernel", "M", "K", "N", "R", "ms", "gb_per_s", "of_copy", "of_roofline", "error"),
+        "layers": ("contender", "variant", "M", "K", "N", "R", "forward_ms", "backward_ms", "both_ms", "peak_bytes"),
+    }
+    for name, headings in shown.items():
+        last = [row for row in rows[name] if all(row[k] == rows[name][-1][k] for k in ("model", "M", "K", "N", "R"))]
+        table = Table(title=f"{name}: {last[-1]['model']}" if last else name)
+        for heading in headings:
+            table.add_column(heading)
+        for row in last:
+            cells = (f"{row[h]:.3g}" if isinstance(row[h], float) else str(row[h]) for h in headings)
+            table.add_row(*cells, style="" if row["right"] else "red")
+        Console(width=150).print(table)
+
+
+def main(s: Settings) -> int:
+    if torch.cuda.is_available():
+        return timed(s.models, s.gpu_tokens, s.gpu_ranks, s.save)
+    cases = [(name, int(rank)) for name, rank in (case.split(":") for case in s.cases)]
+    shapes = [(name, Shape(s.tokens, s.width, s.width, rank)) for name, rank in cases]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(counted, *zip(*shapes, strict=True)))
+    show(rows)
+    if s.save:
+        sources = {gpu: {"TB/s": b, "TFLOP/s": f, "source": source} for gpu, (b, f, source) in GPUS.items()}
+        machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows}, compact=True)
+    return 0 if all(row["meets_target"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Settings)))

@@ -1,0 +1,249 @@
+"""Times of kernels and of whole layers on a GPU, beside what one would use instead, each checked against float64.
+
+The timer is an argument: Triton's on a GPU, a fake one in the tests, which run all of this on a CPU.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import peft
+import torch
+import triton
+from torch import Tensor, nn
+
+import lora_lite as ll
+from lora_lite.kernels import lowrank, row_norm, scale
+
+Quantiles = tuple[float, float, float]
+Timer = Callable[[Callable[[], Any]], Quantiles]
+SCALE = 2.0
+
+
+def gpu_timer(run: Callable[[], Any]) -> Quantiles:
+    """Milliseconds: median, and the quantiles at 20 % and 80 %."""
+    median, low, high = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
+    return median, low, high
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A projection of a real model: M tokens, K in, N out, rank R."""
+
+    model: str
+    M: int
+    K: int
+    N: int
+    R: int
+
+
+PROJECTIONS = {
+    "Qwen3-0.6B": ((1024, 2048), (1024, 3072), (3072, 1024)),
+    "Llama-3.1-8B": ((4096, 4096), (4096, 14336), (14336, 4096)),
+    "Llama-3.1-70B": ((8192, 8192), (8192, 28672), (28672, 8192)),
+}
+TOKENS = (1, 16, 512, 2048, 8192, 16384)
+RANKS = (8, 16, 64, 256)
+
+
+def shapes(tokens: Iterable[int] = TOKENS, ranks: Iterable[int] = RANKS) -> list[Shape]:
+    """Every model's projections at every number of tokens and every rank."""
+    ranks = list(ranks)
+    return [
+        Shape(model, M, K, N, R)
+        for model, projections in PROJECTIONS.items()
+        for K, N in projections
+        for M in tokens
+        for R in ranks
+    ]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in float64."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300)).item()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine reaches: bytes and multiplications a second, measured in the same run."""
+
+    copy: float
+    matmul: float
+
+
+def limits(timer: Timer, device: str, size: int = 8192) -> Limits:
+    """Bandwidth of a copy, reads and writes together, and the rate of a bf16 product of size × size matrices."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    b = torch.empty_like(a)
+    copy, product = timer(lambda: b.copy_(a))[0], timer(lambda: a @ a)[0]
+    return Limits(2 * a.nbytes / (copy * 1e-3), 2 * size**3 / (product * 1e-3))
+
+
+def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str, Any]]:
+    """A row a kernel: time, bytes that must move, bandwidth, share of the copy's and of the roofline, error."""
+    bf16, f32 = torch.bfloat16, torch.float32
+
+    def t(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    x, dx_base, y, dy, h, dh = t(s.M, s.K), t(s.M, s.K), t(s.M, s.N), t(s.M, s.N), t(s.M, s.R), t(s.M, s.R)
+    A, B, g, W = t(s.R, s.K, dtype=f32), t(s.N, s.R, dtype=f32), t(s.N, dtype=f32), t(s.N, s.K)
+    BG, w_sq = B @ (A @ A.t()), W.float().square().sum(1)
+    d = torch.Tensor.double
+    MK, MN, MR = 2 * s.M * s.K, 2 * s.M * s.N, 2 * s.M * s.R
+    KR, NR = 4 * s.K * s.R, 4 * s.N * s.R
+    work: dict[str, tuple[Callable[[], Any], int, int, Callable[[], Any]]] = {
+        # name: launch, bytes that must move, floating-point operations, results in float64
+        "shrink": (
+            lambda: lowrank.launch_shrink(x, A, bf16), MK + KR + MR, 2 * s.M * s.K * s.R, lambda: d(x) @ d(A).t()
+        ),
+        "expand": (
+            lambda: lowrank.launch_expand(y, h, B, SCALE), 2 * MN + MR + NR, 2 * s.M * s.N * s.R,
+            lambda: d(y) + SCALE * d(h) @ d(B).t(),
+        ),
+        "expand_backward": (
+            lambda: lowrank.launch_expand_backward(dy, h, B, SCALE, True, True)[:2], MN + 2 * MR + 2 * NR,
+            4 * s.M * s.N * s.R, lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h)),
+        ),
+        "expand_backward_rescale": (
+            lambda: lowrank.launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
+            4 * s.M * s.N * s.R,
+            lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h), d(g) * d(dy), (d(dy) * d(y)).sum(0)),
+        ),
+        "shrink_backward": (
+            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True), 3 * MK + MR + 2 * KR,
+            4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
+        ),
+        "row_norm": (
+            lambda: row_norm.launch_row_norm(W, None, A, B, BG, SCALE, w_sq), 2 * s.N * s.K + KR + 2 * NR,
+            2 * s.N * s.K * s.R, lambda: (d(W) + SCALE * d(B) @ d(A)).norm(dim=1),
+        ),
+        "scale": (lambda: scale.launch_scale(y, g), 2 * MN, s.M * s.N, lambda: d(y) * d(g)),
+        "scale_backward": (
+            lambda: scale.launch_scale_backward(dy, y, g, True, True), 3 * MN, 2 * s.M * s.N,
+            lambda: (d(dy) * d(g), (d(dy) * d(y)).sum(0)),
+        ),
+    }  # fmt: skip
+    rows = []
+    for name, (launch, moved, operations, exact) in work.items():
+        got, want = launch(), exact()
+        pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
+        worst = max(error(a, b) for a, b in pairs)
+        median, low, high = timer(launch)
+        least = max(moved / limit.copy, operations / limit.matmul) * 1e3
+        rows.append(
+            {
+                "kernel": name, **asdict(s), "ms": median, "ms_20": low, "ms_80": high, "bytes": moved,
+                "gb_per_s": moved / median / 1e6, "of_copy": moved / (median * 1e-3) / limit.copy,
+                "of_roofline": least / median, "error": worst, "right": worst < (1e-5 if name == "row_norm" else 1e-2),
+            }
+        )  # fmt: skip
+    return rows
+
+
+class _Addmm(torch.autograd.Function):
+    """LoRA in the formulation that adds in place: addmm_ on the base's output and on its input gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        return (x @ W.t()).addmm_(x @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        (dy,) = grads
+        x, W, A, B = ctx.saved_tensors
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        dh = SCALE * (dy @ b)
+        dB = SCALE * (dy.t() @ (x @ a.t()))
+        return (dy @ W).addmm_(dh, a), None, (dh.t() @ x).to(A.dtype), dB.to(B.dtype)
+
+
+def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, tuple[Any, list[Tensor], Any]]:
+    """By name a layer to call, its trainable tensors, and the module itself; all have the same base weight."""
+    W = torch.randn(s.N, s.K, device=device, dtype=torch.bfloat16) * s.K**-0.5
+
+    def linear() -> nn.Module:
+        layer = nn.Linear(s.K, s.N, bias=False, device=device, dtype=torch.bfloat16)
+        layer.weight = nn.Parameter(W, requires_grad=False)
+        return nn.ModuleDict({"k_proj": layer})
+
+    def ours(backend: str) -> nn.Module:
+        module = linear()
+        torch.manual_seed(0)
+        fields = {"r": s.R, "alpha": SCALE * s.R, "target_roles": (), "target_names": ("k_proj",)}
+        ll.attach(module, ll.REGISTRY[variant].config(**fields), backend=backend)
+        with torch.no_grad():
+            for p in ll.parameters(module):
+                p.add_(torch.randn_like(p) * 0.05)
+        return module
+
+    base = linear()
+    found: dict[str, tuple[Any, list[Tensor], Any]] = {"base": (base["k_proj"], [], base)}  # type: ignore[index]
+    for name, backend in (("lora_lite", "triton"), ("eager", "reference"), ("compiled", "reference")):
+        module: Any = ours(backend)
+        call = torch.compile(module["k_proj"], backend=compiler) if name == "compiled" else module["k_proj"]
+        found[name] = (call, ll.parameters(module), module)
+    if variant == "lora":
+        A, B = (p.detach().clone().requires_grad_() for p in found["eager"][1])
+        found["addmm"] = (lambda x: _Addmm.apply(x, W, A, B), [A, B], None)
+    common: dict[str, Any] = {"target_modules": ["k_proj"]}
+    config = {
+        "lora": lambda: peft.LoraConfig(r=s.R, lora_alpha=SCALE * s.R, **common),
+        "dora": lambda: peft.LoraConfig(r=s.R, lora_alpha=SCALE * s.R, use_dora=True, **common),
+        "hra": lambda: peft.HRAConfig(r=s.R, **common),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **common),
+    }[variant]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = peft.inject_adapter_in_model(config, linear())
+    module.to(device)
+    found["peft"] = (module["k_proj"], [p for p in module.parameters() if p.requires_grad], module)
+    return found
+
+
+def layers(variant: str, s: Shape, timer: Timer, device: str, compiler: str = "inductor") -> list[dict[str, Any]]:
+    """A row a contender: forward, backward and both of base linear and adapter; error and peak memory."""
+    x = torch.randn(s.M, s.K, device=device, dtype=torch.bfloat16).requires_grad_()
+    dy = torch.randn(s.M, s.N, device=device, dtype=torch.bfloat16)
+    found = contenders(variant, s, device, compiler)
+    want: list[Tensor] = []
+    rows = []
+    for name, (call, parameters, _) in found.items():
+        wanted = [x, *parameters]
+
+        def step(call: Any = call, wanted: list[Tensor] = wanted) -> list[Tensor]:
+            y = call(x)
+            return [y, *torch.autograd.grad(y, wanted, dy)]
+
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        results = step()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+        if name == "lora_lite":
+            want = exact(variant, found["eager"], x, dy)
+        comparable = name in ("lora_lite", "compiled", "addmm", "eager") and want
+        worst = max(error(a, b) for a, b in zip(results, want, strict=True)) if comparable else None
+        y = call(x)
+        forward = timer(lambda call=call: call(x))
+        backward = timer(lambda y=y, wanted=wanted: torch.autograd.grad(y, wanted, dy, retain_graph=True))
+        both = timer(step)
+        rows.append(
+            {
+                "variant": variant, "contender": name, **asdict(s), "forward_ms": forward[0],
+                "backward_ms": backward[0], "both_ms": both[0], "both_ms_20": both[1], "both_ms_80": both[2],
+                "peak_bytes": peak, "error": worst, "right": worst is None or worst < 2e-2,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def exact(variant: str, eager: tuple[Any, list[Tensor], Any], x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and gradients of the layer in float64, by the reference on a copy of it."""
+    module = copy.deepcopy(eager[2]).double()
+    x = x.detach().double().requires_grad_()
+    y = module["k_proj"](x)
+    return [y, *torch.autograd.grad(y, [x, *ll.parameters(module)], dy.double())]

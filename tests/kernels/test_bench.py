@@ -1,0 +1,99 @@
+"""The kernels' benchmark on a CPU: bytes counted at a small size, and a GPU run's code with a timer that only runs."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "bench"))
+
+import kernel_bench
+import kernel_times
+
+from lora_lite.kernels import lowrank
+
+SHAPE = kernel_times.Shape("tiny", 70, 64, 48, 8)
+LIMITS = kernel_times.Limits(copy=1e12, matmul=1e14)
+
+
+def fake_timer(run: Callable[[], Any]) -> tuple[float, float, float]:
+    run()
+    return 2.0, 1.0, 3.0
+
+
+def test_shapes_are_real_projections() -> None:
+    shapes = kernel_times.shapes()
+    assert len(shapes) == 3 * 3 * 6 * 4
+    assert kernel_times.Shape("Llama-3.1-8B", 8192, 4096, 14336, 16) in shapes
+
+
+def test_kernel_rows() -> None:
+    rows = kernel_times.kernels(SHAPE, fake_timer, LIMITS, "cpu")
+    assert {row["kernel"] for row in rows} == set(kernel_bench.BY_KERNEL)
+    for row in rows:
+        assert row["right"], row
+        assert 0 < row["error"] < 1e-2
+        assert (row["ms"], row["ms_20"], row["ms_80"]) == (2.0, 1.0, 3.0)
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / 2e-3 / 1e9)
+        assert row["of_copy"] == pytest.approx(row["bytes"] / 2e-3 / 1e12)
+    scale = next(row for row in rows if row["kernel"] == "scale")
+    assert scale["bytes"] == 2 * 70 * 48 * 2
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3"])
+def test_layer_rows(variant: str) -> None:
+    rows = {row["contender"]: row for row in kernel_times.layers(variant, SHAPE, fake_timer, "cpu", compiler="eager")}
+    assert set(rows) == {"base", "lora_lite", "eager", "compiled", "peft"} | ({"addmm"} if variant == "lora" else set())
+    assert all(row["right"] for row in rows.values()), rows
+    assert 0 < rows["lora_lite"]["error"] < 2e-2
+    assert rows["lora_lite"]["both_ms"] == 2.0
+
+
+def test_limits() -> None:
+    found = kernel_times.limits(fake_timer, "cpu", size=64)
+    assert found.copy == pytest.approx(2 * 64 * 64 * 2 / 2e-3)
+    assert found.matmul == pytest.approx(2 * 64**3 / 2e-3)
+
+
+def test_a_wrong_kernel_turns_the_exit_code() -> None:
+    launch = lowrank.launch_expand
+    settings = ((), (70,), (8,), False)
+    shapes = mock.patch.object(kernel_times, "shapes", return_value=[SHAPE])
+    cpu = {"limits": lambda timer, device: LIMITS, "gpu_timer": fake_timer, "layers": lambda *rest: []}
+    kernels = kernel_times.kernels
+    on_cpu = mock.patch.object(kernel_times, "kernels", lambda s, timer, limit, device: kernels(s, timer, limit, "cpu"))
+    with shapes, on_cpu, mock.patch.multiple(kernel_times, **cpu):
+        assert kernel_bench.timed(("tiny",), *settings[1:]) == 0
+        with mock.patch.object(lowrank, "launch_expand", lambda *args: launch(*args) * 1.1):
+            assert kernel_bench.timed(("tiny",), *settings[1:]) == 1
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3"])
+def test_counted_bytes(variant: str) -> None:
+    """Where one block holds all columns no sum has parts: what is left is the bound, and what is small."""
+    N = 128 if variant == "hra" else 192
+    shape = kernel_bench.Shape(64, 128, N, 1 if variant == "ia3" else 8)
+    row = kernel_bench.counted(variant, shape)
+    large = {name: count for name, count in row["by_kernel"].items() if count >= 2 * 64 * 128 and name != "cast."}
+    tokens = {"lora": 3 + 4, "dora": 3 + 6, "hra": 3 + 4, "ia3": 2 + 3}[variant]
+    widths = {"shrink": 128, "shrink_backward": 128}
+    assert len(large) == tokens + (variant == "dora")
+    for name, count in large.items():
+        kernel, tensor = name.split(".")
+        assert count == (2 * N * 128 if tensor == "W" else 2 * 64 * widths.get(kernel, N)), name
+    assert row["lora_lite"] == sum(row["by_kernel"].values())
+    assert row["eager"] > row["bound"]
+    assert row["peft"] > row["bound"]
+    assert set(row["modelled_us"]) == set(kernel_bench.GPUS)
+
+
+def test_operators_are_counted() -> None:
+    x, W = torch.empty(10, 8, device="meta"), torch.empty(6, 8, device="meta")
+    with kernel_bench.OperatorsCounted(W) as mode:
+        (x @ W.t()).add_(1)  # the product with W is the base layer's
+        x * 2
+    assert mode.traffic.bytes == {("add_", ""): 2 * 10 * 6 * 4, ("mul", ""): 2 * 10 * 8 * 4}
