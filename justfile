@@ -33,6 +33,10 @@ plots:
 qwen-probe *args:
     {{python}} bench/qwen_probe.py {{args}}
 
+# Every method on SmolLM2-135M in 4 and 8 bit: start, gradients, training, detach, save and load.
+bnb-smoke *args:
+    {{python}} bench/bnb_smoke.py {{args}}
+
 # The tests: the library's, then the kernels' in Triton's interpreter, a process a core. Exit 5: nothing selected.
 test *args:
     {{python}} -m pytest {{args}}

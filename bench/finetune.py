@@ -125,6 +125,8 @@ class Settings:
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the base model. The adapter is float32."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """The base's linear layers in bitsandbytes' NF4 or int8."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     backend: Literal["auto", "triton", "reference"] = "auto"
     runs: Path = Path("runs")
@@ -151,7 +153,8 @@ class Settings:
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{Path(self.model).name}-{self.data}" + ("-demo" if self.demo else "")
+        parts = [self.variant, Path(self.model).name, self.data, *([self.quantize] if self.quantize else [])]
+        return "-".join([*parts, *(["demo"] if self.demo else [])])
 
     @property
     def folder(self) -> Path:
@@ -423,7 +426,7 @@ def run(s: Settings) -> dict[str, Any]:
     try:
         task = tasks.TASKS[s.data](s.steps * s.batch_size, s.eval_problems, s.seed)
         tokenizer = pretrained.tokenizer(s.model)
-        model = pretrained.load(s.model, getattr(torch, s.dtype), s.device)
+        model = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
     except pretrained.NotReachedError as error:
         sys.exit(str(error))
     if done is None:
@@ -449,7 +452,7 @@ def run(s: Settings) -> dict[str, Any]:
     trainable, layers, cfg = attachment.trainable, len(attachment.targets), attachment.cfg.to_dict()
     del model, optimizer, attachment
     gc.collect()
-    fresh = pretrained.load(s.model, getattr(torch, s.dtype), s.device)
+    fresh = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
     ll.load(fresh, s.folder / "adapter.safetensors", backend=s.backend)
     difference = (logits(fresh, tokenizer, task, s) - trained).abs().max().item()
     draw_curve(s.folder / "loss.png", s, done, after)

@@ -19,8 +19,8 @@ class NotReachedError(Exception):
     """What was asked for from the Hub could not be had; the message says what to do."""
 
 
-def load(model: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """The model in evaluation mode.
+def load(model: str, dtype: torch.dtype, device: str, quantize: str | None = None) -> nn.Module:
+    """The model in evaluation mode, its linears in 4 or 8 bit where `quantize` is "4bit" or "8bit".
 
     Raises:
         NotReachedError: it is no folder, and the Hub did not give it.
@@ -35,7 +35,31 @@ def load(model: str, dtype: torch.dtype, device: str) -> nn.Module:
         # At the lengths of these problems plain attention trains a sixth faster: the fused one's backward is slow here.
         source["attn_implementation"] = "eager"
     loaded = _from_pretrained(transformers.AutoModelForCausalLM, model, dtype=dtype, **source)
-    return loaded.to(device).eval()
+    return quantized(loaded, quantize).to(device).eval()
+
+
+def quantized(model: nn.Module, kind: str | None) -> nn.Module:
+    """The model with bitsandbytes' layers (NF4 with double quantisation, or int8) for all its linears but the head."""
+    if kind is None:
+        return model
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear or name.endswith("lm_head"):
+            continue
+        size, bias, W = (linear.in_features, linear.out_features), linear.bias is not None, linear.weight.data
+        if kind == "4bit":
+            new = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=W.dtype, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(W, requires_grad=False, quant_type="nf4")
+            # Else its first inference on some CPUs packs the weights anew, and no gradient passes from then on.
+            new.support_avx512bf16_for_cpu = False
+        else:
+            new = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(W, requires_grad=False, has_fp16_weights=False)
+        if linear.bias is not None:
+            new.bias = linear.bias
+        model.set_submodule(name, new.to(W.device))
+    return model
 
 
 def tokenizer(model: str) -> Any:

@@ -80,9 +80,9 @@ def traffic() -> str:
     result = read(RESULTS / "kernel_traffic.json")
     first = result["rows"][0]
     lines = [
-        f"Bytes that an adapter's training step of one layer moves (M = {first['M']} tokens, K = N = {first['K']}, bf16, "
-        "the base layer's own products left out), as multiples of the least that an adapter in hooks can move. Counted, "
-        f"not timed: from the loads and stores that kernels and operators execute. `{result['command']}`",
+        f"Bytes that an adapter's training step of one layer moves (M = {first['M']} tokens, K = N = {first['K']}, "
+        "bf16, the base layer's own products left out), as multiples of the least that an adapter in hooks can move. "
+        f"Counted, not timed: from the loads and stores that kernels and operators execute. `{result['command']}`",
         "",
         "| step | r | least | lora-lite | in-place addmm_ | eager PyTorch | PEFT's layer |",
         "|---|--:|--:|--:|--:|--:|--:|",

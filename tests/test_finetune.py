@@ -1,5 +1,7 @@
 """bench/finetune.py and what it stands on: scoring, masking, data, and a whole run with a tiny model."""
 
+import copy
+import functools
 import json
 import signal
 import sys
@@ -274,3 +276,30 @@ def test_probe_sees_all_five_checks_pass(bench: None) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     row = qwen_probe.probe("lora", model, batch, s)
     assert row["checks"] == dict.fromkeys(qwen_probe.CHECKS, True)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_run_on_a_quantised_base(finetune: Any, tiny: Path, tmp_path: Path, kind: str) -> None:
+    result = finetune.run(
+        finetune.Settings(
+            variant="dora", model=str(tiny), quantize=kind, dtype="float32", steps=2, batch_size=2, eval_problems=2,
+            r=4, runs=tmp_path, results=tmp_path, device="cpu",
+        )
+    )  # fmt: skip
+    assert result["settings"]["quantize"] == kind
+    (written,) = tmp_path.glob("*.json")
+    assert f"-{kind}" in written.name
+    assert (tmp_path / written.stem / "adapter.safetensors").exists()
+
+
+def test_quantised_bases_smoke(
+    bench: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short form of `just bnb-smoke`; and a failing check is seen."""
+    import bnb_smoke
+
+    load = functools.cache(bnb_smoke.pretrained.load)
+    monkeypatch.setattr(bnb_smoke.pretrained, "load", lambda *args: copy.deepcopy(load(*args)))
+    assert bnb_smoke.main(bnb_smoke.Settings(variants=("lora", "dora", "ia3", "antipasto"), layers=1, steps=4)) == 0
+    assert capsys.readouterr().out.count("8bit") == 4
+    assert bnb_smoke.main(bnb_smoke.Settings(variants=("lora",), kinds=("8bit",), layers=1, steps=0)) == 1

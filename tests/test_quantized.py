@@ -183,7 +183,7 @@ def test_same_as_peft(folder: Path, variant: str, kind: str) -> None:
 
 
 def test_pretrained(pretrained: Any) -> None:
-    """Two layers of SmolLM2-135M in 4 bit: DoRA, the one that reads W at every step, at its start and after training."""
+    """Two layers of SmolLM2-135M in 4 bit with DoRA, the one that reads W at every step: at its start, and trained."""
     model = pretrained.train()
     model.model.layers = model.model.layers[:2]
     for name, module in list(model.model.named_modules()):
