@@ -80,7 +80,7 @@ class FourBitWeight:
 
 
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
-    """`layer.weight` as it is stored, without a copy.
+    """`layer.weight` as it is stored, without a copy; torchao's, of which there are many kinds, made dense.
 
     Raises:
         AttachError: the weight is on the meta device, or of a kind that can't be read.
@@ -92,6 +92,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         raise AttachError(
             "its weight is on the meta device and holds no values; load the model's weights before attach"
         )
+    if type(weight).__module__.startswith("torchao."):
+        weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
@@ -106,16 +108,22 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     )
 
 
-def dense_weight(layer: Any, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
-    """`layer.weight` as an N×K tensor: as stored for nn.Linear, dequantised for bitsandbytes' 4-bit and 8-bit layers.
+def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Float[Tensor, "N K"]:
+    """`layer.weight` as an N×K tensor, or some of its rows: as stored for nn.Linear, dequantised for the layers of
+    bitsandbytes (4-bit, 8-bit) and torchao.
 
     Args:
         layer: a linear layer.
         dtype: of the result; None: as it is stored or dequantised. A floating-point weight that has this dtype is
             returned itself, not a copy.
+        rows: which. A 4-bit weight is dequantised whole for them, since its blocks run over rows' ends.
 
     Raises:
         AttachError: the weight is on the meta device, or of a kind that can't be read.
     """
     weight = stored_weight(layer)
-    return weight.to(dtype or weight.dtype) if isinstance(weight, Tensor) else weight.dense(dtype)
+    if isinstance(weight, Tensor):
+        return weight[rows].to(dtype or weight.dtype) if rows != slice(None) else weight.to(dtype or weight.dtype)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.values[rows], weight.factor[rows]).dense(dtype)
+    return weight.dense(dtype)[rows]

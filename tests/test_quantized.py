@@ -60,6 +60,19 @@ def base_bytes(model: Any) -> dict[str, Tensor]:
     return found
 
 
+def train(model: Any, ids: Tensor, lr: float, steps: int) -> list[float]:
+    """The loss of each step."""
+    optimizer = torch.optim.AdamW(ll.parameters(model), lr=lr)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @EACH_KIND
 @EACH_VARIANT
 def test_a_whole_life(folder: Path, tmp_path: Path, variant: str, kind: str) -> None:
@@ -73,15 +86,7 @@ def test_a_whole_life(folder: Path, tmp_path: Path, variant: str, kind: str) -> 
         assert identity.relative_change(model(ids).logits, base) <= 1e-5
     assert identity.asleep(identity.backward(model, ids)) == identity.ASLEEP.get(variant, set())
 
-    lr = 0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2
-    optimizer = torch.optim.AdamW(ll.parameters(model), lr=lr)
-    losses = []
-    for _ in range(20):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2, steps=20)
     assert losses[-1] < 0.97 * losses[0]
 
     with torch.no_grad():
@@ -197,14 +202,7 @@ def test_pretrained(pretrained: Any) -> None:
     attach(model, "dora", r=8)
     with torch.no_grad():
         assert identity.relative_change(model(ids).logits, base) <= 1e-5
-    optimizer = torch.optim.AdamW(ll.parameters(model), lr=3e-3)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, ids, lr=3e-3, steps=5)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -223,3 +221,33 @@ def test_dense_weight_of_a_layer_packed_for_inference() -> None:
         )
         assert ll.quantized.stored_weight(layer).kind == "inference"
         assert_close(ll.quantized.dense_weight(layer, torch.float32), want, 4e-3)  # absmaxes are rounded to bf16
+
+
+@EACH_KIND
+def test_some_rows(folder: Path, kind: str) -> None:
+    for layer in (quantised(folder, kind).model.layers[0].mlp.up_proj, llama(**SIZES).model.layers[0].mlp.up_proj):
+        whole = ll.quantized.dense_weight(layer, torch.float32)
+        part = ll.quantized.dense_weight(layer, torch.float32, slice(5, 40))
+        assert part.shape == (35, whole.shape[1])
+        assert torch.equal(part, whole[5:40])
+
+
+@EACH_VARIANT
+def test_torchao(variant: str) -> None:
+    """int8 weights of torchao, whose tensors say that they are float32 and N×K."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, ids = llama(**SIZES), token_ids()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: type(m) is nn.Linear and "lm_head" not in name)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer.weight) is not nn.Parameter
+    with torch.no_grad():
+        base = model(ids).logits
+    attach(model, variant, calibration_batches())
+    with torch.no_grad():
+        assert identity.relative_change(model(ids).logits, base) <= 1e-5
+    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2, steps=10)
+    assert losses[-1] < 0.99 * losses[0]
+    ll.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base)
