@@ -92,7 +92,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         raise AttachError(
             "its weight is on the meta device and holds no values; load the model's weights before attach"
         )
-    if type(weight).__module__.startswith("torchao."):
+    if type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
