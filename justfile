@@ -22,7 +22,7 @@ finetune-all *args:
     done
 
 # Rewrite the tables of README.md and docs/ from bench/results/.
-tables *args:
+readme-tables *args:
     {{python}} bench/tables.py {{args}}
 
 # Draw the pictures of docs/img/ from bench/results/.
@@ -56,7 +56,7 @@ format:
     {{python}} -m ruff check --fix .
     {{python}} -m ruff format .
 
-# Time a training step with each variant beside PEFT's.
+# Time training steps, attaching, saving and loading of each variant beside PEFT's.
 bench-adapters *args:
     {{python}} bench/adapters.py {{args}}
 

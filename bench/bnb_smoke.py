@@ -38,6 +38,8 @@ def base_bytes(model: nn.Module) -> list[Tensor]:
         weight: Any = getattr(module, "weight", None)
         if (state := getattr(weight, "quant_state", None)) is not None:
             found.append(state.absmax.clone())
+        if type(weight).__name__ == "Int8Params":
+            found.append((weight.SCB if weight.SCB is not None else module.state.SCB).clone())  # type: ignore[union-attr]
     return found
 
 

@@ -6,7 +6,6 @@ import gc
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import statistics
@@ -153,8 +152,8 @@ class Settings:
 
     @property
     def name(self) -> str:
-        parts = [self.variant, Path(self.model).name, self.data, *([self.quantize] if self.quantize else [])]
-        return "-".join([*parts, *(["demo"] if self.demo else [])])
+        parts = (self.variant, Path(self.model).name, self.data, self.quantize, "demo" if self.demo else None)
+        return "-".join(filter(None, parts))
 
     @property
     def folder(self) -> Path:
@@ -257,7 +256,7 @@ def train(
     """Go on from where `done` stands to the last step, or to the end of the step in which Ctrl-C came: then False."""
     parameters = ll.parameters(model)
     model.train()
-    reset_peak_memory()
+    machine.reset_peak_memory()
     with Interrupt() as interrupt, progress(s.steps, len(done.losses)) as show:
         for step in range(len(done.losses), s.steps):
             start = time.perf_counter()
@@ -278,7 +277,7 @@ def train(
             show(len(done.losses), done.losses[-1], tokens / done.seconds[-1])
             if interrupt.asked:
                 break
-    done.peak_memory = max(done.peak_memory, peak_memory())
+    done.peak_memory = max(done.peak_memory, machine.peak_memory())
     return len(done.losses) == s.steps
 
 
@@ -374,24 +373,6 @@ def to(device: str, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def reset_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew, from what is resident now
-
-
-def peak_memory() -> int:
-    """Bytes: of GPU memory allocated where there is a GPU, else resident. Since the reset where the system can."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ PyTorch, PEFT's layer and the in-place addmm_ formulation, and the time that tho
 bandwidth: a model, not a measurement. The base layer's own products are left out everywhere: all have them alike.
 """
 
+import json
 import os
 import sys
 
@@ -25,15 +26,16 @@ import kernel_times
 import machine
 import peft
 import tyro
+from kernel_times import SCALE, Shape
 from rich.console import Console
 from rich.table import Table
+from rivals import peft_config
 from torch import Tensor
 from traffic import OperatorsCounted, Traffic, kernels_counted
 
 from lora_lite.kernels import ops, tuning
 
 RESULTS = Path(__file__).parent / "results" / "kernel_traffic.json"
-SCALE = 2.0
 
 # Bandwidth in TB/s and dense bf16 in TFLOP/s, without sparsity, from the vendors' data sheets.
 GPUS = {
@@ -52,14 +54,6 @@ TARGETS = {
     ("lora", 16): 1.10, ("lora", 32): 1.10, ("lora", 64): 1.20, ("dora", 16): 1.15, ("hra", 8): 1.45, ("hra", 16): 1.45,
     ("ia3", 1): 1.05,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shape:
-    M: int
-    K: int
-    N: int
-    R: int
 
 
 @dataclass
@@ -94,11 +88,10 @@ def lora_lite_step(variant: str, t: Tensors) -> None:
         out = ops.scale(t.y, t.g)
         torch.autograd.grad(out, [t.y, t.g], t.dy)
         return
-    x, h = ops.shrink(t.x, t.A)
     if variant == "hra":
-        out = ops.expand_add(x, h, t.B, 1.0)
-        torch.autograd.grad(out, [t.x, t.A, t.B], t.dx_base)
+        torch.autograd.grad(ops.shrink_expand(t.x, t.A, t.B), [t.x, t.A, t.B], t.dx_base)
         return
+    x, h = ops.shrink(t.x, t.A)
     if variant == "dora":
         g = t.g / ops.row_norm(t.W, t.A, t.B, SCALE, t.g.detach())
         out = ops.expand_add_rescale(t.y, h, t.B, SCALE, g, None)
@@ -142,13 +135,7 @@ def peft_step(variant: str, t: Tensors) -> Callable[[], None]:
     (N, K), r = t.W.shape, t.A.shape[0]
     base = torch.nn.Linear(K, N, bias=False, device=t.W.device, dtype=t.W.dtype)
     model = torch.nn.ModuleDict({"k_proj": base})
-    common: dict[str, Any] = {"target_modules": ["k_proj"]}
-    config = {
-        "lora": lambda: peft.LoraConfig(r=r, lora_alpha=SCALE * r, **common),
-        "dora": lambda: peft.LoraConfig(r=r, lora_alpha=SCALE * r, use_dora=True, **common),
-        "hra": lambda: peft.HRAConfig(r=r, **common),
-        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **common),
-    }[variant]()
+    config = peft_config(variant, r, SCALE * r, ["k_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         layer = peft.inject_adapter_in_model(config, model)["k_proj"]
@@ -190,7 +177,7 @@ def counted(variant: str, s: Shape) -> dict[str, Any]:
     target = TARGETS.get((variant, s.R))
     return {
         "variant": variant,
-        **vars(s),
+        **{letter: getattr(s, letter) for letter in "MKNR"},
         "bound": least,
         "lora_lite": traffic.total,
         **{name: found and found.total for name, found in rivals.items()},
@@ -227,17 +214,35 @@ class Settings:
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Bytes of one training step of one layer, counted, as multiples of the lower bound")
     headings = ["variant", "r", "bound MB", "lora-lite", "target", "addmm_", "eager", "PEFT", "again from cache"]
-    for heading in [*headings, "programs", *(f"{gpu} (model)" for gpu in GPUS)]:
+    for heading in [*headings, "programs", "GFLOP", "FLOP/byte", *(f"{gpu} (model)" for gpu in GPUS)]:
         table.add_column(heading, justify="right")
     for row in rows:
         ratios = [f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("addmm", "eager", "peft")]
         table.add_row(
             row["variant"], str(row["R"]), f"{row['bound'] / 1e6:.0f}", f"{row['lora_lite'] / row['bound']:.3f}",
             f"{row['target']}" if row["target"] else "–", *ratios, f"{row['again_from_cache'] / row['bound']:.2f}",
-            str(row["fewest_programs"]), *(f"{us} µs" for us in row["modelled_us"].values()),
+            str(row["fewest_programs"]), f"{row['flops'] / 1e9:.2f}", f"{row['flops'] / row['lora_lite']:.1f}",
+            *(f"{us} µs" for us in row["modelled_us"].values()),
             style="" if row["meets_target"] else "red",
         )  # fmt: skip
-    Console(width=200).print(table)
+    Console(width=220).print(table)
+
+
+def show_compiled(rank: int = 16) -> None:
+    """What `just kernels-report` read from the machine code of the rows that are taken untimed, in bf16."""
+    result = json.loads(RESULTS.with_name("kernels_report.json").read_text())
+    architectures = dict.fromkeys(row["architecture"] for row in result["rows"])
+    table = Table(title=f"Compiled for r={rank}, bf16: registers a thread / KiB of shared memory / occupancy, and dots")
+    for heading in ("kernel", *architectures):
+        table.add_column(heading)
+    for kernel in BY_KERNEL:
+        cells = {}
+        for row in result["rows"]:
+            if (row["kernel"], row["rank"], row["dtype"]) == (kernel, rank, "bfloat16"):
+                used = f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['occupancy']:.0%}, {row['dot_kind']}"
+                cells.setdefault(row["architecture"], used)
+        table.add_row(kernel, *(cells.get(name, "–") for name in architectures))
+    Console(width=220).print(table)
 
 
 def timed(models: tuple[str, ...], tokens: tuple[int, ...], ranks: tuple[int, ...], save: bool) -> int:
@@ -281,6 +286,7 @@ def main(s: Settings) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(counted, *zip(*shapes, strict=True)))
     show(rows)
+    show_compiled()
     if s.save:
         sources = {gpu: {"TB/s": b, "TFLOP/s": f, "source": source} for gpu, (b, f, source) in GPUS.items()}
         machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows}, compact=True)

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 import triton
+from rivals import peft_config
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -30,13 +31,13 @@ def gpu_timer(run: Callable[[], Any]) -> Quantiles:
 
 @dataclass(frozen=True)
 class Shape:
-    """A projection of a real model: M tokens, K in, N out, rank R."""
+    """A layer and its work: M tokens, K in, N out, rank R; of which model it is a projection, if of one."""
 
-    model: str
     M: int
     K: int
     N: int
     R: int
+    model: str = ""
 
 
 PROJECTIONS = {
@@ -52,7 +53,7 @@ def shapes(tokens: Iterable[int] = TOKENS, ranks: Iterable[int] = RANKS) -> list
     """Every model's projections at every number of tokens and every rank."""
     ranks = list(ranks)
     return [
-        Shape(model, M, K, N, R)
+        Shape(M, K, N, R, model)
         for model, projections in PROJECTIONS.items()
         for K, N in projections
         for M in tokens
@@ -113,8 +114,12 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h), d(g) * d(dy), (d(dy) * d(y)).sum(0)),
         ),
         "shrink_backward": (
-            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True), 3 * MK + MR + 2 * KR,
+            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
+        ),
+        "shrink_expand_backward": (
+            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
+            6 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x), d(dx_base).t() @ d(h)),
         ),
         "row_norm": (
             lambda: row_norm.launch_row_norm(W, None, A, B, BG, SCALE, w_sq), 2 * s.N * s.K + KR + 2 * NR,
@@ -189,13 +194,7 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
     if variant == "lora":
         A, B = (p.detach().clone().requires_grad_() for p in found["eager"][1])
         found["addmm"] = (lambda x: _Addmm.apply(x, W, A, B), [A, B], None)
-    common: dict[str, Any] = {"target_modules": ["k_proj"]}
-    config = {
-        "lora": lambda: peft.LoraConfig(r=s.R, lora_alpha=SCALE * s.R, **common),
-        "dora": lambda: peft.LoraConfig(r=s.R, lora_alpha=SCALE * s.R, use_dora=True, **common),
-        "hra": lambda: peft.HRAConfig(r=s.R, **common),
-        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **common),
-    }[variant]()
+    config = peft_config(variant, s.R, SCALE * s.R, ["k_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = peft.inject_adapter_in_model(config, linear())

@@ -72,9 +72,8 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     f32 = torch.float32
-    x, y, h, A, B, W = t(M, K), t(M, N), t(M, R), t(R, K), t(N, R), t(N, K)
-    g, bias = t(N, dtype=f32), t(N)
-    A32, B32 = t(R, K, dtype=f32), t(N, R, dtype=f32)
+    x, y, h, W = t(M, K), t(M, N), t(M, R), t(N, K)
+    A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
@@ -82,10 +81,11 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
         "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
         "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
         "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
-        "row_norm": lambda: row_norm.launch_row_norm(W, None, A32, B32, B32, 0.5, g),
-        "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A32, B32, B32, 0.5, g),
+        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True, h),
+        "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
+        "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
-            packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A32, B32, B32, 0.5, g
+            packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A, B, B, 0.5, g
         ),
         "scale": lambda: scale.launch_scale(y, g),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),

@@ -66,7 +66,10 @@ def roofline() -> Any:
 def overhead() -> Any:
     """What an adapter adds to a training step on a CPU, beside PEFT's."""
     result = read(RESULTS / "adapters.json")
-    rows = [r for r in result["rows"] if r["dtype"] == "bfloat16" and "peft" in r["overhead"] and r["variant"] != "hra"]
+    rows = [
+        r for r in result["rows"]
+        if (r["model"], r["dtype"]) == ("llama", "bfloat16") and "peft" in r["overhead"] and r["variant"] != "hra"
+    ]  # fmt: skip
     series = {
         "lora_lite": [1e3 * r["overhead"]["ours"] for r in rows],
         "peft": [1e3 * r["overhead"]["peft"] for r in rows],

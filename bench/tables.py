@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md and docs/ from the result files: `just tables`. With --check, only say what is stale.
+"""Rewrite the tables of README.md and docs/ from the result files: `just readme-tables`; --check only says if stale.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
 """
@@ -48,31 +48,71 @@ def finetune() -> str:
 
 
 def adapters() -> str:
-    """Training steps beside PEFT's, from `just bench-adapters`."""
+    """Training steps beside PEFT's on a Llama, from `just bench-adapters`."""
     result = read(RESULTS / "adapters.json")
     s = result["settings"]
     lines = [
         f"What an adapter adds to a training step of the frozen base (forward and backward; Llama, {s['width']} wide, "
         f"{s['layers']} layers, 7 linears each, {s['tokens'][0] * s['tokens'][1]} tokens, r={s['r']}), beside PEFT's; "
-        f"adapters in float32, the default of both. Medians of {s['steps']} interleaved steps. {machine_of(result)}",
+        f"adapters in float32, the default of both. Medians of up to {s['steps']} interleaved steps. "
+        f"{machine_of(result)}",
         "",
         "| method | base dtype | base | + lora-lite | + PEFT | lora-lite / PEFT | attach: PEFT / lora-lite |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        over = row["overhead"]
+        if row["model"] != "llama":
+            continue
+        attach = row["attach_seconds"]
         cells = [
-            NAMES[row["variant"]],
-            row["dtype"],
-            f"{1e3 * row['seconds']['base']:.0f} ms",
-            f"{1e3 * over['ours']:.1f} ms",
-            f"{1e3 * over['peft']:.1f} ms" if "peft" in over else "–",
-            f"{row['overhead_ratio']:.2f}" if row["overhead_ratio"] is not None else "–",
+            *step_cells(row),
             # PEFT's attach in EVA's row is plain LoRA's: it has no calibration to time.
-            f"{row['attach_speedup']:.1f}×" if row["attach_speedup"] and row["variant"] != "eva" else "–",
+            f"{attach['peft'] / attach['ours']:.1f}×" if "peft" in attach and row["variant"] != "eva" else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def pretrained() -> str:
+    """Training steps, memory and files beside PEFT's on SmolLM2-135M, from `just bench-adapters`."""
+    result = read(RESULTS / "adapters.json")
+    rows = [row for row in result["rows"] if row["model"] != "llama"]
+    s = result["settings"]
+    lines = [
+        f"The same on SmolLM2-135M, all 30 layers, {rows[0]['tokens']} tokens: what an adapter adds to a step; the "
+        "peak of the process's memory during one; attaching, saving and loading; the size of what is saved. Medians, "
+        f"lora-lite / PEFT; steps until {s['seconds']:.0f} s were over, at least three. {machine_of(result)}",
+        "",
+        "| method | dtype | base | + lora-lite | + PEFT | ratio | peak MiB (base) | attach ms | save ms | load ms | KiB "
+        "|",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = [
+            *step_cells(row),
+            f"{pair(row['peak_bytes'], 2**-20)} ({row['peak_bytes']['base'] / 2**20:.0f})",
+            *(pair(row[f"{what}_seconds"], 1e3) for what in ("attach", "save", "load")),
+            pair(row["file_bytes"], 2**-10),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def step_cells(row: dict[str, Any]) -> list[str]:
+    over = row["overhead"]
+    return [
+        NAMES[row["variant"]],
+        row["dtype"],
+        f"{1e3 * row['seconds']['base']:.0f} ms",
+        f"{1e3 * over['ours']:.1f} ms",
+        f"{1e3 * over['peft']:.1f} ms" if "peft" in over else "–",
+        f"{row['overhead_ratio']:.2f}" if row["overhead_ratio"] is not None else "–",
+    ]
+
+
+def pair(values: dict[str, float], factor: float) -> str:
+    """Ours / PEFT's."""
+    return " / ".join(f"{factor * values[side]:.0f}" if side in values else "–" for side in ("ours", "peft"))
 
 
 def traffic() -> str:
@@ -109,7 +149,7 @@ def machine_of(result: dict[str, Any]) -> str:
     return f"Measured on {m['cpu']}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
 
 
-TABLES = {"finetune": finetune, "adapters": adapters, "traffic": traffic}
+TABLES = {"finetune": finetune, "adapters": adapters, "pretrained": pretrained, "traffic": traffic}
 
 
 def rewritten(text: str) -> str:

@@ -15,8 +15,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+from interpreted import Observer, observed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_lite.kernels import lowrank, row_norm
+from lora_lite.kernels.common import small
 
 
 @dataclass
@@ -35,89 +39,65 @@ class Traffic:
         return sum(self.bytes.values())
 
 
-class _Launch:
-    """The tensor arguments of one launch by address, and what its programs touch."""
+class _Counter(Observer):
+    """Adds each launch to the traffic. Of the current one: its tensors by address, and what its programs touch."""
 
-    def __init__(self, kernel: str, tensors: dict[str, Tensor], large: int) -> None:
-        self.kernel = kernel
+    def __init__(self, large: int) -> None:
+        self.traffic, self.large = Traffic(), large
+
+    def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
+        self.kernel = kernel.strip("_").removesuffix("_kernel")
         self.tensors = sorted((t.data_ptr(), name, t) for name, t in tensors.items() if t.numel())
         self.starts = [start for start, _, _ in self.tensors]
         self.executed: dict[tuple[str, bool], int] = {}
         self.seen: dict[tuple[str, bool], np.ndarray] = {}
-        self.large = {name for _, name, t in self.tensors if t.numel() >= large}
+        self.uncached = {name for _, name, t in self.tensors if t.numel() >= self.large} | {"parts"}
 
-    def touch(self, addresses: Any, mask: Any, store: bool) -> None:
-        addresses, mask = np.broadcast_arrays(addresses.data, mask.data)
+    def grid(self, *dims: int) -> None:
+        if self.kernel != "sum_parts":
+            self.traffic.fewest_programs = min(self.traffic.fewest_programs, int(np.prod(dims)))
+
+    def load(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        self._touch(addresses, mask, stored=False)
+
+    def store(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        self._touch(addresses, mask, stored=True)
+
+    def _touch(self, addresses: np.ndarray, mask: np.ndarray, stored: bool) -> None:
         count = int(np.count_nonzero(mask))
         if count == 0:
             return
         first = int(addresses.ravel()[mask.ravel().argmax()])
         start, name, t = self.tensors[bisect.bisect_right(self.starts, first) - 1]
         size = t.element_size()
-        self.executed[name, store] = self.executed.get((name, store), 0) + count * size
-        if name not in self.large and name != "parts":
-            seen = self.seen.setdefault((name, store), np.zeros(t.untyped_storage().nbytes() // size, bool))
+        self.executed[name, stored] = self.executed.get((name, stored), 0) + count * size
+        if name not in self.uncached:
+            seen = self.seen.setdefault((name, stored), np.zeros(t.untyped_storage().nbytes() // size, bool))
             seen[(addresses[mask].astype(np.int64) - start) // size] = True
 
-    def report(self, traffic: Traffic) -> None:
+    def end(self) -> None:
         sizes = {name: t.element_size() for _, name, t in self.tensors}
-        for (name, store), executed in self.executed.items():
+        for (name, stored), executed in self.executed.items():
             counted = executed
-            if name not in self.large and name != "parts":
-                counted = int(self.seen[name, store].sum()) * sizes[name]
-                traffic.again += executed - counted
-            traffic.add(self.kernel.strip("_").removesuffix("_kernel"), name, counted)
+            if name not in self.uncached:
+                counted = int(self.seen[name, stored].sum()) * sizes[name]
+                self.traffic.again += executed - counted
+            self.traffic.add(self.kernel, name, counted)
 
 
 @contextmanager
 def kernels_counted(large: int) -> Iterator[Traffic]:
     """Counts all launches in the interpreter; tensors of `large` or more elements are the tokens'."""
-    from triton.runtime import interpreter
-
-    from lora_lite.kernels import lowrank, row_norm
-    from lora_lite.kernels.common import small
-
-    traffic = Traffic()
-    current: list[_Launch] = []
-    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
-    run, load, store, grid = (
-        executor.__call__, builder.create_masked_load, builder.create_masked_store, builder.set_grid_dim
-    )  # fmt: skip
-
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        current[:] = [_Launch(self.fn.__name__, {n: t for n, t in named.items() if isinstance(t, Tensor)}, large)]
-        run(self, *args, **kwargs)
-        current[0].report(traffic)
-
-    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        current[0].touch(ptrs, mask, store=False)
-        return load(self, ptrs, mask, *rest)
-
-    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        current[0].touch(ptrs, mask, store=True)
-        return store(self, ptrs, value, mask, *rest)
+    counter = _Counter(large)
 
     def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
         result = small(t, dtype)
         if result.data_ptr() != t.data_ptr():
-            traffic.add("cast", "", t.nbytes + result.nbytes)
+            counter.traffic.add("cast", "", t.nbytes + result.nbytes)
         return result
 
-    def sized(self: Any, *dims: int) -> None:
-        if current[0].kernel != "_sum_parts_kernel":
-            traffic.fewest_programs = min(traffic.fewest_programs, int(np.prod(dims)))
-        grid(self, *dims)
-
-    with (
-        mock.patch.object(lowrank, "small", cast),
-        mock.patch.object(row_norm, "small", cast),
-        mock.patch.object(executor, "__call__", launched),
-        mock.patch.object(builder, "create_masked_load", loaded),
-        mock.patch.object(builder, "create_masked_store", stored),
-        mock.patch.object(builder, "set_grid_dim", sized),
-    ):
-        yield traffic
+    with mock.patch.object(lowrank, "small", cast), mock.patch.object(row_norm, "small", cast), observed(counter):
+        yield counter.traffic
 
 
 class OperatorsCounted(TorchDispatchMode):

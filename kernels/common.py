@@ -72,9 +72,12 @@ def block_of(size: int, most: int = MAX_RANK) -> int:
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
-    """(programs, elements each) that share `size` in whole blocks: at least `wanted` programs, if there are blocks."""
-    share = size / max(wanted, 1) / block
-    for each in (math.ceil(share) * block, max(int(share), 1) * block):
+    """(programs, elements each) that share `size`: at least `wanted` programs, as long as each has a block's worth.
+
+    Shares are multiples of 16, which keeps accesses aligned; a program's last block may reach past its share.
+    """
+    share = size / max(wanted, 1) / 16
+    for each in (max(math.ceil(share) * 16, block), max(int(share) * 16, block)):
         if triton.cdiv(size, each) >= wanted:
             break
     return triton.cdiv(size, each), each

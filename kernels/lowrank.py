@@ -7,6 +7,9 @@ M tokens, K in_features, N out_features, R rank. Token-sized reads and writes, e
     expand_add backward reads dy                writes –         dh = scale · dy B,  dB = scale · dyᵀ h
     shrink backward     reads x, dx_base        writes dx        dx = dx_base + dh A,  dA = dhᵀ x
 
+`shrink_expand` is both with no layer between them, x + (x Aᵀ) Bᵀ: the same forward, and in the backward `shrink` of dy
+for dh, then `shrink backward` with dy as dx_base, which it has at hand for dB = dyᵀ h too.
+
 `shrink` hands x on to the base layer, so the base layer's own input gradient dx_base comes back to it together with
 dh: no M×K delta is ever stored and autograd has nothing to add. With g and bias the same kernels do DoRA's
 composition (see dora.py). Sums over a dimension that several programs share are float32 parts, added in fixed order.
@@ -49,11 +52,12 @@ def _shrink_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * k_per_program
+    end = min(first + k_per_program, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(first, min(first + k_per_program, K), BLOCK_K):
+    for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, M, K), other=0.0)
-        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+        x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, M, end), other=0.0)
+        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, end), other=0.0)
         acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
     h += tl.program_id(1).to(tl.int64) * M * R
     tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, M, R))
@@ -63,7 +67,6 @@ def _shrink_kernel(
 def _expand_kernel(
     y, h, B, out, g, bias, scale,
     M, N, R, stride_ym, stride_yn,
-    HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
@@ -78,9 +81,9 @@ def _expand_kernel(
         h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
         acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
-    if HAS_G:
+    if g is not None:
         gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        if HAS_BIAS:
+        if bias is not None:
             b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
             y_tile = (y_tile - b) * gain + b
         else:
@@ -92,75 +95,86 @@ def _expand_kernel(
 def _expand_backward_kernel(
     dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale,
     M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
-    NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr, HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * m_per_program
+    end = min(first + m_per_program, M)
     dh += tl.program_id(0).to(tl.int64) * M * R
     B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
     dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    if HAS_G:
+    if g is not None:
         dg_acc = tl.zeros((BLOCK_N,), tl.float32)
         gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         b = tl.zeros((1, BLOCK_N), tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    for start in range(first, min(first + m_per_program, M), BLOCK_M):
+    for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        here = inside(rows, cols, M, N)
+        here = inside(rows, cols, end, N)
         dy_tile = tl.load(tile(dy, rows, cols, stride_dm, stride_dn), mask=here, other=0.0)
-        if HAS_G:
+        if g is not None:
             dy_wide = dy_tile.to(tl.float32)
             y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
             dg_acc += tl.sum(dy_wide * (y_tile - b), 0)
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
-        dy_tile = dy_tile.to(B_tile.dtype)
         if NEEDS_DB:
-            h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
-            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(B_tile.dtype), dB_acc, input_precision=PRECISION)
+            h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, end, R), other=0.0)
+            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(dy_tile.dtype), dB_acc, input_precision=PRECISION)
         if NEEDS_DH:
             dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
-            tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, M, R))
+            tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
     if NEEDS_DB:
         dB += tl.program_id(1).to(tl.int64) * N * R
         tl.store(tile(dB, cols, ranks, R, 1), scale * dB_acc, mask=inside(cols, ranks, N, R))
-    if HAS_G:
+    if g is not None:
         tl.store(dg + tl.program_id(1) * N + cols, dg_acc, mask=cols < N)
 
 
 @triton.jit
 def _shrink_backward_kernel(
-    dx_base, dh, x, A, dx, dA,
+    dx_base, dh, x, h, A, dx, dA, dB,
     M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
-    HAS_BASE: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
+    NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part."""
+    """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part, and with h so does
+    dB = dx_baseᵀ h."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * m_per_program
-    A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+    end = min(first + m_per_program, M)
+    dtype = dh.dtype.element_ty
+    A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0).to(dtype)
     dA_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for start in range(first, min(first + m_per_program, M), BLOCK_M):
+    dB_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        here = inside(rows, cols, M, K)
-        dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0).to(A_tile.dtype)
+        here, of_rank = inside(rows, cols, end, K), inside(rows, ranks, end, R)
+        dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=of_rank, other=0.0)
         if NEEDS_DA:
-            x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(A_tile.dtype)
+            x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(dtype)
             dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
+        if dx_base is not None:
+            base_tile = tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0)
+            if h is not None:
+                h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=of_rank, other=0.0)
+                dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
         if NEEDS_DX:
             # As (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
             dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
-            if HAS_BASE:
-                dx_tile += tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
+            if dx_base is not None:
+                dx_tile += base_tile.to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
     if NEEDS_DA:
         dA += tl.program_id(1).to(tl.int64) * R * K
-        dA_at = dA + ranks[None, :] * K + cols[:, None]
-        tl.store(dA_at, dA_acc, mask=inside(cols, ranks, K, R))
+        tl.store(tile(dA, cols, ranks, 1, K), dA_acc, mask=inside(cols, ranks, K, R))
+    if h is not None:
+        dB += tl.program_id(1).to(tl.int64) * K * R
+        tl.store(tile(dB, cols, ranks, R, 1), dB_acc, mask=inside(cols, ranks, K, R))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -212,7 +226,7 @@ def launch_expand(
         grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
-                y, h, B, out, g, bias, scale, M, N, R, *y.stride(), HAS_G=g is not None, HAS_BIAS=bias is not None,
+                y, h, B, out, g, bias, scale, M, N, R, *y.stride(),
                 PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
@@ -236,15 +250,12 @@ def launch_expand_backward(
     Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
     (M, N), R = dy.shape, B.shape[1]
     if R > MAX_RANK:
-        rest = []
-        first = None
-        for hs, Bs in zip(h.split(MAX_RANK, dim=1), B.split(MAX_RANK, dim=1), strict=True):
-            with_y = (y, g, bias) if first is None else ()
-            got = launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *with_y)
-            first = first or got
-            rest.append(got[:2])
-        assert first is not None
-        return torch.cat([r[0] for r in rest], -1), torch.cat([r[1] for r in rest], -1), *first[2:]
+        of_ranks = enumerate(zip(h.split(MAX_RANK, dim=1), B.split(MAX_RANK, dim=1), strict=True))
+        parts = [
+            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *((y, g, bias) if i == 0 else ()))
+            for i, (hs, Bs) in of_ranks
+        ]
+        return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
     B, h = small(B, dy.dtype), h.contiguous()
     dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
     dB = B.new_empty(N, R, dtype=torch.float32) if needs_dB else B.new_empty(0)
@@ -261,7 +272,7 @@ def launch_expand_backward(
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
                 dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, M, N, R, *dy.stride(), *y_strides, each,
-                NEEDS_DH=needs_dh, NEEDS_DB=needs_dB, HAS_G=y is not None, HAS_BIAS=bias is not None,
+                NEEDS_DH=needs_dh, NEEDS_DB=needs_dB,
                 PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
@@ -277,36 +288,42 @@ def launch_shrink_backward(
     A: Float[Tensor, "R K"],
     needs_dx: bool,
     needs_dA: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dx, dA): dx_base + dh A and dhᵀ x, the latter in float32. What is not needed is left empty."""
+    h: Float[Tensor, "M R"] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
+    left empty."""
     (M, K), R = x.shape, len(A)
     dh = dh.contiguous()
     if R > MAX_RANK:
-        halves = zip(dh.split(MAX_RANK, dim=1), A.split(MAX_RANK), strict=True)
-        dAs = [launch_shrink_backward(None, part, x, rows, False, needs_dA)[1] for part, rows in halves]
+        hs = [None] * len(A.split(MAX_RANK)) if h is None else h.split(MAX_RANK, dim=1)
+        of_ranks = zip(dh.split(MAX_RANK, dim=1), A.split(MAX_RANK), hs, strict=True)
+        base = None if h is None else dx_base
+        parts = [launch_shrink_backward(base, each, x, rows, False, needs_dA, part) for each, rows, part in of_ranks]
         base = torch.zeros_like(x) if dx_base is None else dx_base
-        return launch_expand(base, dh, A.t(), 1.0) if needs_dx else x.new_empty(0), torch.cat(dAs)
-    A = small(A, dh.dtype)
+        dx = launch_expand(base, dh, A.t(), 1.0) if needs_dx else x.new_empty(0)
+        return dx, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts], -1)
+    A, h = A.contiguous(), None if h is None else h.contiguous()
     dx = x.new_empty(M, K) if needs_dx else x.new_empty(0)
     dA = A.new_empty(R, K, dtype=torch.float32) if needs_dA else A.new_empty(0)
+    dB = A.new_empty(0) if h is None else A.new_empty(K, R, dtype=torch.float32)
     if M == 0:
-        return dx, dA.zero_()
+        return dx, dA.zero_(), dB.zero_()
     base_strides = dx_base.stride() if dx_base is not None else (0, 0)
 
-    def run(config: Config) -> tuple[Tensor, Tensor]:
+    def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         blocks = triton.cdiv(K, config.cols)
         count, each = split(M, config.rows, triton.cdiv(programs(x), blocks))
-        dAs = parts_like(dA, count)
+        dAs, dBs = parts_like(dA, count), parts_like(dB, count)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](
-                dx_base, dh, x, A, dx, dAs, M, K, R, *base_strides, *x.stride(), each,
-                HAS_BASE=dx_base is not None, NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
+                dx_base, dh, x, h, A, dx, dAs, dBs, M, K, R, *base_strides, *x.stride(), each,
+                NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
                 PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
-        return dx, sum_parts(dAs, dA)
+        return dx, sum_parts(dAs, dA), sum_parts(dBs, dB)
 
-    return tuned("shrink_backward", run, x, M, K, R)
+    return tuned("shrink_backward" if h is None else "shrink_expand_backward", run, x, M, K, R)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -332,7 +349,7 @@ def _shrink_backward(
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     base = None if dx_base is None else rows_of(dx_base)
-    dx, dA = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA)
+    dx, dA, _ = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA)
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
 
 
@@ -426,6 +443,46 @@ def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, T
 _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
 
 
+@torch.library.custom_op("lora_lite::shrink_expand", mutates_args=())
+def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h = launch_shrink(rows_of(x), A, dtype)
+    return launch_expand(rows_of(x), h, B, 1.0).view(x.shape), h
+
+
+@_shrink_expand.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], A.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("lora_lite::shrink_expand_backward", mutates_args=())
+def _shrink_expand_backward(
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, needs_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh = launch_shrink(rows_of(dy), B.t(), h.dtype)
+    dx, dA, dB = launch_shrink_backward(rows_of(dy), dh, rows_of(x), A, needs_dx, True, h)
+    return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype), dB.to(B.dtype)
+
+
+@_shrink_expand_backward.register_fake
+def _(dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, needs_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _save_shrink_expand(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: Any) -> None:
+    x, A, B, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], A, B)
+
+
+def _backward_shrink_expand(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    dx, dA, dB = _shrink_expand_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[0])
+    return dx if ctx.needs_input_grad[0] else None, dA, dB, None
+
+
+_shrink_expand.register_autograd(_backward_shrink_expand, setup_context=_save_shrink_expand)
+
+
 def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one. Hand the returned x, not the argument, to the layer."""
     if torch.is_grad_enabled() and x.requires_grad:
@@ -438,3 +495,8 @@ def expand_add(
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ."""
     return _expand_add(y, h, B, scale)
+
+
+def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:
+    """x + (x Aᵀ) Bᵀ."""
+    return _shrink_expand(x, A, B, compute_dtype(x))[0]

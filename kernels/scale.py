@@ -41,11 +41,12 @@ def _scale_backward_kernel(
     """Program (j, i): the columns of block j, down the rows of part i. dg holds a result a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * m_per_program
+    end = min(first + m_per_program, M)
     gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, min(first + m_per_program, M), BLOCK_M):
+    for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        here = inside(rows, cols, M, N)
+        here = inside(rows, cols, end, N)
         dy_tile = tl.load(tile(dy, rows, cols, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
         if NEEDS_DG:
             acc += dy_tile * tl.load(tile(t, rows, cols, stride_tm, stride_tn), mask=here, other=0.0).to(tl.float32)

@@ -67,8 +67,15 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(32, 64, 8, 1),),
         },
         "shrink_backward": {
-            64: (Config(64, 128, 8), Config(64, 64, 8)),
+            64: (Config(64, 64, 8), Config(64, 128, 8)),
             256: (Config(32, 64, 8, 1),),
+        },
+        # As above with a second accumulator of K × R.
+        "shrink_expand_backward": {
+            16: (Config(64, 64, 8), Config(64, 128, 8)),
+            64: (Config(32, 64, 8),),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 32, 8, 1),),
         },
         # 16 rows a program: N = 4096 must still fill the chip.
         "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
@@ -76,14 +83,22 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
     # Hopper alone has the registers for 512 columns at r = 64, which halves the parts of dh.
-    ("sm_90", 2): {"expand_backward": {64: (Config(32, 512, 16, 1), Config(32, 256, 8))}},
+    ("sm_90", 2): {
+        "expand_backward": {
+            32: (Config(32, 512, 8), Config(32, 256, 8)),
+            64: (Config(32, 512, 16, 1), Config(32, 256, 8)),
+            128: (Config(32, 128, 8),),
+            256: (Config(32, 64, 8),),
+        },
+    },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
         "expand": {256: (Config(32, 64, 8), Config(32, 32, 4))},
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
-        "shrink_backward": {64: (Config(32, 32, 8),), 256: (Config(16, 16, 8),)},
+        "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
+        "shrink_expand_backward": {64: (Config(16, 32, 8),), 256: (Config(16, 16, 8, 1),)},
         "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_int8": {128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
@@ -97,6 +112,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {256: (Config(64, 64, 8, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
+        "shrink_expand_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 32, 8, 1),)},
         "row_norm": {256: (Config(16, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
@@ -107,6 +123,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
+        "shrink_expand_backward": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
         "row_norm": {256: (Config(16, 64, 8, 1),)},
         "row_norm_int8": {256: (Config(16, 64, 8, 1),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
@@ -157,10 +174,8 @@ def programs(t: Tensor) -> int:
 def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows:
     """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
-    table = TABLE[vendor, itemsize][kernel]
-    rows = table[min((most for most in table if rank <= most), default=max(table))]
-    special = TABLE.get((architecture, itemsize), {}).get(kernel, {})
-    return special.get(max(16, triton.next_power_of_2(rank)), rows)
+    table = TABLE.get((architecture, itemsize), {}).get(kernel) or TABLE[vendor, itemsize][kernel]
+    return table[min((most for most in table if rank <= most), default=max(table))]
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:

@@ -67,8 +67,7 @@ class InputLowRankAdd(Primitive):
     B: Float[Tensor, "K R"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        x, h = ops.shrink(x, self.A)
-        return ops.expand_add(x, h, self.B, 1.0), None
+        return ops.shrink_expand(x, self.A, self.B), None
 
 
 @dataclass

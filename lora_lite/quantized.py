@@ -65,7 +65,7 @@ class FourBitWeight:
         """In `dtype`; as it is dequantised where that is None."""
         from bitsandbytes.functional import dequantize_4bit
 
-        if getattr(self.state, "packing_format_for_cpu", False):
+        if self.kind == "inference":
             return self._dense_of_inference_layout().to(dtype or self.dtype)
         dense = dequantize_4bit(self.packed, self.state)
         return dense.to(dtype or dense.dtype).view(self.shape)
@@ -115,7 +115,7 @@ def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = sli
     Args:
         layer: a linear layer.
         dtype: of the result; None: as it is stored or dequantised. A floating-point weight that has this dtype is
-            returned itself, not a copy.
+            not copied: the result is a view of it.
         rows: which. A 4-bit weight is dequantised whole for them, since its blocks run over rows' ends.
 
     Raises:
@@ -123,7 +123,7 @@ def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = sli
     """
     weight = stored_weight(layer)
     if isinstance(weight, Tensor):
-        return weight[rows].to(dtype or weight.dtype) if rows != slice(None) else weight.to(dtype or weight.dtype)
+        return weight[rows].to(dtype or weight.dtype)
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.values[rows], weight.factor[rows]).dense(dtype)
     return weight.dense(dtype)[rows]

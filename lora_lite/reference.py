@@ -64,6 +64,12 @@ def expand_add(
     return torch.addmm(_rows(y), _rows(h).to(y.dtype), Bt, alpha=scale).view(y.shape)
 
 
+def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:
+    """x + (x Aᵀ) Bᵀ."""
+    x, h = shrink(x, A)
+    return expand_add(x, h, B, 1.0)
+
+
 def expand_add_rescale(
     y: Float[Tensor, "*M N"],
     h: Float[Tensor, "*M R"],

@@ -58,9 +58,12 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None) -> list[C
         One `Comparison` a call of an adapted layer, in the order in which they ran.
 
     Raises:
+        ValueError: rtol is not above 0.
         AttachError: nothing is attached, or no adapted layer ran.
         KernelMismatchError: a layer's error is larger than allowed; it names the worst one.
     """
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"verify: rtol must be above 0, or None for the layer's own rounding; got {rtol}")
     attachment = require_attachment(unwrap(model))
     calls = _record(model, batch, attachment.targets)
     if not calls:

@@ -66,6 +66,14 @@ def test_refuses() -> None:
         ll.verify(model, torch.randn(3, 8))
 
 
+@pytest.mark.parametrize("rtol", [0.0, -1.0, float("nan")])
+def test_refuses_a_tolerance_that_nothing_meets(rtol: float) -> None:
+    model = Twice()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="rtol must be above 0"):
+        ll.verify(model, torch.randn(3, 8), rtol=rtol)
+
+
 def test_a_wrong_variant_of_the_users_own_is_not_its_business() -> None:
     """verify compares backends: both run the variant as it is written."""
     model = Twice()

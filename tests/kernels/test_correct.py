@@ -155,6 +155,24 @@ def test_lowrank_add(
 
 
 @EACH_CASE
+def test_shrink_expand(
+    dtype: torch.dtype, M: int, K: int, N: int, R: int, layout: str, bias: bool, wide: torch.dtype
+) -> None:
+    """HRA's: both halves with no layer between, so that x's gradient is that of the sum."""
+    inputs = lambda: {  # noqa: E731
+        "x": token_sized(M, K, dtype, layout),
+        "A": parameter(R, K, dtype=wide, scale=K**-0.5),
+        "B": parameter(K, R, dtype=wide, scale=R**-0.5),
+    }
+    compare(
+        ops.shrink_expand,
+        lambda x, A, B: x + (x @ A.to(x.dtype).t()) @ B.to(x.dtype).t(),
+        inputs,
+        dtype,
+    )
+
+
+@EACH_CASE
 def test_lowrank_add_rescale(
     dtype: torch.dtype, M: int, K: int, N: int, R: int, layout: str, bias: bool, wide: torch.dtype
 ) -> None:
@@ -207,6 +225,7 @@ def test_ranks_beyond_one_launch(dtype: torch.dtype) -> None:
     """PiSSA at r=256 has 512 columns; more ranks than a launch holds take several."""
     test_lowrank_add(dtype, 70, 96, 80, 300, "sliced", True, torch.float32)
     test_lowrank_add_rescale(dtype, 70, 96, 80, 520, "contiguous", True, torch.float32)
+    test_shrink_expand(dtype, 70, 96, 80, 300, "sliced", True, torch.float32)
     W, A, B = torch.randn(40, 60).to(dtype), torch.randn(300, 60), torch.randn(40, 300)
     want = (W.double() + 0.1 * B.double() @ A.double()).norm(dim=1)
     got = ops.row_norm(W, A, B, 0.1, W.double().square().sum(1).float())
@@ -233,12 +252,13 @@ def bits(seed: int, dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(0)
     M, K, N, R = 333, 144, 101, 16
     x, y = (torch.randn(M, size).to(dtype).requires_grad_() for size in (K, N))
-    A, B, g = torch.randn(R, K).requires_grad_(), torch.randn(N, R).requires_grad_(), torch.randn(N).requires_grad_()
+    A, B, C, g = (torch.randn(shape).requires_grad_() for shape in ((R, K), (N, R), (K, R), (N,)))
     with launches.watch(seed):
         _, h = ops.shrink(x, A)
         out = ops.scale(ops.expand_add_rescale(ops.expand_add(y, h, B, 0.7), h, B, 0.3, g, None), g)
+        turned = ops.shrink_expand(x, A, C)
         norm = ops.row_norm(torch.randn(N, K).to(dtype), A, B, 0.7, torch.ones(N))
-        return [out, norm, *torch.autograd.grad(out.sum(), [x, y, A, B, g])]
+        return [out, turned, norm, *torch.autograd.grad(out.sum() + turned.sum(), [x, y, A, B, C, g])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -86,7 +86,7 @@ def test_watch_runs_programs_out_of_order() -> None:
     orders = []
     for seed in range(2):
         watcher = launches._Watcher(seed)
-        watcher.set_grid(3, 4, 5)
+        watcher.grid(3, 4, 5)
         orders.append([watcher.program(x, y, z) for x in range(3) for y in range(4) for z in range(5)])
     assert sorted(orders[0]) == sorted(orders[1]) == [(x, y, z) for x in range(3) for y in range(4) for z in range(5)]
     assert orders[0] != orders[1] != sorted(orders[1])

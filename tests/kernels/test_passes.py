@@ -56,6 +56,14 @@ def test_lowrank_add() -> None:
     assert passes(backward, "x", "dx_base", "dx", "dA") == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
 
 
+def test_shrink_expand() -> None:
+    """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
+    dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)
+    backward = main_launch(lambda: lowrank.launch_shrink_backward(dy, h, x, A, True, True, h))
+    names = ("x", "dx_base", "dx", "dA", "dB")
+    assert passes(backward, *names) == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1), "dB": (0, 1)}
+
+
 def test_dora() -> None:
     y, h, B, g, bias = tensor(M, N), tensor(M, R), tensor(N, R), torch.randn(N), tensor(N)
     forward = main_launch(lambda: lowrank.launch_expand(y, h, B, 0.7, g, bias))
@@ -152,7 +160,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
             lowrank.launch_shrink(t["x"], A, torch.bfloat16),
             lowrank.launch_expand(t["y"], h, B, 0.7, g),
             *lowrank.launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
-            *lowrank.launch_shrink_backward(t["base"], h, t["x"], A, True, True),
+            *lowrank.launch_shrink_backward(t["base"], h, t["x"], A, True, True, h),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
             row_norm.launch_row_norm(t["x"], None, A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),
@@ -171,6 +179,7 @@ def test_operators_are_what_they_claim() -> None:
     check = torch.library.opcheck
     check(lowrank._shrink, (x, A, torch.float32))
     check(lowrank._expand_add, (y, h, B, 0.7))
+    check(lowrank._shrink_expand, (x, A, torch.randn(12, 3, requires_grad=True), torch.float32))
     check(dora._expand_add_rescale, (y, h, B, 0.7, g, bias))
     check(dora._expand_add_rescale, (y, h, B, 0.7, g, None))
     check(scale._scale, (y, g))
@@ -179,6 +188,8 @@ def test_operators_are_what_they_claim() -> None:
     check(lowrank._shrink_backward, (x, h, x, A, True, True))
     check(lowrank._shrink_backward, (None, h, x, A, False, True))
     check(lowrank._expand_add_backward, (y, h, B, 0.7, True, False))
+    check(lowrank._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), True))
+    check(lowrank._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), False))
     check(dora._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias))
     check(scale._scale_backward, (y, y, g, True, True))
     assert ops.__all__

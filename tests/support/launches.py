@@ -9,13 +9,11 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
+from interpreted import Observer, observed
 from torch import Tensor
-from triton.runtime import interpreter
 
 
 @dataclass
@@ -45,25 +43,27 @@ def _elements(t: Tensor) -> np.ndarray:
     return np.unique(t.data_ptr() + offsets.numpy().ravel() * t.element_size())
 
 
-class _Watcher:
+class _Watcher(Observer):
     def __init__(self, seed: int) -> None:
         self.launches: list[Launch] = []
         self.random = random.Random(seed)
         self.order: list[int] = []
-        self.grid = (1, 1, 1)
+        self.dims = (1, 1, 1)
         self.touched: dict[str, list[np.ndarray]] = {}
 
-    def begin(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self.launches.append(Launch(name, tensors))
+    def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
+        self.launches.append(Launch(kernel, tensors))
         self.touched = {"reads": [], "writes": []}
 
-    def touch(self, kind: str, addresses: Any, mask: Any) -> None:
-        addresses, mask = np.broadcast_arrays(addresses.data, mask.data)
-        self.touched[kind].append(addresses[mask])
+    def load(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        self.touched["reads"].append(addresses[mask])
+
+    def store(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        self.touched["writes"].append(addresses[mask])
 
     def end(self) -> None:
         launch = self.launches[-1]
-        launch.programs = int(np.prod(self.grid))
+        launch.programs = int(np.prod(self.dims))
         elements = {name: _elements(t) for name, t in launch.tensors.items() if t.numel()}
         for kind, lists in self.touched.items():
             addresses, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *lists]), return_counts=True)
@@ -77,64 +77,38 @@ class _Watcher:
             if len(addresses):
                 raise AssertionError(f"{launch.kernel}: {kind} {len(addresses)} addresses that belong to no argument")
 
-    def set_grid(self, *grid: int) -> None:
-        self.grid = grid
-        self.order = list(range(int(np.prod(grid))))
+    def grid(self, *dims: int) -> None:
+        self.dims = dims
+        self.order = list(range(int(np.prod(dims))))
         self.random.shuffle(self.order)
 
     def program(self, x: int, y: int, z: int) -> tuple[int, int, int]:
-        index = self.order[(x * self.grid[1] + y) * self.grid[2] + z]
-        return tuple(int(i) for i in np.unravel_index(index, self.grid))  # type: ignore[return-value]
+        index = self.order[(x * self.dims[1] + y) * self.dims[2] + z]
+        return tuple(int(i) for i in np.unravel_index(index, self.dims))  # type: ignore[return-value]
 
 
 @contextmanager
 def watch(seed: int = 0) -> Iterator[list[Launch]]:
     """The launches made within the context, programs shuffled by `seed`."""
     watcher = _Watcher(seed)
-    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
-    run, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
-    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
-
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        watcher.begin(self.fn.__name__, {name: t for name, t in named.items() if isinstance(t, Tensor)})
-        run(self, *args, **kwargs)
-        watcher.end()
-
-    def loaded(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        watcher.touch("reads", ptrs, mask)
-        return load(self, ptrs, mask, *rest)
-
-    def stored(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        watcher.touch("writes", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
-
-    def grid_dim(self: Any, *grid: int) -> None:
-        watcher.set_grid(*grid)
-        set_dim(self, *grid)
-
-    with (
-        mock.patch.object(executor, "__call__", launched),
-        mock.patch.object(builder, "create_masked_load", loaded),
-        mock.patch.object(builder, "create_masked_store", stored),
-        mock.patch.object(builder, "set_grid_dim", grid_dim),
-        mock.patch.object(builder, "set_grid_idx", lambda self, *at: set_idx(self, *watcher.program(*at))),
-    ):
+    with observed(watcher):
         yield watcher.launches
+
+
+class _Names(Observer):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
+        self.names.append(kernel)
 
 
 @contextmanager
 def counted() -> Iterator[list[str]]:
     """The names of the kernels launched within the context; nothing else is watched, so that it is quick."""
-    names: list[str] = []
-    run = interpreter.GridExecutor.__call__
-
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(self.fn.__name__)
-        run(self, *args, **kwargs)
-
-    with mock.patch.object(interpreter.GridExecutor, "__call__", launched):
-        yield names
+    observer = _Names()
+    with observed(observer):
+        yield observer.names
 
 
 @contextmanager
