@@ -153,6 +153,19 @@ def flops(variant: str, s: Shape) -> int:
     return s.M * per_token + (2 * s.N * s.K * s.R if variant == "dora" else 0)
 
 
+def kernel_flops(kernel: str, variant: str, s: Shape) -> int:
+    """Of one launch; 0 for the sums of parts, which only move bytes."""
+    return {
+        "shrink": 2 * s.M * s.K * s.R,
+        "expand": 2 * s.M * s.N * s.R,
+        "expand_backward": 4 * s.M * s.N * s.R,
+        "shrink_backward": (6 if variant == "hra" else 4) * s.M * s.K * s.R,
+        "row_norm": 2 * s.N * s.K * s.R,
+        "scale": s.M * s.N,
+        "scale_backward": 2 * s.M * s.N,
+    }.get(kernel, 0)
+
+
 def bound(variant: str, s: Shape) -> int:
     """Bytes that must move once, in bf16."""
     width = {"hra": s.K, "ia3": s.N}.get(variant, s.K)
@@ -175,6 +188,11 @@ def counted(variant: str, s: Shape) -> dict[str, Any]:
         rivals[name] = mode.traffic
     least = bound(variant, s)
     target = TARGETS.get((variant, s.R))
+    kernels: dict[str, dict[str, int]] = {}
+    for kernel, launches in traffic.launches.items():
+        if operations := launches * kernel_flops(kernel, variant, s):
+            moved = sum(count for (name, _), count in traffic.bytes.items() if name == kernel)
+            kernels[kernel] = {"bytes": moved, "flops": operations}
     return {
         "variant": variant,
         **{letter: getattr(s, letter) for letter in "MKNR"},
@@ -186,6 +204,7 @@ def counted(variant: str, s: Shape) -> dict[str, Any]:
         "again_from_cache": traffic.again,
         "fewest_programs": traffic.fewest_programs,
         "flops": flops(variant, s),
+        "kernels": kernels,
         "by_kernel": {f"{kernel}.{tensor}": count for (kernel, tensor), count in traffic.bytes.items()},
         "modelled_us": {
             gpu: round(1e6 * max(traffic.total / (bandwidth * 1e12), flops(variant, s) / (rate * 1e12)), 1)

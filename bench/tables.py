@@ -83,8 +83,8 @@ def pretrained() -> str:
         "peak of the process's memory during one; attaching, saving and loading; the size of what is saved. Medians, "
         f"lora-lite / PEFT; steps until {s['seconds']:.0f} s were over, at least three. {machine_of(result)}",
         "",
-        "| method | dtype | base | + lora-lite | + PEFT | ratio | peak MiB (base) | attach ms | save ms | load ms | KiB "
-        "|",
+        "| method | dtype | base | + lora-lite | + PEFT | ratio | peak MiB (base) | attach ms | save ms | load ms "
+        "| KiB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -7,6 +7,7 @@ parameters to the tokens' dtype count too.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Traffic:
     """Bytes by (kernel or operator, tensor), and what was read again from cache."""
 
     bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    launches: Counter[str] = field(default_factory=Counter)
     again: int = 0
     fewest_programs: int = 1 << 30
 
@@ -47,6 +49,7 @@ class _Counter(Observer):
 
     def begin(self, kernel: str, tensors: dict[str, Tensor]) -> None:
         self.kernel = kernel.strip("_").removesuffix("_kernel")
+        self.traffic.launches[self.kernel] += 1
         self.tensors = sorted((t.data_ptr(), name, t) for name, t in tensors.items() if t.numel())
         self.starts = [start for start, _, _ in self.tensors]
         self.executed: dict[tuple[str, bool], int] = {}

@@ -3,10 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import variants as variants
-from .adapter import Attachment, attach, detach, disabled, parameters, state_dict
+from .adapter import Attachment, attach, detach, disabled, param_groups, parameters, state_dict
 from .calibration import InputPCA, MeanAbsProjection, Statistic
 from .checkpoint import load, save
 from .config import AdapterConfig
+from .diagnosis import Diagnosis, LayerDiagnosis, diagnose
 from .errors import (
     AttachError,
     CalibrationError,
@@ -15,6 +16,7 @@ from .errors import (
     KernelMismatchError,
     LoraLiteError,
 )
+from .interchange import export_peft, import_peft
 from .params import Params, ParamSpec
 from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
 from .variant import REGISTRY, Variant, register
@@ -45,6 +47,7 @@ __all__ = [
     "ConfigError",
     "DeLoRAConfig",
     "DoRAConfig",
+    "Diagnosis",
     "EVAConfig",
     "HRAConfig",
     "IA3Config",
@@ -52,6 +55,7 @@ __all__ = [
     "InputLowRankAdd",
     "InputPCA",
     "KernelMismatchError",
+    "LayerDiagnosis",
     "LoRAConfig",
     "LoraLiteError",
     "LowRankAdd",
@@ -67,8 +71,12 @@ __all__ = [
     "Variant",
     "attach",
     "detach",
+    "diagnose",
     "disabled",
+    "export_peft",
+    "import_peft",
     "load",
+    "param_groups",
     "parameters",
     "register",
     "save",

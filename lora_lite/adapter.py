@@ -9,18 +9,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
+from . import reference
 from .backend import check_backend, select
 from .calibration import CalibrationData, gather
 from .config import AdapterConfig
 from .errors import AttachError
 from .params import Params
+from .quantized import dense_weight, weight_of
 from .targets import Target, find_targets
 from .variant import REGISTRY, Variant
 
 _ATTACHMENT = "_lora_lite"  # attribute of the model: its Attachment
-_ADAPTERS = "lora_lite"  # attribute of a layer: its adapters by name
+ADAPTERS = "lora_lite"  # attribute of a layer: its adapters by name
 _DEFAULT = "default"
 
 
@@ -30,7 +33,9 @@ class Adapter(Params):
     def __init__(self, target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> None:
         layer: Any = target.layer
         specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
-        super().__init__(specs, cfg.dtype, layer.weight.device)
+        weight = weight_of(layer)
+        assert weight is not None  # it is a target
+        super().__init__(specs, cfg.dtype, weight.device)
         self.variant, self.cfg, self.backend, self.enabled = variant, cfg, backend, True
         # Between the two hooks of one call: the primitive, what on_input kept, and the operations. A list, since
         # nn.Module's own __setattr__ is slow enough to show.
@@ -57,6 +62,13 @@ class Adapter(Params):
             return None
         primitive, carry, ops = self._running.pop()
         return primitive.on_output(y, carry, ops)
+
+    def by_reference(self, layer: Any, x: Tensor) -> Tensor:
+        """What the layer gives for x, all of it in PyTorch and in x's dtype: the dense weight, the bias, this adapter."""
+        primitive = self.variant.primitive(self, layer, self.cfg)
+        x, carry = primitive.on_input(x, reference)
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return primitive.on_output(linear(x, dense_weight(layer, x.dtype), bias), carry, reference)
 
     def in_force(self, x: Tensor) -> str:
         """The backend that runs for this input."""
@@ -89,7 +101,8 @@ class Attachment:
         """For each layer the backend in force, for tokens of its weight's dtype, and why."""
         in_force = {}
         for target in self.targets:
-            weight: Any = target.layer.weight
+            weight = weight_of(target.layer)
+            assert weight is not None
             dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
             in_force[target.name] = select(self.backend, weight.device, dtype)[1:]
         return in_force
@@ -153,23 +166,33 @@ def attach(
         statistics = {}
         for t in targets:
             with naming(t):
-                statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, cfg))
+                statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
         for name, statistic in gather(model, statistics, calibration_data).items():
-            variant.calibrate(adapters[name], statistic, cfg)
+            variant.calibrate(adapters[name], statistic, adapters[name].cfg)
     else:
-        for t in targets:
-            with naming(t):
-                variant.init(adapters[t.name], t.layer, cfg)
-    for t in targets:
-        with naming(t):
-            variant.derive(adapters[t.name], t.layer, cfg)
+        init(targets, adapters)
+    derive(targets, adapters)
     return install(model, cfg, backend, targets, adapters)
 
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
     """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
     with naming(target):
-        return Adapter(target, variant, cfg, backend)
+        return Adapter(target, variant, cfg.for_layer(target.name), backend)
+
+
+def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
+    """`Variant.init` for each layer."""
+    for t in targets:
+        with naming(t):
+            adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
+
+
+def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
+    """`Variant.derive` for each layer."""
+    for t in targets:
+        with naming(t):
+            adapters[t.name].variant.derive(adapters[t.name], t.layer, adapters[t.name].cfg)
 
 
 def install(
@@ -183,7 +206,7 @@ def install(
     for target in targets:
         adapter = adapters[target.name]
         by_name = nn.ModuleDict({_DEFAULT: adapter}).train(target.layer.training)
-        target.layer.add_module(_ADAPTERS, by_name)
+        target.layer.add_module(ADAPTERS, by_name)
         handles.append(target.layer.register_forward_pre_hook(adapter.before, with_kwargs=True))
         handles.append(target.layer.register_forward_hook(adapter.after))
     attachment = Attachment(cfg, backend, targets, adapters, requires_grad, handles)
@@ -203,7 +226,7 @@ def detach(model: nn.Module) -> None:
     for handle in attachment.handles:
         handle.remove()
     for target in attachment.targets:
-        delattr(target.layer, _ADAPTERS)
+        delattr(target.layer, ADAPTERS)
     for p, flag in attachment.requires_grad:
         p.requires_grad_(flag)
     delattr(model, _ATTACHMENT)
@@ -229,6 +252,29 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
 
 
+def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Groups for an optimiser in which B learns `lr_ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv
+    2402.12354).
+
+    Raises:
+        AttachError: nothing is attached, or the method has no trainable B.
+        ValueError: lr or lr_ratio is not above 0.
+    """
+    if not (lr > 0 and lr_ratio > 0):
+        raise ValueError(f"param_groups: lr and lr_ratio must be above 0; got {lr} and {lr_ratio}")
+    attachment = require_attachment(unwrap(model))
+    slow, fast = [], []
+    for adapter in attachment.adapters.values():
+        for name, p in adapter.named_parameters():
+            if p.requires_grad:
+                (fast if name == "lora_B" else slow).append(p)
+    if not fast:
+        raise AttachError(
+            f"param_groups: {attachment.cfg.variant} has no trainable lora_B for lr_ratio; use parameters(model)"
+        )
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
+
+
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's tensors as "<layer>.<tensor>", as `save` writes them. They share memory with the model's."""
     adapters = require_attachment(unwrap(model)).adapters
@@ -250,7 +296,7 @@ def check_free(model: nn.Module) -> None:
     if hasattr(model, _ATTACHMENT):
         raise AttachError("an adapter is attached to this model already; call detach(model) first")
     for name, module in model.named_modules():
-        if hasattr(module, _ADAPTERS):
+        if hasattr(module, ADAPTERS):
             raise AttachError(
                 f"{name or type(module).__name__} carries an adapter already; call detach on the model it was attached "
                 "through"

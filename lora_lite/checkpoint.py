@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import Adapter, Attachment, build, check_free, install, naming, require_attachment, state_dict, unwrap
+from .adapter import Adapter, Attachment, build, check_free, derive, install, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import CheckpointError, LoraLiteError
@@ -69,20 +69,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
     check_backend(backend)
     check_free(model)
     try:
-        metadata, tensors = _read(path)
+        metadata, tensors = read_tensors(path)
         cfg, variant = _config(metadata)
-        targets = _targets(model, metadata, tensors)
+        targets = named_targets(model, metadata, tensors)
         adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
-        _fill(adapters, tensors)
-        for target in targets:
-            with naming(target):
-                variant.derive(adapters[target.name], target.layer, cfg)
+        fill(adapters, tensors)
+        derive(targets, adapters)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
     return install(model, cfg, backend, targets, adapters)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -118,7 +117,7 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
         raise CheckpointError(f"its config is not readable ({error})") from error
 
 
-def _targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
+def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
     """The layers that the file names, checked against the model. The original's files name them in their tensors."""
     layers = {target.name: target for target in candidates(model)}
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
@@ -144,7 +143,8 @@ def _targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tens
     return [layers[name] for name in shapes or names]
 
 
-def _fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+    """Copy "<layer>.<tensor>" into the adapters; a CheckpointError where one is missing, unexpected or misshapen."""
     wanted = {f"{name}.{key}": t for name, a in adapters.items() for key, t in a.state_dict().items()}
     problems = []
     for name, t in wanted.items():

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -22,6 +22,10 @@ class AdapterConfig:
     Args:
         r: rank of the update (number of reflections for HRA).
         alpha: the update is scaled by alpha / r where the method has a scale.
+        rslora: scale by alpha / √r instead, which keeps the update's size as r grows (Kalajdzievski 2023, arXiv
+            2312.03732).
+        rank_pattern: regular expression → r of the layers in whose name it is found; the first that is counts.
+        alpha_pattern: likewise for alpha.
         dtype: of the matrices. One-dimensional parameters stay float32 (float64 if this is float64): a gain near 1
             has a spacing of 7.8e-3 in bfloat16 and would not move. Arithmetic on tokens runs in the tokens' dtype.
         target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
@@ -43,6 +47,9 @@ class AdapterConfig:
     target_names: tuple[str, ...] = ()
     exclude_names: tuple[str, ...] = ("lm_head", "embed", r"cls\.predictions")
     layers: tuple[int, ...] | None = None
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target_roles", "target_names", "exclude_names", "layers"):
@@ -62,7 +69,9 @@ class AdapterConfig:
             "a floating-point torch.dtype",
         )
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
-        for name in ("target_names", "exclude_names"):
+        for name in ("rank_pattern", "alpha_pattern"):
+            self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
+        for name in ("target_names", "exclude_names", "rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 self.require(isinstance(pattern, str), name, "regular expressions")
                 try:
@@ -76,11 +85,34 @@ class AdapterConfig:
             self.require(
                 all(isinstance(i, int) and i >= 0 for i in self.layers), "layers", "indices of 0 or more, or None"
             )
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                self._with_patterns_of(lambda other, pattern=pattern: other == pattern)
+            except ConfigError as error:
+                raise ConfigError(f"{error}, from the pattern {pattern!r}") from None
 
     def require(self, ok: bool, field: str, wanted: str) -> None:
         """Raise a ConfigError that says what `field` must be, unless `ok`."""
         if not ok:
             raise ConfigError(f"{type(self).__name__}.{field} must be {wanted}; got {getattr(self, field)!r}")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update: alpha / r, or alpha / √r with rslora."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def for_layer(self, name: str) -> Self:
+        """This config with the r and the alpha that its patterns give the layer of that name."""
+        return self._with_patterns_of(lambda pattern: re.search(pattern, name) is not None)
+
+    def _with_patterns_of(self, applies: Callable[[str], bool]) -> Self:
+        values: dict[str, Any] = {}
+        for name, patterns in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            found = [value for pattern, value in patterns.items() if applies(pattern)]
+            values |= {name: found[0]} if found else {}
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        return dataclasses.replace(self, **values, rank_pattern={}, alpha_pattern={})
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values; `from_dict` of the variant's config class reads it back."""

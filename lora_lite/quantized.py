@@ -79,13 +79,21 @@ class FourBitWeight:
         return weights * self.absmax.t().float().repeat_interleave(self.state.blocksize, dim=1)
 
 
+def weight_of(layer: Any) -> Tensor | None:
+    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none."""
+    for name in ("weight", "W_q"):
+        if isinstance(found := getattr(layer, name, None), Tensor):
+            return found
+    return None
+
+
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
-    """`layer.weight` as it is stored, without a copy; torchao's, of which there are many kinds, made dense.
+    """A layer's weight as it is stored, without a copy; torchao's and HQQ's, of which there are many kinds, made dense.
 
     Raises:
         AttachError: the weight is on the meta device, or of a kind that can't be read.
     """
-    weight = layer.weight
+    weight: Any = weight_of(layer)
     shape = (layer.out_features, layer.in_features)
     kind = type(weight).__name__
     if weight.device.type == "meta":
@@ -94,6 +102,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         )
     if type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
+    elif weight is not getattr(layer, "weight", None):
+        weight = layer.dequantize()  # HQQ
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
@@ -109,8 +119,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
 
 
 def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Float[Tensor, "N K"]:
-    """`layer.weight` as an N×K tensor, or some of its rows: as stored for nn.Linear, dequantised for the layers of
-    bitsandbytes (4-bit, 8-bit) and torchao.
+    """A layer's weight as an N×K tensor, or some of its rows: as stored for nn.Linear, dequantised for the layers of
+    bitsandbytes (4-bit, 8-bit), torchao and HQQ.
 
     Args:
         layer: a linear layer.

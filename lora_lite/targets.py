@@ -4,10 +4,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from .config import AdapterConfig, Role
 from .errors import AttachError
+from .quantized import weight_of
 
 # Names of square layers that write into the residual stream; any other square layer reads from it.
 _WRITERS = re.compile(r"(o_proj|out_proj|down_proj|c_proj|out_lin|lin2|fc2|wo|w2|dense|dense_4h_to_h)$")
@@ -23,11 +24,11 @@ class Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and for whatever has its shape: bitsandbytes' layers are no subclasses that we import."""
+    """True for nn.Linear and for whatever has its shape: quantised layers are no subclasses that we import."""
     return (
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
-        and isinstance(getattr(module, "weight", None), Tensor)
+        and weight_of(module) is not None
     )
 
 

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from . import reference
 from .adapter import Adapter, require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
-from .quantized import dense_weight
 from .targets import Target
 
 
@@ -118,13 +115,8 @@ def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: floa
     layer: Any = target.layer
     wide = torch.promote_types(x.dtype, torch.float32)
 
-    def base(x: Tensor) -> Tensor:
-        return linear(x, dense_weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
     def by_reference(x: Tensor) -> Tensor:
-        primitive = adapter.variant.primitive(adapter, layer, adapter.cfg)
-        x, carry = primitive.on_input(x, reference)
-        return primitive.on_output(base(x), carry, reference)
+        return adapter.by_reference(layer, x)
 
     want = _results(adapter, by_reference, x.to(wide), dy)
     plain = _results(adapter, by_reference, x, dy)

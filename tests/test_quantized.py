@@ -232,22 +232,45 @@ def test_some_rows(folder: Path, kind: str) -> None:
         assert torch.equal(part, whole[5:40])
 
 
-@EACH_VARIANT
-def test_torchao(variant: str) -> None:
-    """int8 weights of torchao, whose tensors say that they are float32 and N×K."""
+def with_torchao(model: Any) -> None:
+    """int8 weights, whose tensors say that they are float32 and N×K."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model, ids = llama(**SIZES), token_ids()
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, name: type(m) is nn.Linear and "lm_head" not in name)
+
+
+def with_hqq(model: Any) -> None:
+    """4 bit in layers of its own, which have no `weight`."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=16)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            model.set_submodule(name, HQQLinear(module, config, compute_dtype=torch.float32, device="cpu"))
+
+
+@EACH_VARIANT
+@pytest.mark.parametrize("quantise", [with_torchao, with_hqq])
+def test_other_libraries(quantise: Any, variant: str, tmp_path: Path) -> None:
+    model, ids = llama(**SIZES), token_ids()
+    quantise(model)
     layer = model.model.layers[0].self_attn.q_proj
-    assert type(layer.weight) is not nn.Parameter
+    assert type(getattr(layer, "weight", None)) is not nn.Parameter
     with torch.no_grad():
         base = model(ids).logits
+        assert_close(layer(torch.eye(layer.in_features)).t(), ll.quantized.dense_weight(layer, torch.float32), 1e-5)
     attach(model, variant, calibration_batches())
     with torch.no_grad():
         assert identity.relative_change(model(ids).logits, base) <= 1e-5
+    assert ll.verify(model, {"input_ids": ids, "labels": ids})
     losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2, steps=10)
     assert losses[-1] < 0.99 * losses[0]
+    with torch.no_grad():
+        trained = model(ids).logits
+    ll.save(model, tmp_path / "adapter.safetensors")
     ll.detach(model)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, base)
+    ll.load(model, tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, trained)

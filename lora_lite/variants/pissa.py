@@ -56,7 +56,7 @@ class PiSSA(Variant):
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
         U, S, Vh = top_svd(dense_weight(layer, torch.float32), cfg.r, cfg.svd)
-        root = (S * cfg.r / cfg.alpha).sqrt()
+        root = (S / cfg.scale).sqrt()
         for name in ("lora_A", "lora_A0"):
             p.fill(name, root[:, None] * Vh)
         for name in ("lora_B", "lora_B0"):
@@ -66,4 +66,4 @@ class PiSSA(Variant):
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
         A = torch.cat([p.lora_A, p.lora_A0])
         B = torch.cat([p.lora_B, -p.lora_B0], dim=1)
-        return LowRankAdd(A, B, cfg.alpha / cfg.r)
+        return LowRankAdd(A, B, cfg.scale)

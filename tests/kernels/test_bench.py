@@ -84,6 +84,8 @@ def test_counted_bytes(variant: str) -> None:
     assert row["lora_lite"] == sum(row["by_kernel"].values())
     assert row["eager"] > row["bound"]
     assert row["peft"] > row["bound"]
+    assert sum(kernel["flops"] for kernel in row["kernels"].values()) == row["flops"]
+    assert sum(kernel["bytes"] for kernel in row["kernels"].values()) <= row["lora_lite"]
     assert set(row["modelled_us"]) == set(kernel_bench.GPUS)
 
 

@@ -1,0 +1,127 @@
+"""diagnose: what each layer's adapter does to its weight, and whether it still learns."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .adapter import Adapter, require_attachment, unwrap
+from .primitives import LowRankAdd
+from .quantized import dense_weight
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer's row.
+
+    Args:
+        layer: its name.
+        gradients: norm of each trainable tensor's `.grad`; None for one that has none.
+        relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map.
+        effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
+            directions share the change. 0 where ΔW is zero.
+    """
+
+    layer: str
+    gradients: dict[str, float | None]
+    relative_change: float
+    effective_rank: float
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Of all its trainable tensors together; None before any backward."""
+        found = [norm for norm in self.gradients.values() if norm is not None]
+        return sum(norm**2 for norm in found) ** 0.5 if found else None
+
+    @property
+    def dead(self) -> tuple[str, ...]:
+        """Trainable tensors that the last backward left with no gradient, a zero one, or one that is not finite."""
+        if self.grad_norm is None:
+            return ()
+        return tuple(name for name, norm in self.gradients.items() if not norm or norm in (float("inf"),) or norm != norm)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A row a layer, in the model's order."""
+
+    rows: list[LayerDiagnosis]
+
+    def summary(self) -> str:
+        """A table."""
+        table = Table(title=f"{len(self.rows)} layers")
+        for heading in ("layer", "gradient", "dead", "‖ΔW‖ / ‖W‖", "effective rank"):
+            table.add_column(heading, justify="left" if heading in ("layer", "dead") else "right")
+        for row in self.rows:
+            gradient = "–" if row.grad_norm is None else f"{row.grad_norm:.1e}"
+            rank = f"{row.effective_rank:.1f}"
+            table.add_row(row.layer, gradient, ", ".join(row.dead) or "–", f"{row.relative_change:.1e}", rank)
+        console = Console(width=140, no_color=True)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw change, effective rank and gradient by layer into a picture file. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.12 * len(self.rows)), 6))
+        columns: dict[str, Iterable[float | None]] = {
+            "‖ΔW‖ / ‖W‖": (row.relative_change for row in self.rows),
+            "effective rank": (row.effective_rank for row in self.rows),
+            "gradient": (row.grad_norm for row in self.rows),
+        }
+        for axes, (title, values) in zip(figure.subplots(3, 1, sharex=True), columns.items(), strict=True):
+            axes.plot([float("nan") if value is None else value for value in values], marker=".", lw=0.8)
+            axes.set_ylabel(title)
+        axes.set_xlabel("layer, in the model's order")
+        figure.tight_layout()
+        figure.savefig(path)
+
+
+@torch.no_grad()
+def diagnose(model: nn.Module) -> Diagnosis:
+    """What the attached adapter has become. Call it after a backward, before the gradients are cleared.
+
+    One layer's dense weight is held at a time; methods that are no low-rank sum take an SVD of N×K a layer.
+
+    Raises:
+        AttachError: nothing is attached.
+    """
+    attachment = require_attachment(unwrap(model))
+    rows = []
+    for target in attachment.targets:
+        adapter = attachment.adapters[target.name]
+        gradients = {
+            name: None if p.grad is None else p.grad.float().norm().item()
+            for name, p in adapter.named_parameters()
+            if p.requires_grad
+        }
+        size = dense_weight(target.layer, torch.float32).norm().item()
+        S = _singular_values(adapter, target.layer)
+        rows.append(LayerDiagnosis(target.name, gradients, S.norm().item() / size, _effective_rank(S)))
+    return Diagnosis(rows)
+
+
+def _singular_values(adapter: Adapter, layer: Any) -> Float[Tensor, "S"]:
+    """Of ΔW, in float32."""
+    primitive = adapter.variant.primitive(adapter, layer, adapter.cfg)
+    if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
+        left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
+        return primitive.scale * torch.linalg.svdvals(left @ right.t())
+    eye = torch.eye(layer.in_features, device=next(adapter.parameters()).device)
+    constant = adapter.by_reference(layer, torch.zeros_like(eye[:1]))
+    return torch.linalg.svdvals((adapter.by_reference(layer, eye) - constant).t() - dense_weight(layer, torch.float32))
+
+
+def _effective_rank(S: Float[Tensor, "S"]) -> float:
+    if not S.sum() > 0:
+        return 0.0
+    shares = S / S.sum()
+    return torch.special.entr(shares).sum().exp().item()

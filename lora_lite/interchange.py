@@ -1,0 +1,334 @@
+"""export_peft and import_peft: adapters in the files that PEFT reads and writes, which vLLM and others serve.
+
+Whatever is y + scale · (x Aᵀ) Bᵀ leaves as a LoRA: PiSSA of rank 2r, AntiPaSTO of rank r, and methods of one's own.
+"""
+
+import json
+import math
+import os
+import re
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapter import (
+    Adapter,
+    Attachment,
+    build,
+    check_free,
+    derive,
+    init,
+    install,
+    require_attachment,
+    unwrap,
+)
+from .backend import check_backend
+from .checkpoint import fill, named_targets, read_tensors
+from .config import AdapterConfig
+from .errors import AttachError, CheckpointError, LoraLiteError
+from .primitives import LowRankAdd
+from .variant import REGISTRY
+
+_PREFIX = "base_model.model."  # PEFT's wrapper around the model
+
+# Methods that PEFT has under another name than LoRA: its type, and its tensors by ours. `_like_peft` does the shapes.
+_TENSORS: dict[str, tuple[str, dict[str, str]]] = {
+    "dora": ("LORA", {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector"}),
+    "delora": (
+        "DELORA",
+        {"lora_A": "delora_A", "lora_B": "delora_B", "lora_lambda": "delora_lambda", "lora_wnorm": "delora_w_norm"},
+    ),
+    "ia3": ("IA3", {"lora_g": "ia3_l"}),
+    "ia3_ff": ("IA3", {"lora_g": "ia3_l"}),
+    "hra": ("HRA", {"lora_U": "hra_u"}),
+}
+_LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+# Fields of PEFT's configs that say where an adapter came from or how it was trained, and change nothing that it computes.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "delora_lambda", "eva_config", "exclude_modules",
+    "feedforward_modules", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
+    "fan_in_fan_out",
+}  # fmt: skip
+# Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
+_CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+
+
+def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the attached adapter as `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
+
+    `peft.PeftModel.from_pretrained(base, folder)` then computes the same. LoRA, EVA, PiSSA (as rank 2r), AntiPaSTO (as
+    rank r) and any method of yours with the primitive `LowRankAdd` are written as LoRA; DoRA, DeLoRA, IA3 and HRA as
+    PEFT's own.
+
+    Raises:
+        AttachError: nothing is attached, or PEFT has nothing that computes what this method does.
+        CheckpointError: the folder can't be written.
+    """
+    model, folder = unwrap(model), Path(folder)
+    attachment = require_attachment(model)
+    name = attachment.cfg.variant
+    if name in _TENSORS:
+        config, tensors = _as_its_own(attachment)
+    else:
+        config, tensors = _as_lora(attachment)
+    config |= {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": list(attachment.adapters),
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+    }
+    if config["peft_type"] == "IA3":
+        del config["bias"]
+        config["feedforward_modules"] = list(attachment.adapters) if name == "ia3_ff" else []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        _replace(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        _replace(folder / "adapter_config.json", lambda path: path.write_text(text))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"export_peft: can't write {folder}: {error}") from error
+
+
+def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, backend: str = "auto") -> Attachment:
+    """Attach the adapter that PEFT saved in `folder`: LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3
+    or HRA, with rank and alpha patterns.
+
+    Dropout is not applied: a warning says so where the file asks for it.
+
+    Raises:
+        AttachError: an adapter is attached already.
+        CheckpointError: the files are unreadable, of another method, or have tensors or options that lora-lite does not
+            compute; the message names them. The model is untouched.
+    """
+    model, folder = unwrap(model), Path(folder)
+    check_backend(backend)
+    check_free(model)
+    try:
+        config = _read_config(folder)
+        variant = _variant(config)
+        tensors = _ours(variant, read_tensors(_tensor_file(folder))[1])
+        cfg = _config(variant, config, tensors)
+        targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+        adapters = {t.name: build(t, REGISTRY[variant], cfg, backend) for t in targets}
+        if variant == "pissa":
+            init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
+            tensors |= {
+                f"{name}.{key}": getattr(adapter, key)
+                for name, adapter in adapters.items()
+                for key in ("lora_A0", "lora_B0")
+            }
+        _reshape(adapters, tensors)
+        fill(adapters, tensors)
+        derive(targets, adapters)
+    except LoraLiteError as error:
+        raise CheckpointError(f"import_peft: {folder}: {error}") from error
+    return install(model, cfg, backend, targets, adapters)
+
+
+# ---- out -------------------------------------------------------------------------------------------------------------
+
+
+def _as_lora(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, ranks, alphas = {}, {}, {}
+    for target in attachment.targets:
+        adapter = attachment.adapters[target.name]
+        with torch.no_grad():
+            primitive = adapter.variant.primitive(adapter, target.layer, adapter.cfg)
+        if not isinstance(primitive, LowRankAdd):
+            raise AttachError(
+                f"export_peft: {target.name}: PEFT has nothing that computes {attachment.cfg.variant}'s "
+                f"{type(primitive).__name__}; use save(model, path)"
+            )
+        tensors[f"{_PREFIX}{target.name}.lora_A.weight"] = _stored(primitive.A)
+        tensors[f"{_PREFIX}{target.name}.lora_B.weight"] = _stored(primitive.B)
+        ranks[target.name] = len(primitive.A)
+        alphas[target.name] = _whole(primitive.scale * len(primitive.A))
+    return {"peft_type": "LORA", **_patterns(ranks, alphas)}, tensors
+
+
+def _as_its_own(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    name = attachment.cfg.variant
+    kind, names = _TENSORS[name]
+    tensors = {
+        f"{_PREFIX}{layer}.{its}": _stored(_like_peft(getattr(adapter, mine), its, name))
+        for layer, adapter in attachment.adapters.items()
+        for mine, its in names.items()
+    }
+    ranks = {layer: adapter.cfg.r for layer, adapter in attachment.adapters.items()}
+    config: dict[str, Any] = {"peft_type": kind}
+    if name == "dora":
+        alphas = {layer: _whole(a.cfg.scale * a.cfg.r) for layer, a in attachment.adapters.items()}
+        config |= {"use_dora": True, **_patterns(ranks, alphas)}
+    elif name == "delora":
+        config |= {key: value for key, value in _patterns(ranks, {}).items() if "alpha" not in key}
+        config["delora_lambda"] = attachment.cfg.lambda0  # type: ignore[attr-defined]
+    elif name == "hra":
+        if len(set(ranks.values())) > 1:
+            raise AttachError("export_peft: PEFT's HRA has one r for all layers, and rank_pattern gave several")
+        config["r"] = next(iter(ranks.values()))
+    return config, tensors
+
+
+def _patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    """PEFT's fields for ranks and alphas by layer: the most frequent, and patterns for the layers that differ."""
+    config: dict[str, Any] = {}
+    for values, one, pattern in ((ranks, "r", "rank_pattern"), (alphas, "lora_alpha", "alpha_pattern")):
+        if values:
+            usual = Counter(values.values()).most_common(1)[0][0]
+            others = {f"^{re.escape(layer)}": value for layer, value in values.items() if value != usual}
+            config |= {one: usual, pattern: others}
+    return config
+
+
+def _like_peft(t: Tensor, name: str, variant: str) -> Tensor:
+    if name == "ia3_l":
+        return t.unsqueeze(1) if variant == "ia3" else t.unsqueeze(0)
+    if name == "delora_lambda":
+        return t.reshape(1)
+    return t.t() if name == "hra_u" else t
+
+
+def _stored(t: Tensor) -> Tensor:
+    return t.detach().cpu().contiguous().clone()  # safetensors takes no two tensors of one storage
+
+
+def _whole(value: float) -> float:
+    """As an int where it is one: some readers of PEFT's files want alpha so."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- in --------------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"its adapter_config.json is not readable ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError("its adapter_config.json is no object")
+    return config
+
+
+def _tensor_file(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            "its tensors are a pickle (adapter_model.bin), which can run any code when it is read; save it again with "
+            "safe_serialization=True where you trust it"
+        )
+    return path
+
+
+def _variant(config: dict[str, Any]) -> str:
+    kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
+    refused = [
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if (value and name not in _HARMLESS) or (name == "bias" and value != "none")
+    ]
+    if refused:
+        raise CheckpointError(f"lora-lite does not compute its {', '.join(refused)}")
+    if kind == "LORA" and start.startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save it "
+            "with path_initial_model_for_weight_conversion"
+        )
+    dropout = config.get("lora_dropout") or config.get("module_dropout")
+    if dropout:
+        warnings.warn(f"import_peft: its dropout of {dropout} is not applied in further training", stacklevel=3)
+    match kind:
+        case "LORA":
+            return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
+        case "IA3":
+            return "ia3_ff" if config.get("feedforward_modules") else "ia3"
+        case "DELORA" | "HRA":
+            return kind.lower()
+    raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3 and HRA")
+
+
+def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under our names."""
+    ours = {its: mine for mine, its in _TENSORS.get(variant, ("", _LORA))[1].items()}
+    found, strange = {}, []
+    for name, t in tensors.items():
+        layer, its = next(
+            ((name.removesuffix(f".{its}"), its) for its in ours if name.endswith(f".{its}")), (name, "")
+        )
+        if its and layer.startswith(_PREFIX):
+            found[f"{layer.removeprefix(_PREFIX)}.{ours[its]}"] = t
+        else:
+            strange.append(name)
+    if strange:
+        raise CheckpointError(
+            f"lora-lite adapts linear layers and can't take {', '.join(strange[:5])}"
+            f"{f' (and {len(strange) - 5} more)' if len(strange) > 5 else ''}"
+        )
+    if variant in ("ia3", "ia3_ff"):
+        mixed = [name for name, t in found.items() if t.shape[1 if variant == "ia3" else 0] != 1]
+        if mixed:
+            raise CheckpointError(
+                f"it scales the inputs of some layers and the outputs of others; as {variant} lora-lite can't take "
+                f"{', '.join(mixed[:5])}"
+            )
+    return found
+
+
+def _config(variant: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterConfig:
+    names = config.get("target_modules") or []
+    fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
+    if isinstance(names, list):
+        fields["target_names"] = tuple(rf"(^|\.){re.escape(name)}$" for name in names)
+    if variant == "delora":
+        fields["lambda0"] = float(config.get("delora_lambda") or 15.0)
+    if variant == "pissa":
+        fields["svd"] = "exact"
+    if "r" in config:
+        fields["r"] = config["r"]
+        fields["rank_pattern"] = _as_searched(config.get("rank_pattern"))
+    if "lora_alpha" in config:
+        fields["alpha"] = config["lora_alpha"]
+        fields["rslora"] = bool(config.get("use_rslora"))
+        fields["alpha_pattern"] = _as_searched(config.get("alpha_pattern"))
+    return REGISTRY[variant].config(**fields)
+
+
+def _as_searched(patterns: dict[str, Any] | None) -> dict[str, Any]:
+    """PEFT wants its patterns at the end of a name, from its start or after a dot; ours are searched for."""
+    return {
+        rf"^{key.removeprefix('^')}$" if key.startswith("^") else rf"(^|\.)({key})$": value
+        for key, value in (patterns or {}).items()
+    }
+
+
+def _reshape(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+    """PEFT keeps some tensors transposed or with an axis of size 1."""
+    for layer, adapter in adapters.items():
+        for key, wanted in adapter.state_dict().items():
+            t = tensors.get(f"{layer}.{key}")
+            if t is not None and key == "lora_U":
+                tensors[f"{layer}.{key}"] = t.t()
+            elif t is not None and t.numel() == wanted.numel() and 1 in t.shape:
+                tensors[f"{layer}.{key}"] = t.reshape(wanted.shape)

@@ -1,0 +1,170 @@
+"""Training frameworks: transformers' Trainer, accelerate, 8-bit and fused AdamW, torch.compile in them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import attach, llama, randomize, token_ids
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+import lora_lite as ll
+from lora_lite.trainer import AdapterCallback
+
+
+
+def examples(count: int = 8) -> list[dict[str, Tensor]]:
+    ids = token_ids(count, 12)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(folder: Path, **fields: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "use_cpu": True, "report_to": [], "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "data_seed": 0, "seed": 0,
+    }  # fmt: skip
+    return TrainingArguments(**{**defaults, **fields})
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def base_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"optim": "adamw_torch_fused"},
+        {"optim": "adamw_8bit"},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "reentrant", "compile", "fused", "8bit"],
+)
+def test_trainer(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = llama()
+    if "gradient_checkpointing" in fields:
+        model.enable_input_require_grads()  # reentrant checkpointing passes no gradient to blocks without it
+    attachment = attach(model, "lora")
+    before, steps = base_of(model), 4
+    trainer = Trainer(model, arguments(tmp_path, max_steps=steps, **fields), train_dataset=examples())
+    trainer.train()
+    found = losses(trainer)
+    assert len(found) == steps
+    assert found[-1] < found[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert all(adapter.lora_B.any() for adapter in attachment.adapters.values())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    found = []
+    for fields in ({"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}):
+        torch.manual_seed(0)
+        model = llama()
+        attach(model, "lora")
+        trainer = Trainer(model, arguments(tmp_path, max_steps=2, **fields), train_dataset=examples(8))
+        trainer.train()
+        found.append(torch.cat([p.detach().flatten() for p in ll.parameters(model)]))
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[0].norm()
+
+
+def saving(folder: Path, **fields: Any) -> TrainingArguments:
+    return arguments(
+        folder, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, save_total_limit=3, **fields
+    )
+
+
+def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
+    model = llama()
+    attach(model, "dora")
+    trainer = Trainer(
+        model, saving(tmp_path), train_dataset=examples(), eval_dataset=examples(4), callbacks=[AdapterCallback()]
+    )
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert tensors
+    assert all(".lora_lite.default." in name for name in tensors)
+    assert (checkpoint / "model.safetensors").stat().st_size < 0.5 * sum(p.nbytes for p in model.parameters())
+    other: Any = llama()
+    ll.load(other, checkpoint / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(other(token_ids()).logits, model.eval()(token_ids()).logits)
+    assert "save_pretrained" not in vars(model)  # as it was before the run
+
+
+def test_resumes(tmp_path: Path) -> None:
+    """Two steps, then two more from the checkpoint, are four steps."""
+    found = []
+    for resumed in (False, True):
+        model = llama()
+        attach(model, "lora")
+        randomize(model, by=0.1)
+        folder = tmp_path / str(resumed)
+        for steps in (2, 4) if resumed else (4,):
+            if resumed and steps == 4:
+                randomize(model, seed=9)  # lost, unless the checkpoint brings it back
+            trainer = Trainer(
+                model, saving(folder, max_steps=steps), train_dataset=examples(), eval_dataset=examples(4),
+                callbacks=[AdapterCallback()],
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=resumed and steps == 4)
+        found.append(torch.cat([p.detach().flatten() for p in ll.parameters(model)]))
+    assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
+
+
+def test_load_best_model_at_end(tmp_path: Path) -> None:
+    """The learning rate is so high that the loss rises: the first checkpoint is the best, and the model ends there."""
+    model = llama()
+    attach(model, "lora")
+    trainer = Trainer(
+        model, saving(tmp_path, load_best_model_at_end=True, learning_rate=3.0, max_steps=6),
+        train_dataset=examples(), eval_dataset=examples(4), callbacks=[AdapterCallback()],
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert history[-1] > min(history)
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 * (history.index(min(history)) + 1)
+    for name, t in load_file(best / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], t), name
+
+
+def test_callback_needs_an_adapter(tmp_path: Path) -> None:
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=examples(), callbacks=[AdapterCallback()])
+    with pytest.raises(ll.AttachError, match="no adapter is attached"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
+def test_accelerate(variant: str, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    model: Any = llama()
+    attach(model, variant)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = torch.optim.AdamW(ll.parameters(model), lr=1e-2 if variant != "hra" else 1e-3)
+    loader = torch.utils.data.DataLoader(token_ids(8, 12), batch_size=2)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    seen = []
+    for _ in range(3):
+        for ids in loader:
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(input_ids=ids, labels=ids).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append(loss.item())
+    assert sum(seen[-4:]) < sum(seen[:4])
+    ll.save(accelerator.unwrap_model(wrapped), tmp_path / "adapter.safetensors")

@@ -1,0 +1,264 @@
+"""Adapters to PEFT's files and back: the same logits on either side, and clear refusals."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    calibration_batches,
+    llama,
+    load_tests,
+    qwen3,
+    randomize,
+    snapshot,
+    token_ids,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+against_peft = load_tests("test_peft")
+TOLERANCE = 1e-5
+ROLES: dict[str, Any] = {"target_roles": ()}
+MODELS = {"llama": llama, "qwen3": qwen3}
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+EACH_MODEL = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        yield
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(token_ids()).logits
+
+
+def trained(model: Any, variant: str, **fields: Any) -> Any:
+    """A model whose adapter has moved and does something."""
+    base = logits(model)
+    attach(model, variant, calibration_batches(), **{"block_size": 4, **fields} if variant == "antipasto" else fields)
+    randomize(model, by=0.3)
+    assert (logits(model) - base).norm() > 0.02 * base.norm()
+    return model
+
+
+def read_by_peft(model: nn.Module, folder: Path) -> Any:
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def saved_by_peft(model: Any, config: Any, folder: Path) -> Any:
+    """PEFT's own model with random weights, and its files."""
+    theirs = peft.get_peft_model(model, config).eval()
+    randomize(theirs, by=0.3)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@EACH_MODEL
+@EACH_VARIANT
+def test_export(variant: str, make: Any, tmp_path: Path) -> None:
+    ours = trained(make(), variant)
+    before = snapshot(ours)
+    ll.export_peft(ours, tmp_path)
+    assert_same(ours, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_close(logits(read_by_peft(make(), tmp_path)), logits(ours), TOLERANCE)
+
+
+@EACH_MODEL
+@EACH_VARIANT
+def test_there_and_back(variant: str, make: Any, tmp_path: Path) -> None:
+    """What leaves as a LoRA comes back as one."""
+    ours = trained(make(), variant)
+    ll.export_peft(ours, tmp_path)
+    again = make()
+    attachment = ll.import_peft(again, tmp_path)
+    as_lora = variant in ("lora", "eva", "pissa", "antipasto")
+    assert attachment.cfg.variant == ("lora" if as_lora else variant)
+    assert_close(logits(again), logits(ours), TOLERANCE)
+    ll.save(again, tmp_path / "ours.safetensors")
+    ll.detach(again)
+    ll.load(again, tmp_path / "ours.safetensors")
+    assert_close(logits(again), logits(ours), TOLERANCE)
+
+
+@EACH_MODEL
+@pytest.mark.parametrize("variant", against_peft.NAMES)
+def test_import(variant: str, make: Any, tmp_path: Path) -> None:
+    """Adapters that PEFT made: logits, and gradients of what is trained on."""
+    targets = ["q_proj", "down_proj"]
+    theirs = saved_by_peft(make(), against_peft.peft_config(variant, targets), tmp_path)
+    ours = make()
+    attachment = ll.import_peft(ours, tmp_path)
+    assert attachment.cfg.variant == variant
+    assert len(attachment.targets) == 4
+    assert_close(logits(ours), logits(theirs), TOLERANCE)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_patterns(rslora: bool, dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "down_proj"], use_rslora=rslora, use_dora=dora,
+        rank_pattern={"q_proj": 8, "^model.layers.1.self_attn.k_proj": 2}, alpha_pattern={"layers.0.mlp.down_proj": 20},
+    )  # fmt: skip
+    theirs = saved_by_peft(llama(), config, tmp_path / "theirs")
+    ours = llama()
+    attachment = ll.import_peft(ours, tmp_path / "theirs")
+    ranks = {name: adapter.cfg.r for name, adapter in attachment.adapters.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 8
+    assert ranks["model.layers.0.self_attn.k_proj"] == 4
+    assert ranks["model.layers.1.self_attn.k_proj"] == 2
+    assert_close(logits(ours), logits(theirs), TOLERANCE)
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(logits(read_by_peft(llama(), tmp_path / "ours")), logits(theirs), TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "ia3", "ia3_ff", "antipasto"])
+def test_on_a_4bit_base(variant: str, tmp_path: Path) -> None:
+    """PEFT's HRA and DeLoRA take the stored bytes for the weight, and are left out."""
+    base: Any = llama(hidden_size=64, intermediate_size=128)
+    base.save_pretrained(tmp_path / "base")
+
+    def quantised() -> Any:
+        config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32
+        ).train()
+
+    ours = trained(quantised(), variant)
+    ll.export_peft(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(quantised(), tmp_path / "adapter").train()
+    assert_close(logits(theirs), logits(ours), TOLERANCE)
+    again = quantised()
+    ll.import_peft(again, tmp_path / "adapter")
+    assert_close(logits(again), logits(ours), TOLERANCE)
+
+
+def test_a_method_of_ones_own_leaves_as_lora(tmp_path: Path) -> None:
+    class Halves(ll.REGISTRY["lora"]):
+        """LoRA, half as strong."""
+
+        @staticmethod
+        def primitive(p: Any, layer: Any, cfg: Any) -> Any:
+            return ll.LowRankAdd(p.lora_A, p.lora_B, cfg.scale / 2)
+
+    ours = trained(llama(), "lora")
+    for adapter in ll.adapter.require_attachment(ours).adapters.values():
+        adapter.variant = Halves
+    ll.export_peft(ours, tmp_path)
+    assert_close(logits(read_by_peft(llama(), tmp_path)), logits(ours), TOLERANCE)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, match: str) -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError, match=match):
+        ll.import_peft(model, folder)
+    assert_same(model, before)
+
+
+def a_lora(folder: Path, **fields: Any) -> Path:
+    saved_by_peft(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], **fields), folder)
+    return folder
+
+
+def with_config(folder: Path, **fields: Any) -> Path:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
+    refused(a_lora(tmp_path / "a", modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]")
+    refused(a_lora(tmp_path / "b", bias="lora_only"), "bias='lora_only'")
+    refused(a_lora(tmp_path / "c", lora_bias=True), "lora_bias=True")
+    refused(with_config(a_lora(tmp_path / "d"), use_qalora=True), "use_qalora=True")
+    refused(with_config(a_lora(tmp_path / "e"), peft_type="VERA"), "peft_type is 'VERA'")
+    refused(with_config(a_lora(tmp_path / "f"), init_lora_weights="pissa_niter_4"), "changed the base weights")
+    refused(with_config(a_lora(tmp_path / "g"), r="many"), r"LoRAConfig\.r must be")
+
+
+def test_refuses_modules_that_are_no_linears(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    saved_by_peft(llama(), config, tmp_path)
+    refused(tmp_path, r"can't take .*embed_tokens\.lora_embedding_A")
+
+
+def test_refuses_ia3_of_both_kinds(tmp_path: Path) -> None:
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    saved_by_peft(llama(), config, tmp_path)
+    refused(tmp_path, r"inputs of some layers and the outputs of others.*k_proj")
+
+
+def test_refuses_another_model(tmp_path: Path) -> None:
+    saved_by_peft(llama(num_hidden_layers=3), peft.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "deeper")
+    refused(tmp_path / "deeper", r"no linear layer model\.layers\.2\.self_attn\.q_proj")
+    wider = llama(hidden_size=64)
+    saved_by_peft(wider, peft.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path / "wider")
+    refused(tmp_path / "wider", r"has shape \(4, 64\), not \(4, 32\)")
+
+
+def test_refuses_damaged_files(tmp_path: Path) -> None:
+    refused(tmp_path / "missing", "adapter_config.json is not readable")
+    folder = a_lora(tmp_path / "truncated")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(folder, "not a readable safetensors file")
+    folder = a_lora(tmp_path / "incomplete")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    refused(folder, r"q_proj\.lora_B is missing")
+    folder = a_lora(tmp_path / "pickled")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, "pickle")
+    (folder / "adapter_config.json").write_text("[]")
+    refused(folder, "no object")
+
+
+def test_dropout_is_not_silently_dropped(tmp_path: Path) -> None:
+    a_lora(tmp_path, lora_dropout=0.1)
+    with pytest.warns(UserWarning, match=r"dropout of 0\.1 is not applied"):
+        ll.import_peft(llama(), tmp_path)
+
+
+def test_export_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ll.AttachError, match="no adapter is attached"):
+        ll.export_peft(llama(), tmp_path)
+    model = llama()
+    attach(model, "hra", rank_pattern={"q_proj": 2})
+    with pytest.raises(ll.AttachError, match="one r for all layers"):
+        ll.export_peft(model, tmp_path)
+    model = llama()
+    attach(model, "lora")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ll.CheckpointError, match="can't write"):
+        ll.export_peft(model, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_import_on_an_attached_model(tmp_path: Path) -> None:
+    a_lora(tmp_path)
+    model = llama()
+    attach(model, "lora")
+    with pytest.raises(ll.AttachError, match="attached to this model already"):
+        ll.import_peft(model, tmp_path)

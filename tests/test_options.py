@@ -1,0 +1,107 @@
+"""Options that several methods share: rank-stabilised scaling, patterns of ranks and alphas, LoRA+'s groups."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MATRIX_VARIANTS, assert_close, attach, calibration_batches, llama, only_adapter, randomize, token_ids
+from torch import nn
+
+import lora_lite as ll
+
+PATTERNS = {"rank_pattern": {r"layers\.1\..*q_proj$": 8, "q_proj": 2}, "alpha_pattern": {"q_proj": 20.0}}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_rslora_scales_by_the_root(variant: str) -> None:
+    x = torch.randn(5, 24, dtype=torch.float64)
+    plain, stable = nn.Linear(24, 20).double(), nn.Linear(24, 20).double()
+    stable.load_state_dict(plain.state_dict())
+    alpha, r = 6.0, 4
+    # alpha·√r plain is alpha rank-stabilised: alpha·√r / r = alpha / √r
+    attach(plain, variant, r=r, alpha=alpha * math.sqrt(r), target_roles=(), dtype=torch.float64)
+    attach(stable, variant, r=r, alpha=alpha, rslora=True, target_roles=(), dtype=torch.float64)
+    for model in (plain, stable):
+        randomize(model)
+    assert_close(stable(x), plain(x), 1e-12)
+
+
+def test_rslora_starts_pissa_at_the_base() -> None:
+    model: Any = llama()
+    base = model(token_ids()).logits
+    attach(model, "pissa", rslora=True)
+    assert_close(model(token_ids()).logits, base, 1e-5)
+    adapter = next(iter(ll.adapter.require_attachment(model).adapters.values()))
+    assert adapter.cfg.scale == 6.0 / 2.0
+
+
+@pytest.mark.parametrize("variant", MATRIX_VARIANTS)
+def test_patterns(variant: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"block_size": 2} if variant == "antipasto" else {}
+    model: Any = llama()
+    attachment = attach(model, variant, calibration_batches(), **PATTERNS, **fields)
+    randomize(model)
+    ranks = {name: (adapter.cfg.r, adapter.cfg.alpha) for name, adapter in attachment.adapters.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == (2, 20.0)
+    assert ranks["model.layers.1.self_attn.q_proj"] == (8, 20.0)
+    assert ranks["model.layers.1.self_attn.v_proj"] == (4, 6.0)
+    for adapter in attachment.adapters.values():
+        widths = {p.shape[0] for name, p in adapter.named_parameters() if name in ("lora_A", "lora_U") and p.ndim == 2}
+        assert widths <= {adapter.cfg.r, 4}
+        if variant in ("lora", "dora", "delora", "eva", "hra"):
+            assert widths == {adapter.cfg.r}
+    want = model(token_ids()).logits
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.detach(model)
+    assert ll.load(model, tmp_path / "adapter.safetensors").cfg == attachment.cfg
+    assert torch.equal(model(token_ids()).logits, want)
+
+
+def test_patterns_are_checked() -> None:
+    with pytest.raises(ll.ConfigError, match=r"LoRAConfig\.r must be .* at least 1; got 0, from the pattern 'q_proj'"):
+        ll.LoRAConfig(rank_pattern={"q_proj": 0})
+    with pytest.raises(ll.ConfigError, match=r"alpha must be .* got -1, from the pattern"):
+        ll.LoRAConfig(alpha_pattern={"q_proj": -1})
+    with pytest.raises(ll.ConfigError, match=r"HRAConfig\.r must be even.* from the pattern"):
+        ll.HRAConfig(rank_pattern={"q_proj": 3})
+    with pytest.raises(ll.ConfigError, match="rank_pattern: '.*' is not a regular expression"):
+        ll.LoRAConfig(rank_pattern={"(": 4})
+    with pytest.raises(ll.ConfigError, match="rank_pattern must be a dict"):
+        ll.LoRAConfig(rank_pattern=[4])  # type: ignore[arg-type]
+    with pytest.raises(ll.AttachError, match=r"q_proj.*r=33 is larger than the layer allows"):
+        attach(llama(), "lora", rank_pattern={"q_proj": 33})
+
+
+def test_param_groups() -> None:
+    model: Any = llama()
+    attach(model, "dora")
+    groups = ll.param_groups(model, lr=1e-3, lr_ratio=8)
+    assert [group["lr"] for group in groups] == [1e-3, 8e-3]
+    fast = {id(p) for p in groups[1]["params"]}
+    for adapter in ll.adapter.require_attachment(model).adapters.values():
+        assert id(adapter.lora_B) in fast
+        assert id(adapter.lora_A) not in fast
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in ll.parameters(model)}
+
+    layer = nn.Linear(8, 8)
+    attach(layer, "lora", target_roles=())
+    adapter = only_adapter(layer)
+    randomize(layer)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer = torch.optim.SGD(ll.param_groups(layer, lr=1e-3, lr_ratio=10))
+    layer(torch.randn(5, 8)).square().sum().backward()
+    optimizer.step()
+    for name, lr in (("lora_A", 1e-3), ("lora_B", 1e-2)):
+        p = getattr(adapter, name)
+        assert_close(before[name] - p, lr * p.grad, 1e-4, name)
+
+
+def test_param_groups_refuse() -> None:
+    model = llama()
+    attach(model, "ia3")
+    with pytest.raises(ll.AttachError, match="ia3 has no trainable lora_B"):
+        ll.param_groups(model, lr=1e-3)
+    with pytest.raises(ValueError, match="must be above 0"):
+        ll.param_groups(model, lr=0.0)
