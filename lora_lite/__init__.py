@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import variants as variants
-from .adapter import Attachment, attach, detach, disabled, param_groups, parameters, state_dict
+from .adapter import Attachment, attach, detach, disabled, param_groups, parameters, state_dict, use
 from .calibration import InputPCA, MeanAbsProjection, Statistic
 from .checkpoint import load, save
 from .config import AdapterConfig
@@ -46,8 +46,8 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "DeLoRAConfig",
-    "DoRAConfig",
     "Diagnosis",
+    "DoRAConfig",
     "EVAConfig",
     "HRAConfig",
     "IA3Config",
@@ -81,5 +81,6 @@ __all__ = [
     "register",
     "save",
     "state_dict",
+    "use",
     "verify",
 ]

@@ -1,9 +1,9 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from rich.console import Console
@@ -18,13 +18,14 @@ from .calibration import CalibrationData, gather
 from .config import AdapterConfig
 from .errors import AttachError
 from .params import Params
-from .quantized import dense_weight, weight_of
+from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
+from .quantized import dense_weight, is_sharded, weight_of
 from .targets import Target, find_targets
 from .variant import REGISTRY, Variant
 
-_ATTACHMENT = "_lora_lite"  # attribute of the model: its Attachment
+_ATTACHMENTS = "_lora_lite"  # attribute of the model: its attachments by name
 ADAPTERS = "lora_lite"  # attribute of a layer: its adapters by name
-_DEFAULT = "default"
+DEFAULT = "default"
 
 
 class Adapter(Params):
@@ -35,8 +36,15 @@ class Adapter(Params):
         specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
         weight = weight_of(layer)
         assert weight is not None  # it is a target
+        if is_sharded(weight):
+            raise AttachError(
+                "its weight is sharded over processes (DTensor); attach or load before fully_shard, which then shards "
+                "the adapter too. Tensor-parallel layers can't be adapted"
+            )
         super().__init__(specs, cfg.dtype, weight.device)
         self.variant, self.cfg, self.backend, self.enabled = variant, cfg, backend, True
+        self.rows: list[int] | None = None  # which entries of a batch it acts on; None: all. And how many there must be
+        self.batch = 0
         # Between the two hooks of one call: the primitive, what on_input kept, and the operations. A list, since
         # nn.Module's own __setattr__ is slow enough to show.
         self._running: list[Any] = []
@@ -51,7 +59,9 @@ class Adapter(Params):
         else:
             x, rest = kwargs.pop("input"), []
         ops, _, _ = select(self.backend, x.device, x.dtype)
-        primitive = self.variant.primitive(self, layer, self.cfg)
+        primitive = self.variant.primitive(self, layer, self.cfg) if self.rows is None else self._of_rows(layer, x)
+        if primitive is None:
+            return (x, *rest), kwargs
         x, carry = primitive.on_input(x, ops)
         self._running.append((primitive, carry, ops))
         return (x, *rest), kwargs
@@ -63,10 +73,38 @@ class Adapter(Params):
         primitive, carry, ops = self._running.pop()
         return primitive.on_output(y, carry, ops)
 
-    def by_reference(self, layer: Any, x: Tensor) -> Tensor:
-        """What the layer gives for x, all of it in PyTorch and in x's dtype: the dense weight, the bias, this adapter."""
+    def _of_rows(self, layer: nn.Module, x: Tensor) -> Primitive | None:
+        """The primitive where adapters share a batch. If a layer's are all low-rank sums, the first does them all."""
+        if len(x) != self.batch:
+            raise ValueError(
+                f"use(model, [...]) named the adapters of {self.batch} entries, and a layer got {len(x)}; name one for "
+                "each entry of the batch, in layers whose input keeps the batch as its first dimension"
+            )
+        here = cast(Iterable[Adapter], getattr(layer, ADAPTERS).values())
+        sharing = [adapter for adapter in here if adapter.enabled]
+        parts: list[Any] = [
+            (adapter.variant.primitive(adapter, layer, adapter.cfg), adapter.rows) for adapter in sharing
+        ]
+        if not all(isinstance(part, LowRankAdd) for part, _ in parts):
+            own = next(part for adapter, (part, _) in zip(sharing, parts, strict=True) if adapter is self)
+            return OfRows(own, torch.tensor(self.rows, device=x.device))
+        if sharing[0] is not self:
+            return None
+        mask = torch.zeros(self.batch, sum(len(part.A) for part, _ in parts), device=x.device)
+        start = 0
+        for part, rows in parts:
+            mask[cast(list[int], rows), start : start + len(part.A)] = 1
+            start += len(part.A)
+        A, B = torch.cat([part.A for part, _ in parts]), torch.cat([part.scale * part.B for part, _ in parts], 1)
+        return GroupedLowRankAdd(A, B, mask)
+
+    def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
+        """The layer's output for x with this adapter alone, by the PyTorch reference in x's dtype: around the dense
+        weight or, with dense=False, around the layer as it computes by itself."""
         primitive = self.variant.primitive(self, layer, self.cfg)
         x, carry = primitive.on_input(x, reference)
+        if not dense:
+            return primitive.on_output(layer.forward(x), carry, reference)  # forward: without the hooks
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         return primitive.on_output(linear(x, dense_weight(layer, x.dtype), bias), carry, reference)
 
@@ -83,8 +121,9 @@ class Adapter(Params):
 
 @dataclass
 class Attachment:
-    """What `attach` put on a model."""
+    """What `attach` put on a model, under a name."""
 
+    name: str
     cfg: AdapterConfig
     backend: str
     targets: list[Target]
@@ -111,8 +150,8 @@ class Attachment:
         """A table with a row a layer: shape, role, trainable parameters, backend in force and why."""
         base = sum(p.numel() for p, _ in self.requires_grad)
         table = Table(
-            title=f"{self.cfg.variant}: {self.trainable:,} trainable parameters on {len(self.targets)} layers "
-            f"({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
+            title=f"{self.name}, {self.cfg.variant}: {self.trainable:,} trainable parameters on {len(self.targets)} "
+            f"layers ({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
         )
         for heading in ("layer", "in → out", "role", "trainable", "backend"):
             table.add_column(heading, justify="right" if heading == "trainable" else "left")
@@ -133,33 +172,53 @@ class Attachment:
         return capture.get()
 
 
+@overload
+def attach(
+    model: nn.Module, cfg: AdapterConfig, *, name: str = ..., backend: str = ..., calibration_data: Any = ...
+) -> Attachment: ...
+
+
+@overload
+def attach(
+    model: nn.Module, cfg: Mapping[str, AdapterConfig], *, backend: str = ..., calibration_data: Any = ...
+) -> dict[str, Attachment]: ...
+
+
 def attach(
     model: nn.Module,
-    cfg: AdapterConfig,
+    cfg: AdapterConfig | Mapping[str, AdapterConfig],
     *,
+    name: str = DEFAULT,
     backend: str = "auto",
     calibration_data: CalibrationData | None = None,
-) -> Attachment:
+) -> Attachment | dict[str, Attachment]:
     """Freeze `model` and put an adapter on each layer that `cfg` selects. The base weights are never changed.
+
+    A model can carry several adapters under different names; all of them act, in the order in which they were attached,
+    until `use` says otherwise. The hooks of two adapters on one layer nest: each acts on the input that the one before
+    it leaves, and on the output likewise.
 
     Args:
         model: any module with linear-like layers (in_features, out_features, weight).
-        cfg: a variant's config, such as `LoRAConfig(r=8)`.
+        cfg: a variant's config, such as `LoRAConfig(r=8)`; or a dict of them by name: all are attached, or none.
+        name: of the adapter, for `use`, `save`, `detach` and the rest. A dict has the names itself.
         backend: "triton" for the fused kernels, "reference" for PyTorch, "auto" for kernels where they run.
         calibration_data: model inputs (dicts, tuples, tensors; a DataLoader works) for EVA and, optionally, AntiPaSTO.
 
     Returns:
-        An `Attachment`; print its `summary()`.
+        An `Attachment`, or a dict of them by name; print its `summary()`.
 
     Raises:
-        AttachError: an adapter is attached already, no layer matches, or a layer can't take this adapter.
+        AttachError: an adapter of that name is attached already, no layer matches, or a layer can't take this adapter.
         CalibrationError: the variant needs calibration data and got none or too little.
         In each case the model is as it was.
     """
     model = unwrap(model)
+    if isinstance(cfg, Mapping):
+        return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
     variant = variant_of(cfg)
-    check_free(model)
+    check_free(model, name)
     targets = find_targets(model, cfg)
     adapters = {target.name: build(target, variant, cfg, backend) for target in targets}
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
@@ -167,12 +226,28 @@ def attach(
         for t in targets:
             with naming(t):
                 statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
-        for name, statistic in gather(model, statistics, calibration_data).items():
-            variant.calibrate(adapters[name], statistic, adapters[name].cfg)
+        for layer, statistic in gather(model, statistics, calibration_data).items():
+            variant.calibrate(adapters[layer], statistic, adapters[layer].cfg)
     else:
         init(targets, adapters)
     derive(targets, adapters)
-    return install(model, cfg, backend, targets, adapters)
+    return install(model, name, cfg, backend, targets, adapters)
+
+
+def _attach_all(
+    model: nn.Module, configs: Mapping[str, AdapterConfig], backend: str, calibration_data: Any
+) -> dict[str, Attachment]:
+    attached: dict[str, Attachment] = {}
+    if not all(isinstance(cfg, AdapterConfig) for cfg in configs.values()):
+        variant_of(cast(AdapterConfig, configs))  # a dict of something else
+    try:
+        for name, cfg in configs.items():
+            attached[name] = attach(model, cfg, name=name, backend=backend, calibration_data=calibration_data)
+    except Exception:
+        for name in attached:
+            detach(model, name)
+        raise
+    return attached
 
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
@@ -196,63 +271,105 @@ def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
 
 
 def install(
-    model: nn.Module, cfg: AdapterConfig, backend: str, targets: list[Target], adapters: dict[str, Adapter]
+    model: nn.Module, name: str, cfg: AdapterConfig, backend: str, targets: list[Target], adapters: dict[str, Adapter]
 ) -> Attachment:
     """Freeze the base and hook the layers. Nothing in here can fail half-way."""
-    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in requires_grad:
-        p.requires_grad_(False)
+    others = attachments(model)
+    if others:
+        requires_grad = others[0].requires_grad  # as they were before the first
+    else:
+        requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        for p, _ in requires_grad:
+            p.requires_grad_(False)
     handles = []
     for target in targets:
-        adapter = adapters[target.name]
-        by_name = nn.ModuleDict({_DEFAULT: adapter}).train(target.layer.training)
-        target.layer.add_module(ADAPTERS, by_name)
+        adapter = adapters[target.name].train(target.layer.training)
+        if not hasattr(target.layer, ADAPTERS):
+            target.layer.add_module(ADAPTERS, nn.ModuleDict().train(target.layer.training))
+        cast(nn.ModuleDict, getattr(target.layer, ADAPTERS))[name] = adapter
         handles.append(target.layer.register_forward_pre_hook(adapter.before, with_kwargs=True))
         handles.append(target.layer.register_forward_hook(adapter.after))
-    attachment = Attachment(cfg, backend, targets, adapters, requires_grad, handles)
-    setattr(model, _ATTACHMENT, attachment)
+    attachment = Attachment(name, cfg, backend, targets, adapters, requires_grad, handles)
+    setattr(model, _ATTACHMENTS, {**getattr(model, _ATTACHMENTS, {}), name: attachment})
     attachment.backends()  # warns now, and not in the middle of a forward, where "triton" has to fall back
     return attachment
 
 
-def detach(model: nn.Module) -> None:
-    """Take the adapter off. Every base tensor and `requires_grad` flag is as it was before `attach`.
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take off the adapter of that name, or all of them. After the last, every base tensor and `requires_grad` flag is
+    as it was before `attach`.
 
     Raises:
-        AttachError: nothing is attached.
+        AttachError: nothing is attached, or nothing of that name.
     """
     model = unwrap(model)
-    attachment = require_attachment(model)
-    for handle in attachment.handles:
-        handle.remove()
-    for target in attachment.targets:
-        delattr(target.layer, ADAPTERS)
-    for p, flag in attachment.requires_grad:
-        p.requires_grad_(flag)
-    delattr(model, _ATTACHMENT)
+    for attachment in chosen(model, name):
+        for handle in attachment.handles:
+            handle.remove()
+        for target in attachment.targets:
+            by_name = cast(nn.ModuleDict, getattr(target.layer, ADAPTERS))
+            del by_name[attachment.name]
+            if not by_name:
+                delattr(target.layer, ADAPTERS)
+        left = {each.name: each for each in attachments(model) if each is not attachment}
+        setattr(model, _ATTACHMENTS, left)
+        if not left:
+            for p, flag in attachment.requires_grad:
+                p.requires_grad_(flag)
+            delattr(model, _ATTACHMENTS)
+
+
+def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
+    """Let only the adapters of these names act, until the next `use`. The others stay attached, without gradients.
+
+    With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
+    Low-rank sums of several adapters then run as one: x and y are looked at once.
+
+    Raises:
+        AttachError: one of them is not attached.
+        ValueError: no name is given.
+    """
+    by_row = len(names) == 1 and not isinstance(names[0], str)
+    of_rows = list(names[0] if by_row else names)
+    if not of_rows:
+        raise ValueError("use: name at least one adapter; disabled(model) is a context without any")
+    model = unwrap(model)
+    wanted = {require_attachment(model, cast(str, name)).name for name in of_rows if not (by_row and name is None)}
+    for attachment in attachments(model):
+        for adapter in attachment.adapters.values():
+            adapter.enabled = attachment.name in wanted
+            adapter.rows = [i for i, name in enumerate(of_rows) if name == attachment.name] if by_row else None
+            adapter.batch = len(of_rows)
+
+
+@contextmanager
+def only(model: nn.Module, *names: str) -> Iterator[None]:
+    """Within this context the model computes with no adapters but these."""
+    adapters = [(each.name, adapter) for each in chosen(model, None) for adapter in each.adapters.values()]
+    before = [(adapter.enabled, adapter.rows) for _, adapter in adapters]
+    for name, adapter in adapters:
+        adapter.enabled, adapter.rows = name in names, None
+    try:
+        yield
+    finally:
+        for (_, adapter), state in zip(adapters, before, strict=True):
+            adapter.enabled, adapter.rows = state
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as without its adapter."""
-    adapters = list(require_attachment(unwrap(model)).adapters.values())
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
+    """Within this context the model computes as without any adapter."""
+    with only(unwrap(model)):
         yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
 
 
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapter's trainable parameters, for an optimiser."""
-    adapters = require_attachment(unwrap(model)).adapters.values()
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable parameters of the adapter of that name, or of all, for an optimiser."""
+    adapters = [adapter for each in chosen(unwrap(model), name) for adapter in each.adapters.values()]
     return [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
 
 
-def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
     """Groups for an optimiser in which B learns `lr_ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv
     2402.12354).
 
@@ -262,23 +379,26 @@ def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0) -> list[di
     """
     if not (lr > 0 and lr_ratio > 0):
         raise ValueError(f"param_groups: lr and lr_ratio must be above 0; got {lr} and {lr_ratio}")
-    attachment = require_attachment(unwrap(model))
+    found = chosen(unwrap(model), name)
     slow, fast = [], []
-    for adapter in attachment.adapters.values():
-        for name, p in adapter.named_parameters():
+    for adapter in (adapter for each in found for adapter in each.adapters.values()):
+        for key, p in adapter.named_parameters():
             if p.requires_grad:
-                (fast if name == "lora_B" else slow).append(p)
+                (fast if key == "lora_B" else slow).append(p)
     if not fast:
-        raise AttachError(
-            f"param_groups: {attachment.cfg.variant} has no trainable lora_B for lr_ratio; use parameters(model)"
-        )
+        variants = ", ".join(each.cfg.variant for each in found)
+        raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; use parameters(model)")
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
 
 
-def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors as "<layer>.<tensor>", as `save` writes them. They share memory with the model's."""
-    adapters = require_attachment(unwrap(model)).adapters
-    return {f"{name}.{key}": t for name, adapter in adapters.items() for key, t in adapter.state_dict().items()}
+def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors as "<layer>.<tensor>", as `save` writes them. They share memory with the model's.
+
+    Raises:
+        AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
+    """
+    adapters = require_attachment(unwrap(model), name).adapters
+    return {f"{layer}.{key}": t for layer, adapter in adapters.items() for key, t in adapter.state_dict().items()}
 
 
 def variant_of(cfg: AdapterConfig) -> type[Variant]:
@@ -291,24 +411,50 @@ def variant_of(cfg: AdapterConfig) -> type[Variant]:
     return REGISTRY[name]
 
 
-def check_free(model: nn.Module) -> None:
-    """Raise an AttachError where this model or a layer of it carries an adapter: a second one would freeze that."""
-    if hasattr(model, _ATTACHMENT):
-        raise AttachError("an adapter is attached to this model already; call detach(model) first")
-    for name, module in model.named_modules():
-        if hasattr(module, ADAPTERS):
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise where `name` is taken or can't be a name, or where a layer carries an adapter that was attached through
+    another model: a second one would freeze that."""
+    try:
+        nn.ModuleDict({name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"name={name!r} can't be an adapter's name ({error}); use letters, digits and _") from None
+    mine = attachments(model)
+    if name in {each.name for each in mine}:
+        raise AttachError(
+            f"an adapter named {name!r} is attached to this model already; call detach(model) first, or give this one "
+            "another name"
+        )
+    own = {id(adapter) for each in mine for adapter in each.adapters.values()}
+    for path, module in model.named_modules():
+        if any(id(adapter) not in own for adapter in getattr(module, ADAPTERS, {}).values()):
             raise AttachError(
-                f"{name or type(module).__name__} carries an adapter already; call detach on the model it was attached "
+                f"{path or type(module).__name__} carries an adapter already; call detach on the model it was attached "
                 "through"
             )
 
 
-def require_attachment(model: nn.Module) -> Attachment:
-    """What is attached to the model; an AttachError where nothing is."""
-    attachment = getattr(model, _ATTACHMENT, None)
-    if attachment is None:
+def attachments(model: nn.Module) -> list[Attachment]:
+    """All that is attached to the model, in the order in which it was."""
+    return list(getattr(model, _ATTACHMENTS, {}).values())
+
+
+def chosen(model: nn.Module, name: str | None) -> list[Attachment]:
+    """The attachment of that name, or all where it is None; an AttachError where there is none."""
+    if name is None and attachments(model):
+        return attachments(model)
+    return [require_attachment(model, name)]
+
+
+def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
+    """The attachment of that name, or the only one; an AttachError where there is none, or no telling which."""
+    found = {each.name: each for each in attachments(model)}
+    if not found:
         raise AttachError("no adapter is attached to this model; call attach(model, cfg) or load(model, path) first")
-    return attachment
+    if name is None and len(found) > 1:
+        raise AttachError(f"several adapters are attached ({', '.join(found)}); say which with name=")
+    if name is not None and name not in found:
+        raise AttachError(f"no adapter is attached under the name {name!r}; there are {', '.join(found)}")
+    return found[name or next(iter(found))]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -8,22 +8,38 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import Adapter, Attachment, build, check_free, derive, install, require_attachment, state_dict, unwrap
+from .adapter import (
+    DEFAULT,
+    Adapter,
+    Attachment,
+    build,
+    check_free,
+    derive,
+    install,
+    require_attachment,
+    state_dict,
+    unwrap,
+)
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import CheckpointError, LoraLiteError
+from .quantized import is_sharded, whole
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 
 FORMAT_VERSION = 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the attached adapter to `path`. The file is replaced in one step: a crash leaves the earlier one.
+def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None) -> None:
+    """Write the attached adapter to `path`; `name` says which, where there are several.
+
+    The file is replaced in one step: a crash leaves the earlier one. Where FSDP has sharded the adapter, call it on
+    every process: the first writes one complete file, and all return when it is there.
 
     Raises:
         AttachError: nothing is attached.
@@ -32,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from . import __version__
 
     model, path = unwrap(model), Path(path)
-    attachment = require_attachment(model)
+    attachment = require_attachment(model, name)
     shapes = {t.name: _shape(t.layer) for t in attachment.targets}
     metadata = {
         "format": "lora-lite",
@@ -43,7 +59,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict(model).items()}
+    stored = state_dict(model, attachment.name)
+    sharded = any(is_sharded(t) for t in stored.values())
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in stored.items()}
+    if sharded and torch.distributed.get_rank() != 0:
+        torch.distributed.barrier()  # until the first process has written
+        return
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         save_file(tensors, temporary, metadata=metadata)
@@ -55,10 +76,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+        if sharded:
+            torch.distributed.barrier()
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto") -> Attachment:
-    """Attach the adapter in `path`: no calibration data, no SVD. Also reads the original lora-lite's files.
+def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, backend: str = "auto") -> Attachment:
+    """Attach the adapter in `path` under `name`: no calibration data, no SVD.
+
+    Also reads the original lora-lite's files.
 
     Raises:
         AttachError: an adapter is attached already.
@@ -67,7 +92,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
     """
     model, path = unwrap(model), Path(path)
     check_backend(backend)
-    check_free(model)
+    check_free(model, name)
     try:
         metadata, tensors = read_tensors(path)
         cfg, variant = _config(metadata)
@@ -77,7 +102,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, backend: str = "auto
         derive(targets, adapters)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
-    return install(model, cfg, backend, targets, adapters)
+    return install(model, name, cfg, backend, targets, adapters)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """diagnose: what each layer's adapter does to its weight, and whether it still learns."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class LayerDiagnosis:
         """Trainable tensors that the last backward left with no gradient, a zero one, or one that is not finite."""
         if self.grad_norm is None:
             return ()
-        return tuple(name for name, norm in self.gradients.items() if not norm or norm in (float("inf"),) or norm != norm)
+        return tuple(name for name, norm in self.gradients.items() if not (norm and math.isfinite(norm)))
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,26 @@ class Diagnosis:
             "effective rank": (row.effective_rank for row in self.rows),
             "gradient": (row.grad_norm for row in self.rows),
         }
-        for axes, (title, values) in zip(figure.subplots(3, 1, sharex=True), columns.items(), strict=True):
+        below: Any = figure.subplots(3, 1, sharex=True)
+        for axes, (title, values) in zip(below, columns.items(), strict=True):
             axes.plot([float("nan") if value is None else value for value in values], marker=".", lw=0.8)
             axes.set_ylabel(title)
-        axes.set_xlabel("layer, in the model's order")
+        below[-1].set_xlabel("layer, in the model's order")
         figure.tight_layout()
         figure.savefig(path)
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module) -> Diagnosis:
+def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
     """What the attached adapter has become. Call it after a backward, before the gradients are cleared.
 
-    One layer's dense weight is held at a time; methods that are no low-rank sum take an SVD of N×K a layer.
+    `name` says which adapter, where several are attached. One layer's dense weight is held at a time; methods that are
+    no low-rank sum take an SVD of N×K a layer.
 
     Raises:
         AttachError: nothing is attached.
     """
-    attachment = require_attachment(unwrap(model))
+    attachment = require_attachment(unwrap(model), name)
     rows = []
     for target in attachment.targets:
         adapter = attachment.adapters[target.name]

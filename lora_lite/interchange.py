@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import (
+    DEFAULT,
     Adapter,
     Attachment,
     build,
@@ -52,10 +53,10 @@ _TENSORS: dict[str, tuple[str, dict[str, str]]] = {
 }
 _LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
-# Fields of PEFT's configs that say where an adapter came from or how it was trained, and change nothing that it computes.
+# Fields of PEFT's configs that say where an adapter came from or how it was trained, not what it computes; or are read.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "delora_lambda", "eva_config", "exclude_modules",
-    "feedforward_modules", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
+    "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "init_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
@@ -65,21 +66,21 @@ _HARMLESS = {
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 
 
-def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Write the attached adapter as `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
 
     `peft.PeftModel.from_pretrained(base, folder)` then computes the same. LoRA, EVA, PiSSA (as rank 2r), AntiPaSTO (as
     rank r) and any method of yours with the primitive `LowRankAdd` are written as LoRA; DoRA, DeLoRA, IA3 and HRA as
-    PEFT's own.
+    PEFT's own. `name` says which adapter, where several are attached.
 
     Raises:
         AttachError: nothing is attached, or PEFT has nothing that computes what this method does.
         CheckpointError: the folder can't be written.
     """
     model, folder = unwrap(model), Path(folder)
-    attachment = require_attachment(model)
-    name = attachment.cfg.variant
-    if name in _TENSORS:
+    attachment = require_attachment(model, name)
+    variant = attachment.cfg.variant
+    if variant in _TENSORS:
         config, tensors = _as_its_own(attachment)
     else:
         config, tensors = _as_lora(attachment)
@@ -92,7 +93,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     if config["peft_type"] == "IA3":
         del config["bias"]
-        config["feedforward_modules"] = list(attachment.adapters) if name == "ia3_ff" else []
+        config["feedforward_modules"] = list(attachment.adapters) if variant == "ia3_ff" else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -102,10 +103,12 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"export_peft: can't write {folder}: {error}") from error
 
 
-def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, backend: str = "auto") -> Attachment:
-    """Attach the adapter that PEFT saved in `folder`: LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3
-    or HRA, with rank and alpha patterns.
+def import_peft(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT, backend: str = "auto"
+) -> Attachment:
+    """Attach, under `name`, the adapter that PEFT saved in `folder`.
 
+    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns.
     Dropout is not applied: a warning says so where the file asks for it.
 
     Raises:
@@ -115,7 +118,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, backend: st
     """
     model, folder = unwrap(model), Path(folder)
     check_backend(backend)
-    check_free(model)
+    check_free(model, name)
     try:
         config = _read_config(folder)
         variant = _variant(config)
@@ -126,8 +129,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, backend: st
         if variant == "pissa":
             init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
             tensors |= {
-                f"{name}.{key}": getattr(adapter, key)
-                for name, adapter in adapters.items()
+                f"{layer}.{key}": getattr(adapter, key)
+                for layer, adapter in adapters.items()
                 for key in ("lora_A0", "lora_B0")
             }
         _reshape(adapters, tensors)
@@ -135,7 +138,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, backend: st
         derive(targets, adapters)
     except LoraLiteError as error:
         raise CheckpointError(f"import_peft: {folder}: {error}") from error
-    return install(model, cfg, backend, targets, adapters)
+    return install(model, name, cfg, backend, targets, adapters)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
@@ -253,8 +256,8 @@ def _variant(config: dict[str, Any]) -> str:
         raise CheckpointError(f"lora-lite does not compute its {', '.join(refused)}")
     if kind == "LORA" and start.startswith(_CHANGED_BASE):
         raise CheckpointError(
-            f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save it "
-            "with path_initial_model_for_weight_conversion"
+            f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save "
+            "it with path_initial_model_for_weight_conversion"
         )
     dropout = config.get("lora_dropout") or config.get("module_dropout")
     if dropout:
@@ -274,9 +277,7 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ours = {its: mine for mine, its in _TENSORS.get(variant, ("", _LORA))[1].items()}
     found, strange = {}, []
     for name, t in tensors.items():
-        layer, its = next(
-            ((name.removesuffix(f".{its}"), its) for its in ours if name.endswith(f".{its}")), (name, "")
-        )
+        layer, its = next(((name.removesuffix(f".{its}"), its) for its in ours if name.endswith(f".{its}")), (name, ""))
         if its and layer.startswith(_PREFIX):
             found[f"{layer.removeprefix(_PREFIX)}.{ours[its]}"] = t
         else:

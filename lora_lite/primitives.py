@@ -8,7 +8,7 @@ M tokens, K in_features, N out_features, R rank.
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -37,6 +37,38 @@ class LowRankAdd(Primitive):
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return ops.expand_add(y, carry, self.B, self.scale)
+
+
+@dataclass
+class GroupedLowRankAdd(Primitive):
+    """y + (mask ∘ (x Aᵀ)) Bᵀ: the ranks of several adapters side by side, of which the mask leaves each entry of the
+    batch those of its own. One look at x and y however many adapters there are."""
+
+    A: Float[Tensor, "R K"]
+    B: Float[Tensor, "N R"]
+    mask: Float[Tensor, "batch R"]
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        x, h = ops.shrink(x, self.A)
+        return x, (h.view(len(self.mask), -1, h.shape[-1]) * self.mask[:, None].to(h.dtype)).view(h.shape)
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return ops.expand_add(y, carry, self.B, 1.0)
+
+
+@dataclass
+class OfRows(Primitive):
+    """Another primitive on some entries of the batch; the others pass."""
+
+    inner: Primitive
+    rows: Int[Tensor, "some"]
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        part, carry = self.inner.on_input(x[self.rows], ops)
+        return x.index_copy(0, self.rows, part), carry
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return y.index_copy(0, self.rows, self.inner.on_output(y[self.rows], carry, ops))
 
 
 @dataclass

@@ -79,6 +79,16 @@ class FourBitWeight:
         return weights * self.absmax.t().float().repeat_interleave(self.state.blocksize, dim=1)
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether this process holds only a part of t: FSDP2's and tensor parallelism's DTensor."""
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process that has a part must call it."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
+
+
 def weight_of(layer: Any) -> Tensor | None:
     """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none."""
     for name in ("weight", "W_q"):

@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from .adapter import ADAPTERS, require_attachment, unwrap
+from .adapter import ADAPTERS, attachments, chosen, unwrap
 from .checkpoint import save
 
 
 class AdapterCallback(TrainerCallback):
-    """`Trainer(..., callbacks=[AdapterCallback()])`: a checkpoint has `adapter.safetensors`, for `lora_lite.load`, and
-    as the model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads
-    the best model. The base weights, which no method changes, are not written.
+    """`Trainer(..., callbacks=[AdapterCallback()])`.
+
+    A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name), and as the
+    model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads the
+    best model. The base weights, which no method changes, are not written.
 
     While the Trainer runs, `model.save_pretrained` writes the adapter in the base's stead.
 
@@ -24,13 +26,15 @@ class AdapterCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model = unwrap(model)
-        require_attachment(model)
+        chosen(model, None)
 
         def save_pretrained(folder: str | os.PathLike[str], *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
             tensors = model.state_dict() if state_dict is None else state_dict
             own = {name: t for name, t in tensors.items() if f".{ADAPTERS}." in name}
             type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
-            save(model, Path(folder) / "adapter.safetensors")
+            for each in attachments(model):
+                file = "adapter.safetensors" if len(attachments(model)) == 1 else f"{each.name}.safetensors"
+                save(model, Path(folder) / file, name=each.name)
 
         model.save_pretrained = save_pretrained
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, require_attachment, unwrap
+from .adapter import Adapter, only, require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
 from .targets import Target
@@ -38,7 +38,7 @@ class Comparison:
         return f"{self.layer} ({self.backend}): {name} {self.errors[name]:.1e}, allowed {self.allowed[name]:.1e}"
 
 
-def verify(model: nn.Module, batch: Any, *, rtol: float | None = None) -> list[Comparison]:
+def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str | None = None) -> list[Comparison]:
     """Run `batch` forward and backward and compare every adapted layer with the float32 reference.
 
     Each layer is run again by itself on the input and the output gradient that the batch gave it: with the backend in
@@ -50,6 +50,7 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None) -> list[C
             one (pass labels), otherwise at the mean square of its first floating-point tensor.
         rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, and
             at least four roundings.
+        name: of the adapter, where several are attached; the others don't act meanwhile.
 
     Returns:
         One `Comparison` a call of an adapted layer, in the order in which they ran.
@@ -61,11 +62,12 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None) -> list[C
     """
     if rtol is not None and not rtol > 0:
         raise ValueError(f"verify: rtol must be above 0, or None for the layer's own rounding; got {rtol}")
-    attachment = require_attachment(unwrap(model))
-    calls = _record(model, batch, attachment.targets)
-    if not calls:
-        raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
-    rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
+    attachment = require_attachment(unwrap(model), name)
+    with only(unwrap(model), attachment.name):
+        calls = _record(model, batch, attachment.targets)
+        if not calls:
+            raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
+        rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
     wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
         worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
@@ -115,11 +117,9 @@ def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: floa
     layer: Any = target.layer
     wide = torch.promote_types(x.dtype, torch.float32)
 
-    def by_reference(x: Tensor) -> Tensor:
-        return adapter.by_reference(layer, x)
-
-    want = _results(adapter, by_reference, x.to(wide), dy)
-    plain = _results(adapter, by_reference, x, dy)
+    want = _results(adapter, lambda x: adapter.by_reference(layer, x), x.to(wide), dy)
+    # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
+    plain = _results(adapter, lambda x: adapter.by_reference(layer, x, dense=False), x, dy)
     got = _results(adapter, layer, x, dy)
     roundings = 4 * torch.finfo(x.dtype).eps / 2
     errors = {name: _error(got[name], want[name]) for name in want}

@@ -169,6 +169,9 @@ def test_metadata(saved: Path) -> None:
         "target_names": [],
         "exclude_names": ["lm_head", "embed", r"cls\.predictions"],
         "layers": None,
+        "rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
     assert json.loads(metadata["targets"]) == shapes
     assert len(shapes) == 14
@@ -379,7 +382,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
     "another rank": (lambda m, t: with_config(m, r=8), [f"{Q0}.lora_A has shape (4, 32), not (8, 32)"]),
     "unknown variant": (lambda m, t: with_config(m, variant="fancy"), ["'fancy' is not registered", "lora", "import"]),
     "variant that is no name": (lambda m, t: with_config(m, variant=["lora"]), []),
-    "unknown field": (lambda m, t: with_config(m, rank_pattern={}), ["LoRAConfig has no field rank_pattern"]),
+    "unknown field": (lambda m, t: with_config(m, sharpness={}), ["LoRAConfig has no field sharpness"]),
     "field out of range": (lambda m, t: with_config(m, r=0), ["LoRAConfig.r must be", "got 0"]),
     "field of another type": (lambda m, t: with_config(m, alpha="16"), ["LoRAConfig.alpha must be"]),
     "list field of another type": (lambda m, t: with_config(m, target_roles=3), ["LoRAConfig.target_roles must be"]),

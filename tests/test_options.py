@@ -21,7 +21,9 @@ def test_rslora_scales_by_the_root(variant: str) -> None:
     stable.load_state_dict(plain.state_dict())
     alpha, r = 6.0, 4
     # alpha·√r plain is alpha rank-stabilised: alpha·√r / r = alpha / √r
+    torch.manual_seed(1)
     attach(plain, variant, r=r, alpha=alpha * math.sqrt(r), target_roles=(), dtype=torch.float64)
+    torch.manual_seed(1)
     attach(stable, variant, r=r, alpha=alpha, rslora=True, target_roles=(), dtype=torch.float64)
     for model in (plain, stable):
         randomize(model)
@@ -66,7 +68,7 @@ def test_patterns_are_checked() -> None:
         ll.LoRAConfig(alpha_pattern={"q_proj": -1})
     with pytest.raises(ll.ConfigError, match=r"HRAConfig\.r must be even.* from the pattern"):
         ll.HRAConfig(rank_pattern={"q_proj": 3})
-    with pytest.raises(ll.ConfigError, match="rank_pattern: '.*' is not a regular expression"):
+    with pytest.raises(ll.ConfigError, match=r"rank_pattern: '.*' is not a regular expression"):
         ll.LoRAConfig(rank_pattern={"(": 4})
     with pytest.raises(ll.ConfigError, match="rank_pattern must be a dict"):
         ll.LoRAConfig(rank_pattern=[4])  # type: ignore[arg-type]

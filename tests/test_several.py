@@ -1,0 +1,292 @@
+"""Several adapters on one model: each by itself, all at once, one after another, and stacked as IA³'s paper has it."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    calibration_batches,
+    config,
+    llama,
+    load_tests,
+    randomize,
+    snapshot,
+    token_ids,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+against_peft = load_tests("test_peft")
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(token_ids()).logits
+
+
+def alone(variant: str, seed: int, **fields: Any) -> Any:
+    """A model with a trained adapter."""
+    model = llama()
+    attach(model, variant, calibration_batches(), **fields)
+    randomize(model, seed=seed, by=0.3)
+    return model
+
+
+def files(folder: Path) -> dict[str, tuple[Path, Tensor]]:
+    """For each variant a saved adapter and what the model computes with it alone."""
+    found = {}
+    for seed, variant in enumerate(VARIANTS):
+        model = alone(variant, seed, **({"block_size": 2} if variant == "antipasto" else {}))
+        ll.save(model, folder / variant)
+        found[variant] = (folder / variant, logits(model))
+    return found
+
+
+def test_a_switchboard_of_all_nine(tmp_path: Path) -> None:
+    model = llama()
+    base, before = logits(model), snapshot(model)
+    saved = files(tmp_path)
+    for variant, (path, _) in saved.items():
+        ll.load(model, path, name=variant)
+    everything = logits(model)
+    assert all((everything - want).norm() > 0 for _, want in saved.values())
+    for variant, (path, want) in saved.items():
+        ll.use(model, variant)
+        assert torch.equal(logits(model), want), variant
+        ll.save(model, tmp_path / "again", name=variant)
+        assert load_file(tmp_path / "again").keys() == load_file(path).keys()
+        for key, t in load_file(path).items():
+            assert torch.equal(load_file(tmp_path / "again")[key], t), key
+    with ll.disabled(model):
+        assert torch.equal(logits(model), base)
+    ll.use(model, *VARIANTS)
+    assert torch.equal(logits(model), everything)
+    for variant in reversed(VARIANTS[1:]):
+        ll.detach(model, variant)
+    assert torch.equal(logits(model), saved["lora"][1])
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".lora_lite." not in name)
+    ll.detach(model)
+    assert_same(model, before)
+
+
+def test_two_loras_add_up() -> None:
+    layer = nn.Linear(12, 10)
+    x = torch.randn(5, 12)
+    base = layer(x)
+    for i, name in enumerate(("a", "b")):
+        ll.attach(layer, config("lora", target_roles=()), name=name)
+        randomize(layer, seed=i)
+    changes = []
+    for name in ("a", "b"):
+        ll.use(layer, name)
+        changes.append(layer(x) - base)
+    ll.use(layer, "a", "b")
+    assert_close(layer(x) - base, changes[0] + changes[1], 1e-5)
+
+
+def test_order_on_one_layer() -> None:
+    """IA3 after LoRA scales the sum; a HRA before a LoRA turns its input."""
+    layer = nn.Linear(12, 10)
+    x = torch.randn(5, 12)
+    ll.attach(layer, config("hra", target_roles=()), name="turn")
+    ll.attach(layer, config("lora", target_roles=()), name="add")
+    ll.attach(layer, config("ia3", target_names=()), name="gain")
+    randomize(layer)
+    own = {each.name: next(iter(each.adapters.values())) for each in ll.adapter.attachments(layer)}
+    turn = own["turn"].variant.primitive(own["turn"], layer, own["turn"].cfg)
+    turned = x + (x @ turn.A.t()) @ turn.B.t()
+    add = own["add"]
+    want = own["gain"].lora_g * (
+        turned @ layer.weight.t() + layer.bias + add.cfg.scale * turned @ add.lora_A.t() @ add.lora_B.t()
+    )
+    assert_close(layer(x), want, 1e-5)
+
+
+def test_only_what_is_used_learns() -> None:
+    model = llama()
+    for name in ("a", "b"):
+        ll.attach(model, config("lora"), name=name)
+    randomize(model)
+    ll.use(model, "b")
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is None for p in ll.parameters(model, "a"))
+    assert all(p.grad is not None and p.grad.any() for p in ll.parameters(model, "b"))
+    assert len(ll.parameters(model)) == len(ll.parameters(model, "a")) + len(ll.parameters(model, "b"))
+    assert all(row.grad_norm is None for row in ll.diagnose(model, "a").rows)
+    assert all(row.grad_norm for row in ll.diagnose(model, "b").rows)
+
+
+def test_verify_takes_one_at_a_time() -> None:
+    model = llama()
+    for name in ("a", "b"):
+        ll.attach(model, config("dora"), name=name)
+    randomize(model, by=0.2)
+    want = logits(model)
+    for name in ("a", "b"):
+        assert ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()}, name=name)
+    assert torch.equal(logits(model), want)
+
+
+def test_ia3_of_the_paper_in_one_call() -> None:
+    """Keys, values and the feed-forward block's output at once, against PEFT's."""
+    ours, theirs = llama(), llama()
+    attached = ll.attach(ours, {"kv": ll.IA3Config(), "ff": ll.IA3FFConfig()})
+    assert list(attached) == ["kv", "ff"]
+    names = [name for each in attached.values() for name in each.adapters]
+    feedforward = list(attached["ff"].adapters)
+    theirs = peft.get_peft_model(theirs, peft.IA3Config(target_modules=names, feedforward_modules=feedforward)).eval()
+    randomize(ours)
+    pairs = []
+    for attachment in attached.values():
+        for layer, adapter in attachment.adapters.items():
+            its = theirs.base_model.model.get_submodule(layer).ia3_l.default
+            its.data.copy_(adapter.lora_g.view(its.shape))
+            pairs.append((layer, adapter.lora_g, its))
+    got, want = against_peft.logits_and_gradients(ours), against_peft.logits_and_gradients(theirs)
+    assert_close(got[0], want[0], 1e-5, "logits")
+    assert_close(got[1], want[1], 1e-5, "gradient of the embeddings")
+    for layer, mine, its in pairs:
+        assert_close(mine.grad, its.grad.view(mine.shape), 1e-5, layer)
+
+
+def test_all_of_a_dict_or_none() -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ll.AttachError, match="larger than the layer allows"):
+        ll.attach(model, {"a": ll.LoRAConfig(r=4), "b": ll.LoRAConfig(r=1000)})
+    assert_same(model, before)
+
+
+def test_base_flags_come_back_after_the_last() -> None:
+    model: Any = llama()
+    model.lm_head.weight.requires_grad_(False)
+    before = snapshot(model)
+    for name in ("a", "b"):
+        ll.attach(model, config("lora"), name=name)
+    ll.detach(model, "a")  # the first, which saw the flags
+    ll.detach(model, "b")
+    assert_same(model, before)
+
+
+def test_names() -> None:
+    model = llama()
+    ll.attach(model, config("lora"), name="a")
+    before = snapshot(model)
+    with pytest.raises(ll.AttachError, match=r"named 'a' is attached to this model already.*another name"):
+        ll.attach(model, config("lora"), name="a")
+    for name in ("", "a.b", "keys", 3):
+        with pytest.raises(ValueError, match="can't be an adapter's name"):
+            ll.attach(model, config("lora"), name=name)  # type: ignore[call-overload]
+    assert_same(model, before)
+    ll.attach(model, config("ia3"), name="b")
+    for call in (ll.state_dict, ll.verify, ll.diagnose, ll.save, ll.export_peft):
+        rest = (token_ids(),) if call is ll.verify else ("somewhere",) if call in (ll.save, ll.export_peft) else ()
+        with pytest.raises(ll.AttachError, match=r"several adapters are attached \(a, b\); say which with name="):
+            call(model, *rest)
+    for wrong in (lambda: ll.use(model, "c"), lambda: ll.detach(model, "c"), lambda: ll.parameters(model, "c")):
+        with pytest.raises(ll.AttachError, match="under the name 'c'; there are a, b"):
+            wrong()
+    with pytest.raises(ValueError, match="name at least one"):
+        ll.use(model)
+
+
+# ---- a different adapter for each entry of a batch -------------------------------------------------------------------
+
+ROWS = ["a", "b", None, "a"]
+
+
+def of_two(variant: str, **fields: Any) -> Any:
+    """A model with two adapters of one variant, of ranks of their own where they have one."""
+    model = llama()
+    fields |= {"block_size": 2} if variant == "antipasto" else {}
+    batches = calibration_batches() if variant == "eva" else None
+    for name, r in {"a": 4, "b": 6}.items():
+        ll.attach(model, config(variant, **{**fields, "r": r}), name=name, calibration_data=batches)
+        ll.use(model, name)
+    ll.use(model, "a", "b")
+    randomize(model, seed=3, by=0.3)
+    return model
+
+
+def row_by_row(model: Any, ids: Tensor) -> Tensor:
+    """Logits with one adapter at a time, put together; with gradients."""
+    found = []
+    for i, name in enumerate(ROWS):
+        if name is None:
+            with ll.disabled(model):
+                found.append(model(ids[i : i + 1]).logits)
+        else:
+            ll.use(model, name)
+            found.append(model(ids[i : i + 1]).logits)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_for_each_row(variant: str) -> None:
+    model, ids = of_two(variant), token_ids(4)
+    want = row_by_row(model, ids)
+    direction = torch.randn_like(want)
+    of_want = torch.autograd.grad((want * direction).sum(), ll.parameters(model))
+    ll.use(model, ROWS)
+    got = model(ids).logits
+    assert_close(got, want, 1e-5)
+    of_got = torch.autograd.grad((got * direction).sum(), ll.parameters(model))
+    mine, its = (torch.cat([grad.flatten() for grad in grads]) for grads in (of_got, of_want))
+    assert_close(mine, its, 1e-5, "gradients")
+    with ll.disabled(model):
+        assert not torch.equal(model(ids).logits, got)
+    assert torch.equal(model(ids).logits, got)  # as before the context
+    ll.use(model, "b")
+    assert_close(model(ids[1:2]).logits, want[1:2], 1e-5)
+
+
+def test_mixed_methods_by_row() -> None:
+    """Low-rank sums beside what is none: LoRA for one entry, DoRA and HRA for others."""
+    model = llama()
+    for name, variant in (("a", "lora"), ("b", "dora"), ("c", "hra")):
+        ll.attach(model, config(variant), name=name)
+    randomize(model, by=0.3)
+    ids, names = token_ids(3), ["c", "a", "b"]
+    want = []
+    for i, name in enumerate(names):
+        ll.use(model, name)
+        want.append(logits_of(model, ids[i : i + 1]))
+    ll.use(model, names)
+    assert_close(logits_of(model, ids), torch.cat(want), 1e-5)
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    return model(ids).logits
+
+
+def test_low_rank_sums_run_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    shrink = ll.reference.shrink
+    monkeypatch.setattr(ll.reference, "shrink", lambda x, A: calls.append(len(A)) or shrink(x, A))
+    layer = nn.Linear(12, 10)
+    for name in ("a", "b", "c"):
+        ll.attach(layer, config("lora", target_roles=()), name=name)
+    randomize(layer)
+    ll.use(layer, ["a", "c", "b"])
+    layer(torch.randn(3, 5, 12))
+    assert calls == [12]
+
+
+def test_rows_must_fit_the_batch() -> None:
+    model = of_two("lora")
+    ll.use(model, ROWS)
+    with pytest.raises(ValueError, match="adapters of 4 entries, and a layer got 3"):
+        model(token_ids(3))
+    with pytest.raises(ll.AttachError, match="under the name 'c'"):
+        ll.use(model, ["a", "c"])
+    with pytest.raises(ValueError, match="name at least one"):
+        ll.use(model, [])
