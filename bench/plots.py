@@ -51,22 +51,15 @@ def roofline() -> Any:
     for gpu, figures in result["gpus"].items():
         ax.loglog(intensity, np.minimum(intensity * figures["TB/s"], figures["TFLOP/s"]), lw=1, label=gpu)
     slope = min(figures["TB/s"] for figures in result["gpus"].values())
-    for row in result["rows"]:
-        at = row["flops"] / row["lora_lite"]
-        ax.axvline(at, color="#888888", lw=0.6, ls=":")
-        name = NAMES[row["variant"]] + ("" if row["variant"] == "ia3" else f" r={row['R']}")
-        ax.text(at, 0.012, name, rotation=90, fontsize=7, ha="right", va="bottom")
-        x = [kernel["flops"] / kernel["bytes"] for kernel in row["kernels"].values()]
-        marks = ax.scatter(x, [slope * at for at in x], s=14, zorder=3)
-        if row["R"] in (1, 16):
-            for at, kernel in zip(x, row["kernels"], strict=True):
-                label = f"{kernel} ({NAMES[row['variant']]})"
-                ax.annotate(label, (at, slope * at), (4, -3), textcoords="offset points", fontsize=5,
-                            color=marks.get_facecolor()[0])  # fmt: skip
+    rows = [row for row in result["rows"] if row["R"] in (1, 16)]
+    for row, marker in zip(rows, "osD^", strict=True):
+        for kernel, counts in row["kernels"].items():
+            x = counts["flops"] / counts["bytes"]
+            ax.scatter(x, slope * x, s=28, marker=marker, zorder=3, label=f"{kernel} ({NAMES[row['variant']]})")
     ax.set_xlabel("floating-point operations a byte (counted)")
     ax.set_ylabel("TFLOP/s that public figures allow (model)")
-    ax.set_title("Every kernel lies under the slope: memory decides")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.set_title("Kernels at r=16 under each GPU's roofline: memory decides")
+    ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.spines[["top", "right"]].set_visible(False)
     return fig
 

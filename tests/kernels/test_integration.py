@@ -2,7 +2,8 @@
 
 Under TRITON_INTERPRET=1 `backend="auto"` takes the kernels on a CPU, so the tests need no change: torch.compile without
 graph breaks, both kinds of checkpointing, autocast, no_grad and inference_mode, generation with a cache, conversion
-after attach, copies and pickles, strided inputs, and PEFT's outputs and gradients for the same weights.
+after attach, copies and pickles, strided inputs, an adapter for each row of a batch, and PEFT's outputs and gradients
+for the same weights.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import launches
 import pytest
 from models import load_tests
 
-runtime, against_peft = load_tests("test_runtime"), load_tests("test_peft")
+runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
 
 test_compile = runtime.test_compile
 test_checkpointing = runtime.test_checkpointing
@@ -27,6 +28,11 @@ test_any_leading_shape = runtime.test_any_leading_shape
 test_strided_input = runtime.test_strided_input
 test_disabled_is_the_base_model = runtime.test_disabled_is_the_base_model
 test_same_weights_same_outputs_and_gradients = against_peft.test_same_weights_same_outputs_and_gradients
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
+def test_an_adapter_for_each_row(variant: str) -> None:
+    several.test_an_adapter_for_each_row(variant)
 
 
 @pytest.fixture(autouse=True)
