@@ -93,7 +93,7 @@ class Adapter(Params):
         mask = torch.zeros(self.batch, sum(len(part.A) for part, _ in parts), device=x.device)
         start = 0
         for part, rows in parts:
-            mask[cast(list[int], rows), start : start + len(part.A)] = 1
+            mask[rows, start : start + len(part.A)] = 1
             start += len(part.A)
         A, B = torch.cat([part.A for part, _ in parts]), torch.cat([part.scale * part.B for part, _ in parts], 1)
         return GroupedLowRankAdd(A, B, mask)

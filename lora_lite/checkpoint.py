@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
         return
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"save: can't write {path}: {error}; whatever was there still is") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
         if sharded:
             torch.distributed.barrier()
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write` a file beside `path`, flush it to disk and rename it over `path`: a crash leaves the earlier one."""
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, backend: str = "auto") -> Attachment:
@@ -163,7 +171,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
             problems.append(f"{name} is {shapes[name]} (in, out) in the file and {_shape(target.layer)} in the model")
     if problems:
         raise CheckpointError(
-            f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {_first(problems)}"
+            f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
         )
     return [layers[name] for name in shapes or names]
 
@@ -179,7 +187,7 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}")
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     if problems:
-        raise CheckpointError(f"its tensors do not fit its config: {_first(problems)}")
+        raise CheckpointError(f"its tensors do not fit its config: {first_of(problems)}")
     for name, t in wanted.items():
         t.copy_(tensors[name])
 
@@ -192,6 +200,7 @@ def _fingerprint(shapes: dict[str, list[int]]) -> str:
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 
-def _first(problems: list[str], shown: int = 3) -> str:
+def first_of(problems: list[str], shown: int = 3) -> str:
+    """The first few, and how many more there are."""
     more = f" (and {len(problems) - shown} more)" if len(problems) > shown else ""
     return "; ".join(problems[:shown]) + more

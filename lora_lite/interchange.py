@@ -7,10 +7,8 @@ import json
 import math
 import os
 import re
-import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from .adapter import (
     unwrap,
 )
 from .backend import check_backend
-from .checkpoint import fill, named_targets, read_tensors
+from .checkpoint import fill, first_of, named_targets, read_tensors, replace_file
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .primitives import LowRankAdd
@@ -97,8 +95,10 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2, sort_keys=True)
-        _replace(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _replace(folder / "adapter_config.json", lambda path: path.write_text(text))
+        replace_file(
+            folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+        )
+        replace_file(folder / "adapter_config.json", lambda path: path.write_text(text))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"export_peft: can't write {folder}: {error}") from error
 
@@ -123,7 +123,7 @@ def import_peft(
         config = _read_config(folder)
         variant = _variant(config)
         tensors = _ours(variant, read_tensors(_tensor_file(folder))[1])
-        cfg = _config(variant, config, tensors)
+        cfg = _config(variant, config)
         targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
         adapters = {t.name: build(t, REGISTRY[variant], cfg, backend) for t in targets}
         if variant == "pissa":
@@ -176,8 +176,7 @@ def _as_its_own(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tenso
         alphas = {layer: _whole(a.cfg.scale * a.cfg.r) for layer, a in attachment.adapters.items()}
         config |= {"use_dora": True, **_patterns(ranks, alphas)}
     elif name == "delora":
-        config |= {key: value for key, value in _patterns(ranks, {}).items() if "alpha" not in key}
-        config["delora_lambda"] = attachment.cfg.lambda0  # type: ignore[attr-defined]
+        config |= {"delora_lambda": attachment.cfg.lambda0, **_patterns(ranks, {})}  # type: ignore[attr-defined]
     elif name == "hra":
         if len(set(ranks.values())) > 1:
             raise AttachError("export_peft: PEFT's HRA has one r for all layers, and rank_pattern gave several")
@@ -211,15 +210,6 @@ def _stored(t: Tensor) -> Tensor:
 def _whole(value: float) -> float:
     """As an int where it is one: some readers of PEFT's files want alpha so."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
@@ -283,21 +273,18 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             strange.append(name)
     if strange:
-        raise CheckpointError(
-            f"lora-lite adapts linear layers and can't take {', '.join(strange[:5])}"
-            f"{f' (and {len(strange) - 5} more)' if len(strange) > 5 else ''}"
-        )
+        raise CheckpointError(f"lora-lite adapts linear layers and can't take {first_of(strange)}")
     if variant in ("ia3", "ia3_ff"):
         mixed = [name for name, t in found.items() if t.shape[1 if variant == "ia3" else 0] != 1]
         if mixed:
             raise CheckpointError(
                 f"it scales the inputs of some layers and the outputs of others; as {variant} lora-lite can't take "
-                f"{', '.join(mixed[:5])}"
+                f"{first_of(mixed)}"
             )
     return found
 
 
-def _config(variant: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterConfig:
+def _config(variant: str, config: dict[str, Any]) -> AdapterConfig:
     names = config.get("target_modules") or []
     fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
     if isinstance(names, list):

@@ -5,6 +5,7 @@ from typing import Any
 
 import peft
 import pytest
+import rivals
 import torch
 from models import ARCHITECTURES, SIZES, assert_close, attach, llama, randomize, token_ids
 from torch import Tensor, nn
@@ -30,23 +31,9 @@ NAMES: dict[str, dict[str, str]] = {
 
 
 def peft_config(variant: str, targets: list[str]) -> Any:
-    lora = {"r": R, "lora_alpha": ALPHA, "target_modules": targets}
-    match variant:
-        case "lora":
-            return peft.LoraConfig(**lora)
-        case "pissa":
-            return peft.LoraConfig(**lora, init_lora_weights="pissa")
-        case "dora":
-            return peft.LoraConfig(**lora, use_dora=True)
-        case "delora":
-            return peft.DeloraConfig(r=R, delora_lambda=15, target_modules=targets)
-        case "ia3":
-            return peft.IA3Config(target_modules=targets, feedforward_modules=[])
-        case "ia3_ff":
-            return peft.IA3Config(target_modules=targets, feedforward_modules=targets)
-        case "hra":
-            return peft.HRAConfig(r=R, target_modules=targets)
-    raise AssertionError(variant)
+    config = rivals.peft_config(variant, R, ALPHA, targets)
+    assert config is not None, variant
+    return config
 
 
 def both(architecture: str, variant: str) -> tuple[Any, Any, ll.Attachment]:
