@@ -34,7 +34,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_lite.kernels import common, lowrank, row_norm, scale, tuning
+from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
 
@@ -61,7 +61,8 @@ ARCHITECTURES = {
 }
 
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8"
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int64: "*i64",
 }  # fmt: skip
 
 
@@ -74,13 +75,24 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
     f32 = torch.float32
     x, y, h, W = t(M, K), t(M, N), t(M, R), t(N, K)
     A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
+    seed, group = t(1, dtype=torch.int64), t(8, dtype=torch.int64)
+    As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
+        "shrink_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seed, 0.1),
+        "shrink_grouped": lambda: lowrank.launch_shrink(x, As, dtype, group),
         "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
+        "expand_dropout": lambda: lowrank.launch_expand(y, h, B, 0.5, None, None, None, seed, 0.1),
+        "expand_grouped": lambda: lowrank.launch_expand(y, h, Bs, 0.5, group=group),
         "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
+        "expand_backward_grouped": lambda: lowrank.launch_expand_backward(y, h, Bs, 0.5, True, True, group=group),
         "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
         "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
+        "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
+            x, h, x, A, True, True, None, None, seed, 0.1
+        ),
+        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, None, group),
         "shrink_expand_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True, h),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
@@ -219,7 +231,7 @@ def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
     parts = [repr(tuning.TABLE)]
-    for module in (common, lowrank, row_norm, scale):
+    for module in (common, dropout, lowrank, row_norm, scale):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
@@ -244,7 +256,7 @@ class Settings:
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """float16 takes bfloat16's rows and the same instructions."""
-    kernels: tuple[str, ...] = tuple(tuning.TABLE["nvidia", 4])
+    kernels: tuple[str, ...] = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
     ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
     first_only: bool = False
     """Only the row of the table that is taken untimed."""

@@ -5,11 +5,12 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import interpreter
@@ -32,27 +33,78 @@ def inside(rows, cols, M, N):
 
 
 @triton.jit
-def _sum_parts_kernel(parts, out, P, size, BLOCK: tl.constexpr):
+def share_of_rows(i, tokens, each, group):
+    """(first row of share i, end of its entry's rows, its entry). Each entry's `tokens` rows are shared out by
+    themselves, `each` at a time; without groups there is one entry."""
+    first, last, entry = i * each, tokens, 0
+    if group is not None:
+        shares = tl.cdiv(tokens, each)
+        entry = i // shares
+        first, last = entry * tokens + i % shares * each, (entry + 1) * tokens
+    return first, last, entry
+
+
+@triton.jit
+def own(pointer, group, entry, R, width):
+    """(the matrix of an entry's group in a stack of R × width ones, how many of its ranks count)."""
+    if group is not None:
+        which = tl.load(group + entry)
+        pointer += which.to(tl.int64) * R * width
+        R = tl.where(which < 0, 0, R)
+    return pointer, R
+
+
+@triton.jit
+def _sum_parts_kernel(parts, out, group, P, parts_an_entry, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     part = parts + at
-    for _ in range(P):
-        total += tl.load(part, mask=at < size, other=0.0)
+    for i in range(P):
+        mine = size
+        if group is not None:
+            mine = tl.where(tl.load(group + i // parts_an_entry) == tl.program_id(1), size, 0)
+        total += tl.load(part, mask=at < mine, other=0.0)
         part += size
-    tl.store(out + at, total, mask=at < size)
+    tl.store(out + tl.program_id(1).to(tl.int64) * size + at, total, mask=at < size)
 
 
-def parts_like(out: Tensor, count: int) -> Float[Tensor, "P ..."]:
-    """Room for `count` partial results of `out`, which `sum_parts` adds in a fixed order; one part is `out` itself."""
-    return out[None] if count == 1 else torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
+@dataclass(frozen=True)
+class Entries:
+    """The rows of a token-sized tensor: one entry, or as many as `group` has, each with as many tokens."""
+
+    count: int
+    tokens: int
+    group: Int[Tensor, "entries"] | None
+
+    @classmethod
+    def of(cls, t: Float[Tensor, "M N"], group: Int[Tensor, "entries"] | None) -> "Entries":
+        count = 1 if group is None else max(len(group), 1)
+        return cls(count, len(t) // count, group)
+
+    def split(self, block: int, wanted: int) -> tuple[int, int]:
+        """(parts of all entries, rows of a part): `wanted` parts as long as each has a block's worth."""
+        parts, each = split(self.tokens, block, triton.cdiv(wanted, self.count))
+        return parts * self.count, each
 
 
-def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor) -> Tensor:
-    """Σ parts, added in float32 and rounded once into `out`."""
-    if len(parts) > 1 and out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), 1024),)
+def parts_like(out: Tensor, count: int, entries: Entries | None = None) -> Float[Tensor, "P ..."]:
+    """Room for `count` partial results of `out`, which `sum_parts` adds in a fixed order; one part is `out` itself. Of
+    grouped entries `out` holds a result for each group."""
+    grouped = entries is not None and entries.group is not None
+    shape = out.shape[1:] if grouped else out.shape
+    return out[None] if count == 1 and not grouped else out.new_empty(count, *shape, dtype=torch.float32)
+
+
+def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, entries: Entries | None = None) -> Tensor:
+    """Σ parts, added in float32 and rounded once into `out`; of grouped entries, for each group those of its own."""
+    group, count = (None, 1) if entries is None else (entries.group, entries.count)
+    if (len(parts) > 1 or group is not None) and out.numel() > 0:
+        groups = 1 if group is None else len(out)
+        size = out.numel() // groups
         with device(out):
-            _sum_parts_kernel[grid](parts, out, len(parts), out.numel(), BLOCK=1024)
+            _sum_parts_kernel[triton.cdiv(size, 1024), groups](
+                parts, out, group, len(parts), len(parts) // count, size, BLOCK=1024
+            )
     return out
 
 

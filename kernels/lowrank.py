@@ -13,6 +13,10 @@ for dh, then `shrink backward` with dy as dx_base, which it has at hand for dB =
 `shrink` hands x on to the base layer, so the base layer's own input gradient dx_base comes back to it together with
 dh: no M×K delta is ever stored and autograd has nothing to add. With g and bias the same kernels do DoRA's
 composition (see dora.py). Sums over a dimension that several programs share are float32 parts, added in fixed order.
+
+With dropout, x Aᵀ is of x's surviving elements; the backward computes the mask again from the same seed (dropout.py).
+With `group`, the tokens are entries of as many tokens each, A is G×R×K and B is G×N×R, and group[i] says which A and B
+are entry i's; below 0: none, as if they were zero. A program's rows are of one entry.
 """
 
 from typing import Any
@@ -20,23 +24,27 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .common import (
     MAX_RANK,
+    Entries,
     block_of,
     compute_dtype,
     device,
     inside,
+    own,
     parts_like,
     precision,
     rows_of,
+    share_of_rows,
     small,
     split,
     sum_parts,
     tile,
 )
+from .dropout import kept, new_seed, rescale, threshold
 from .tuning import Config, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -44,42 +52,50 @@ from .tuning import Config, programs, tuned
 
 @triton.jit
 def _shrink_kernel(
-    x, A, h,
-    M, K, R, stride_xm, stride_xk, k_per_program,
+    x, A, h, group, seed, drop,
+    M, K, R, stride_xm, stride_xk, tokens, k_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): rows of block i, and columns of part s. h holds a result a part."""
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    top, last, entry = share_of_rows(tl.program_id(0), tokens, BLOCK_M, group)
+    rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * k_per_program
     end = min(first + k_per_program, K)
+    A, of_A = own(A, group, entry, R, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, M, end), other=0.0)
-        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, end), other=0.0)
+        x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, last, end), other=0.0)
+        if seed is not None:
+            x_tile = tl.where(kept(seed, drop, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0)
+        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0)
         acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
+    if seed is not None:
+        acc *= rescale(drop)
     h += tl.program_id(1).to(tl.int64) * M * R
-    tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, M, R))
+    tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, last, R))
 
 
 @triton.jit
 def _expand_kernel(
-    y, h, B, out, g, bias, scale,
-    M, N, R, stride_ym, stride_yn,
+    y, h, B, out, g, bias, scale, group, seed, drop,
+    N, R, stride_ym, stride_yn, tokens,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
     blocks = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    top, last, entry = share_of_rows(tl.program_id(0) // blocks, tokens, BLOCK_M, group)
+    rows = top + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    here = inside(rows, cols, M, N)
+    here = inside(rows, cols, last, N)
+    B, of_B = own(B, group, entry, R, N)
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, M, R), other=0.0)
-        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
+        h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, last, R), other=0.0)
+        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
         acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
     if g is not None:
         gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -88,23 +104,28 @@ def _expand_kernel(
             y_tile = (y_tile - b) * gain + b
         else:
             y_tile *= gain
-    tl.store(tile(out, rows, cols, N, 1), y_tile + scale * tl.trans(acc), mask=here)
+    change = scale * tl.trans(acc)
+    if seed is not None:
+        first = tl.program_id(0) % blocks * BLOCK_N
+        change = tl.where(kept(seed, drop, rows, first, BLOCK_M, BLOCK_N), rescale(drop) * change, 0.0)
+    tl.store(tile(out, rows, cols, N, 1), y_tile + change, mask=here)
 
 
 @triton.jit
 def _expand_backward_kernel(
-    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale,
-    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
+    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale, group,
+    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, tokens, m_per_program,
     NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * m_per_program
-    end = min(first + m_per_program, M)
+    first, last, entry = share_of_rows(tl.program_id(1), tokens, m_per_program, group)
+    end = min(first + m_per_program, last)
+    B, of_B = own(B, group, entry, R, N)
     dh += tl.program_id(0).to(tl.int64) * M * R
-    B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, R), other=0.0)
+    B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
     dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if g is not None:
         dg_acc = tl.zeros((BLOCK_N,), tl.float32)
@@ -136,8 +157,8 @@ def _expand_backward_kernel(
 
 @triton.jit
 def _shrink_backward_kernel(
-    dx_base, dh, x, h, A, dx, dA, dB,
-    M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
+    dx_base, dh, x, h, A, dx, dA, dB, group, seed, drop,
+    K, R, stride_dm, stride_dk, stride_xm, stride_xk, tokens, m_per_program,
     NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -145,18 +166,23 @@ def _shrink_backward_kernel(
     dB = dx_baseᵀ h."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * m_per_program
-    end = min(first + m_per_program, M)
+    first, last, entry = share_of_rows(tl.program_id(1), tokens, m_per_program, group)
+    end = min(first + m_per_program, last)
+    A, of_A = own(A, group, entry, R, K)
     dtype = dh.dtype.element_ty
-    A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0).to(dtype)
+    A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, K), other=0.0).to(dtype)
     dA_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     dB_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         here, of_rank = inside(rows, cols, end, K), inside(rows, ranks, end, R)
         dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=of_rank, other=0.0)
+        if seed is not None:
+            keep = kept(seed, drop, rows, tl.program_id(0) * BLOCK_K, BLOCK_M, BLOCK_K)
         if NEEDS_DA:
             x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(dtype)
+            if seed is not None:
+                x_tile = tl.where(keep, x_tile, 0.0)
             dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
         if dx_base is not None:
             base_tile = tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0)
@@ -166,10 +192,14 @@ def _shrink_backward_kernel(
         if NEEDS_DX:
             # As (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
             dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
+            if seed is not None:
+                dx_tile = tl.where(keep, rescale(drop) * dx_tile, 0.0)
             if dx_base is not None:
                 dx_tile += base_tile.to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
     if NEEDS_DA:
+        if seed is not None:
+            dA_acc *= rescale(drop)
         dA += tl.program_id(1).to(tl.int64) * R * K
         tl.store(tile(dA, cols, ranks, 1, K), dA_acc, mask=inside(cols, ranks, K, R))
     if h is not None:
@@ -180,42 +210,58 @@ def _shrink_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def launch_shrink(x: Float[Tensor, "M K"], A: Float[Tensor, "R K"], dtype: torch.dtype) -> Float[Tensor, "M R"]:
-    """x Aᵀ, multiplied and returned in `dtype`."""
-    (M, K), R = x.shape, len(A)
+def named(kernel: str, group: Tensor | None, seed: Tensor | None = None) -> str:
+    """The kernel's name in the block tables."""
+    return kernel + ("_dropout" if seed is not None else "_grouped" if group is not None else "")
+
+
+def launch_shrink(
+    x: Float[Tensor, "M K"],
+    A: Float[Tensor, "*G R K"],
+    dtype: torch.dtype,
+    group: Int[Tensor, "entries"] | None = None,
+    seed: Int[Tensor, "1"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "M R"]:
+    """x Aᵀ, multiplied and returned in `dtype`; with a seed, of x after dropout."""
+    (M, K), R = x.shape, A.shape[-2]
     if R > MAX_RANK:
-        return torch.cat([launch_shrink(x, part, dtype) for part in A.split(MAX_RANK)], dim=1)
-    A = small(A, dtype)
+        return torch.cat([launch_shrink(x, part, dtype, group, seed, dropout) for part in A.split(MAX_RANK, -2)], 1)
+    A, entries = small(A, dtype), Entries.of(x, group)
     h = x.new_empty(M, R, dtype=dtype)
     if M == 0:
         return h
 
     def run(config: Config) -> Tensor:
-        blocks = triton.cdiv(M, config.rows)
+        blocks = entries.count * triton.cdiv(entries.tokens, config.rows)
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
         with device(x):
             _shrink_kernel[(blocks, count)](
-                x, A, parts, M, K, R, *x.stride(), each,
+                x, A, parts, group, seed, threshold(dropout), M, K, R, *x.stride(), entries.tokens, each,
                 PRECISION=precision(dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return sum_parts(parts, h)
 
-    return tuned("shrink", run, x, M, K, R)
+    return tuned(named("shrink", group, seed), run, x, M, K, R)
 
 
 def launch_expand(
     y: Float[Tensor, "M N"],
     h: Float[Tensor, "M R"],
-    B: Float[Tensor, "N R"],
+    B: Float[Tensor, "*G N R"],
     scale: float,
     g: Float[Tensor, "N"] | None = None,
     bias: Float[Tensor, "N"] | None = None,
+    group: Int[Tensor, "entries"] | None = None,
+    seed: Int[Tensor, "1"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "M N"]:
-    """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already."""
-    (M, N), R = y.shape, B.shape[1]
-    B = small(B, y.dtype)
+    """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already. With a seed, what
+    is added to y goes through dropout."""
+    (M, N), R = y.shape, B.shape[-1]
+    B, entries = small(B, y.dtype), Entries.of(y, group)
     h = h.contiguous()
     out = y.new_empty(M, N)
     inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
@@ -223,42 +269,44 @@ def launch_expand(
         return out
 
     def run(config: Config) -> Tensor:
-        grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
+        grid = (entries.count * triton.cdiv(entries.tokens, config.rows) * triton.cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
-                y, h, B, out, g, bias, scale, M, N, R, *y.stride(),
+                y, h, B, out, g, bias, scale, group, seed, threshold(dropout), N, R, *y.stride(), entries.tokens,
                 PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
         return out
 
-    return tuned("expand", run, y, M, N, R)
+    return tuned(named("expand", group, seed), run, y, M, N, R)
 
 
 def launch_expand_backward(
     dy: Float[Tensor, "M N"],
     h: Float[Tensor, "M R"],
-    B: Float[Tensor, "N R"],
+    B: Float[Tensor, "*G N R"],
     scale: float,
     needs_dh: bool,
     needs_dB: bool,
     y: Float[Tensor, "M N"] | None = None,
     g: Float[Tensor, "N"] | None = None,
     bias: Float[Tensor, "N"] | None = None,
+    group: Int[Tensor, "entries"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, the latter in float32; with y and g also g ∘ dy and
     Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
-    (M, N), R = dy.shape, B.shape[1]
+    (M, N), R = dy.shape, B.shape[-1]
     if R > MAX_RANK:
-        of_ranks = enumerate(zip(h.split(MAX_RANK, dim=1), B.split(MAX_RANK, dim=1), strict=True))
+        of_ranks = enumerate(zip(h.split(MAX_RANK, -1), B.split(MAX_RANK, -1), strict=True))
+        nothing = (None, None, None)
         parts = [
-            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *((y, g, bias) if i == 0 else ()))
+            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *(nothing if i else (y, g, bias)), group)
             for i, (hs, Bs) in of_ranks
         ]
         return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    B, h = small(B, dy.dtype), h.contiguous()
+    B, h, entries = small(B, dy.dtype), h.contiguous(), Entries.of(dy, group)
     dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
-    dB = B.new_empty(N, R, dtype=torch.float32) if needs_dB else B.new_empty(0)
+    dB = B.new_empty(B.shape, dtype=torch.float32) if needs_dB else B.new_empty(0)
     dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
     dg = dy.new_empty(N, dtype=torch.float32) if y is not None else dy.new_empty(0)
     if M == 0:
@@ -267,44 +315,52 @@ def launch_expand_backward(
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks = triton.cdiv(N, config.cols)
-        count, each = split(M, config.rows, triton.cdiv(programs(dy), blocks))
-        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count), parts_like(dg, count)
+        count, each = entries.split(config.rows, triton.cdiv(programs(dy), blocks))
+        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, entries), parts_like(dg, count)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
-                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, M, N, R, *dy.stride(), *y_strides, each,
+                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, group, M, N, R, *dy.stride(), *y_strides,
+                entries.tokens, each,
                 NEEDS_DH=needs_dh, NEEDS_DB=needs_dB,
                 PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
-        return sum_parts(dhs, dh), sum_parts(dBs, dB), dy_base, sum_parts(dgs, dg)
+        return sum_parts(dhs, dh), sum_parts(dBs, dB, entries), dy_base, sum_parts(dgs, dg)
 
-    return tuned("expand_backward" if y is None else "expand_backward_rescale", run, dy, M, N, R)
+    return tuned(named("expand_backward", group) if y is None else "expand_backward_rescale", run, dy, M, N, R)
 
 
 def launch_shrink_backward(
     dx_base: Float[Tensor, "M K"] | None,
     dh: Float[Tensor, "M R"],
     x: Float[Tensor, "M K"],
-    A: Float[Tensor, "R K"],
+    A: Float[Tensor, "*G R K"],
     needs_dx: bool,
     needs_dA: bool,
     h: Float[Tensor, "M R"] | None = None,
+    group: Int[Tensor, "entries"] | None = None,
+    seed: Int[Tensor, "1"] | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
     left empty."""
-    (M, K), R = x.shape, len(A)
-    dh = dh.contiguous()
+    (M, K), R = x.shape, A.shape[-2]
+    dh, options = dh.contiguous(), (group, seed, dropout)
     if R > MAX_RANK:
-        hs = [None] * len(A.split(MAX_RANK)) if h is None else h.split(MAX_RANK, dim=1)
-        of_ranks = zip(dh.split(MAX_RANK, dim=1), A.split(MAX_RANK), hs, strict=True)
+        hs = [None] * len(A.split(MAX_RANK, -2)) if h is None else h.split(MAX_RANK, -1)
+        of_ranks = zip(dh.split(MAX_RANK, -1), A.split(MAX_RANK, -2), hs, strict=True)
         base = None if h is None else dx_base
-        parts = [launch_shrink_backward(base, each, x, rows, False, needs_dA, part) for each, rows, part in of_ranks]
+        parts = [
+            launch_shrink_backward(base, each, x, rows, False, needs_dA, part, *options)
+            for each, rows, part in of_ranks
+        ]
         base = torch.zeros_like(x) if dx_base is None else dx_base
-        dx = launch_expand(base, dh, A.t(), 1.0) if needs_dx else x.new_empty(0)
-        return dx, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts], -1)
-    A, h = A.contiguous(), None if h is None else h.contiguous()
+        dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else x.new_empty(0)
+        dA = torch.cat([part[1] for part in parts], -2) if needs_dA else A.new_empty(0)
+        return dx, dA, torch.cat([part[2] for part in parts], -1)
+    A, h, entries = A.contiguous(), None if h is None else h.contiguous(), Entries.of(x, group)
     dx = x.new_empty(M, K) if needs_dx else x.new_empty(0)
-    dA = A.new_empty(R, K, dtype=torch.float32) if needs_dA else A.new_empty(0)
+    dA = A.new_empty(A.shape, dtype=torch.float32) if needs_dA else A.new_empty(0)
     dB = A.new_empty(0) if h is None else A.new_empty(K, R, dtype=torch.float32)
     if M == 0:
         return dx, dA.zero_(), dB.zero_()
@@ -312,31 +368,34 @@ def launch_shrink_backward(
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         blocks = triton.cdiv(K, config.cols)
-        count, each = split(M, config.rows, triton.cdiv(programs(x), blocks))
-        dAs, dBs = parts_like(dA, count), parts_like(dB, count)
+        count, each = entries.split(config.rows, triton.cdiv(programs(x), blocks))
+        dAs, dBs = parts_like(dA, count, entries), parts_like(dB, count)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](
-                dx_base, dh, x, h, A, dx, dAs, dBs, M, K, R, *base_strides, *x.stride(), each,
+                dx_base, dh, x, h, A, dx, dAs, dBs, group, seed, threshold(dropout), K, R,
+                *base_strides, *x.stride(), entries.tokens, each,
                 NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
                 PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
-        return dx, sum_parts(dAs, dA), sum_parts(dBs, dB)
+        return dx, sum_parts(dAs, dA, entries), sum_parts(dBs, dB)
 
-    return tuned("shrink_backward" if h is None else "shrink_expand_backward", run, x, M, K, R)
+    return tuned(named("shrink_backward", group, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("lora_lite::shrink", mutates_args=())
-def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    return launch_shrink(rows_of(x), A, dtype)
+def _shrink(
+    x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tensor | None, dropout: float
+) -> Tensor:
+    return launch_shrink(rows_of(x), A, dtype, group, seed, dropout)
 
 
 @_shrink.register_fake
-def _(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(x.numel() // x.shape[-1], A.shape[0], dtype=dtype)
+def _(x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
 @torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
@@ -345,11 +404,14 @@ def _shrink_backward(
     dh: Tensor,
     x: Tensor,
     A: Tensor,
+    group: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     base = None if dx_base is None else rows_of(dx_base)
-    dx, dA, _ = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA)
+    dx, dA, _ = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA, None, group, seed, dropout)
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
 
 
@@ -359,20 +421,27 @@ def _(
     dh: Tensor,
     x: Tensor,
     A: Tensor,
+    group: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape if needs_dA else 0)
 
 
-def _save_shrink(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+ShrinkArguments = tuple[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None, float]
 
 
-def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _save_shrink(ctx: Any, inputs: ShrinkArguments, output: Tensor) -> None:
+    x, A, _, group, seed, ctx.dropout = inputs
+    ctx.save_for_backward(x, A, group, seed)
+
+
+def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dA = ctx.needs_input_grad[:2]
-    dx, dA = _shrink_backward(None, dh, *ctx.saved_tensors, needs_dx, needs_dA)
-    return dx if needs_dx else None, dA if needs_dA else None, None
+    dx, dA = _shrink_backward(None, dh, *ctx.saved_tensors, ctx.dropout, needs_dx, needs_dA)
+    return dx if needs_dx else None, dA if needs_dA else None, None, None, None, None
 
 
 _shrink.register_autograd(_backward_shrink, setup_context=_save_shrink)
@@ -382,23 +451,24 @@ class _Tap(torch.autograd.Function):
     """x and x Aᵀ; the gradients of both come back together. A Function, since an operator may not return its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, A)
-        return x.view_as(x), _shrink(x, A, dtype)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        h = _shrink(*inputs)
+        _save_shrink(ctx, inputs, h)  # type: ignore[arg-type]
+        return inputs[0].view_as(inputs[0]), h
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        dx, dA = _shrink_backward(*grads, *ctx.saved_tensors, True, ctx.needs_input_grad[1])
-        return dx, dA if ctx.needs_input_grad[1] else None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dA = _shrink_backward(*grads, *ctx.saved_tensors, ctx.dropout, True, ctx.needs_input_grad[1])
+        return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 @torch.library.custom_op("lora_lite::expand_add", mutates_args=())
-def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    return launch_expand(rows_of(y), h, B, scale).view(y.shape)
+def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Tensor:
+    return launch_expand(rows_of(y), h, B, scale, group=group).view(y.shape)
 
 
 @_expand_add.register_fake
-def _(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+def _(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Tensor:
     return y.new_empty(y.shape)
 
 
@@ -408,10 +478,11 @@ def _expand_add_backward(
     h: Tensor,
     B: Tensor,
     scale: float,
+    group: Tensor | None,
     needs_dh: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
-    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB)
+    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB, group=group)
     return dh, dB.to(B.dtype)
 
 
@@ -421,23 +492,25 @@ def _(
     h: Tensor,
     B: Tensor,
     scale: float,
+    group: Tensor | None,
     needs_dh: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape if needs_dh else 0), B.new_empty(B.shape if needs_dB else 0)
 
 
-def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    _, h, B, ctx.scale = inputs
-    ctx.save_for_backward(h, B)
+def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None], output: Tensor) -> None:
+    _, h, B, ctx.scale, group = inputs
+    ctx.save_for_backward(h, B, group)
 
 
-def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-    _, needs_dh, needs_dB, _ = ctx.needs_input_grad
+def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _, needs_dh, needs_dB, *_ = ctx.needs_input_grad
     if not (needs_dh or needs_dB):
-        return dy, None, None, None
-    dh, dB = _expand_add_backward(dy, *ctx.saved_tensors, ctx.scale, needs_dh, needs_dB)
-    return dy, dh if needs_dh else None, dB if needs_dB else None, None
+        return dy, None, None, None, None
+    h, B, group = ctx.saved_tensors
+    dh, dB = _expand_add_backward(dy, h, B, ctx.scale, group, needs_dh, needs_dB)
+    return dy, dh if needs_dh else None, dB if needs_dB else None, None, None
 
 
 _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
@@ -483,18 +556,30 @@ def _backward_shrink_expand(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | Non
 _shrink_expand.register_autograd(_backward_shrink_expand, setup_context=_save_shrink_expand)
 
 
-def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
-    """(x, x Aᵀ), the second with its leading dimensions as one. Hand the returned x, not the argument, to the layer."""
+def shrink(
+    x: Float[Tensor, "*M K"],
+    A: Float[Tensor, "*G R K"],
+    dropout: float = 0.0,
+    group: Int[Tensor, "entries"] | None = None,
+) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
+    """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
+    argument, to the layer. With `group`, A is a stack, of which x's entry i takes matrix group[i]; below 0: none."""
+    seed = new_seed(x) if threshold(dropout) else None
+    arguments = (x, A, compute_dtype(x), group, seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Tap.apply(x, A, compute_dtype(x))  # type: ignore[return-value]
-    return x, _shrink(x, A, compute_dtype(x))
+        return _Tap.apply(*arguments)  # type: ignore[return-value]
+    return x, _shrink(*arguments)
 
 
 def expand_add(
-    y: Float[Tensor, "*M N"], h: Float[Tensor, "M R"], B: Float[Tensor, "N R"], scale: float
+    y: Float[Tensor, "*M N"],
+    h: Float[Tensor, "M R"],
+    B: Float[Tensor, "*G N R"],
+    scale: float,
+    group: Int[Tensor, "entries"] | None = None,
 ) -> Float[Tensor, "*M N"]:
-    """y + scale · h Bᵀ."""
-    return _expand_add(y, h, B, scale)
+    """y + scale · h Bᵀ. With `group`, B is a stack as A is in `shrink`."""
+    return _expand_add(y, h, B, scale, group)
 
 
 def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:

@@ -40,7 +40,7 @@ class Config:
 Rows = tuple[Config, ...]
 
 # (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows; the first is the one to take
-# untimed.
+# untimed. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it has none of its own.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("nvidia", 2): {
         # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
@@ -70,7 +70,14 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             64: (Config(64, 64, 8), Config(64, 128, 8)),
             256: (Config(32, 64, 8, 1),),
         },
-        # As above with a second accumulator of K × R.
+        # The mask takes registers too.
+        "shrink_dropout": {128: (Config(32, 128, 8, 3),), 256: (Config(64, 64, 8, 2),)},
+        "shrink_backward_dropout": {
+            64: (Config(64, 64, 8),),
+            128: (Config(32, 64, 8, 1),),
+            256: (Config(32, 32, 8, 1),),
+        },
+        # As "shrink_backward" with a second accumulator of K × R.
         "shrink_expand_backward": {
             16: (Config(64, 64, 8), Config(64, 128, 8)),
             64: (Config(32, 64, 8),),
@@ -123,6 +130,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
+        "shrink_backward_dropout": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
         "shrink_expand_backward": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
         "row_norm": {256: (Config(16, 64, 8, 1),)},
         "row_norm_int8": {256: (Config(16, 64, 8, 1),)},
@@ -174,7 +182,9 @@ def programs(t: Tensor) -> int:
 def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows:
     """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
-    table = TABLE.get((architecture, itemsize), {}).get(kernel) or TABLE[vendor, itemsize][kernel]
+    tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
+    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped"))
+    table = next(table[name] for name in names for table in tables if name in table)
     return table[min((most for most in table if rank <= most), default=max(table))]
 
 

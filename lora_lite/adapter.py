@@ -1,5 +1,6 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,11 +44,17 @@ class Adapter(Params):
             )
         super().__init__(specs, cfg.dtype, weight.device)
         self.variant, self.cfg, self.backend, self.enabled = variant, cfg, backend, True
+        self._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)  # in evaluation
         self.rows: list[int] | None = None  # which entries of a batch it acts on; None: all. And how many there must be
         self.batch = 0
         # Between the two hooks of one call: the primitive, what on_input kept, and the operations. A list, since
         # nn.Module's own __setattr__ is slow enough to show.
         self._running: list[Any] = []
+        self._given: Primitive | None = None  # where adapters share a batch: what the layer's first made for this one
+
+    def primitive(self, layer: nn.Module) -> Primitive:
+        """What the adapter computes around the layer, with dropout in training."""
+        return self.variant.primitive(self, layer, self.cfg if self.training else self._cfg_at_rest)
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook."""
@@ -59,7 +66,7 @@ class Adapter(Params):
         else:
             x, rest = kwargs.pop("input"), []
         ops, _, _ = select(self.backend, x.device, x.dtype)
-        primitive = self.variant.primitive(self, layer, self.cfg) if self.rows is None else self._of_rows(layer, x)
+        primitive = self.primitive(layer) if self.rows is None else self._of_rows(layer, x)
         if primitive is None:
             return (x, *rest), kwargs
         x, carry = primitive.on_input(x, ops)
@@ -74,7 +81,8 @@ class Adapter(Params):
         return primitive.on_output(y, carry, ops)
 
     def _of_rows(self, layer: nn.Module, x: Tensor) -> Primitive | None:
-        """The primitive where adapters share a batch. If a layer's are all low-rank sums, the first does them all."""
+        """The primitive where adapters share a batch: each its own entries' or, if all of a layer's are low-rank sums
+        with the same dropout, the first all of them. The first makes the rest's too."""
         if len(x) != self.batch:
             raise ValueError(
                 f"use(model, [...]) named the adapters of {self.batch} entries, and a layer got {len(x)}; name one for "
@@ -82,26 +90,25 @@ class Adapter(Params):
             )
         here = cast(Iterable[Adapter], getattr(layer, ADAPTERS).values())
         sharing = [adapter for adapter in here if adapter.enabled]
-        parts: list[Any] = [
-            (adapter.variant.primitive(adapter, layer, adapter.cfg), adapter.rows) for adapter in sharing
-        ]
-        if not all(isinstance(part, LowRankAdd) for part, _ in parts):
-            own = next(part for adapter, (part, _) in zip(sharing, parts, strict=True) if adapter is self)
-            return OfRows(own, torch.tensor(self.rows, device=x.device))
         if sharing[0] is not self:
-            return None
-        mask = torch.zeros(self.batch, sum(len(part.A) for part, _ in parts), device=x.device)
-        start = 0
-        for part, rows in parts:
-            mask[rows, start : start + len(part.A)] = 1
-            start += len(part.A)
-        A, B = torch.cat([part.A for part, _ in parts]), torch.cat([part.scale * part.B for part, _ in parts], 1)
-        return GroupedLowRankAdd(A, B, mask)
+            return self._given
+        parts = [adapter.primitive(layer) for adapter in sharing]
+        sums = [part for part in parts if isinstance(part, LowRankAdd)]
+        if len(sums) == len(parts) and len({part.dropout for part in sums}) == 1:
+            group = [-1] * self.batch
+            for i, adapter in enumerate(sharing):
+                adapter._given = None
+                for row in adapter.rows or ():
+                    group[row] = i
+            return GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device))
+        for adapter, part in zip(sharing, parts, strict=True):
+            adapter._given = OfRows(part, torch.tensor(adapter.rows, device=x.device))
+        return self._given
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
-        """The layer's output for x with this adapter alone, by the PyTorch reference in x's dtype: around the dense
-        weight or, with dense=False, around the layer as it computes by itself."""
-        primitive = self.variant.primitive(self, layer, self.cfg)
+        """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:
+        around the dense weight or, with dense=False, around the layer as it computes by itself."""
+        primitive = self.variant.primitive(self, layer, self._cfg_at_rest)
         x, carry = primitive.on_input(x, reference)
         if not dense:
             return primitive.on_output(layer.forward(x), carry, reference)  # forward: without the hooks
@@ -113,7 +120,8 @@ class Adapter(Params):
         return select(self.backend, x.device, x.dtype)[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_running": []}  # a call that raised may have left what can't be copied
+        # A call that raised may have left what can't be copied.
+        return {**self.__dict__, "_running": [], "_given": None}
 
     def extra_repr(self) -> str:
         return f"{self.variant.name}, r={self.cfg.r}"

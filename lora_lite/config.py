@@ -24,6 +24,8 @@ class AdapterConfig:
         alpha: the update is scaled by alpha / r where the method has a scale.
         rslora: scale by alpha / √r instead, which keeps the update's size as r grows (Kalajdzievski 2023, arXiv
             2312.03732).
+        dropout: probability with which an element of x is left out of x Aᵀ in training; the rest is scaled up by
+            1 / (1 − dropout). Base and start stay exact. For the methods that add a low-rank sum to the output.
         rank_pattern: regular expression → r of the layers in whose name it is found; the first that is counts.
         alpha_pattern: likewise for alpha.
         dtype: of the matrices. One-dimensional parameters stay float32 (float64 if this is float64): a gain near 1
@@ -48,6 +50,7 @@ class AdapterConfig:
     exclude_names: tuple[str, ...] = ("lm_head", "embed", r"cls\.predictions")
     layers: tuple[int, ...] | None = None
     rslora: bool = False
+    dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
@@ -68,6 +71,8 @@ class AdapterConfig:
             "dtype",
             "a floating-point torch.dtype",
         )
+        probability = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
+        self.require(probability, "dropout", "a probability of at least 0 and less than 1")
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
         for name in ("rank_pattern", "alpha_pattern"):
             self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
@@ -95,6 +100,16 @@ class AdapterConfig:
         """Raise a ConfigError that says what `field` must be, unless `ok`."""
         if not ok:
             raise ConfigError(f"{type(self).__name__}.{field} must be {wanted}; got {getattr(self, field)!r}")
+
+    def require_no_dropout(self) -> None:
+        """For methods without a low-rank sum on their output.
+
+        Raises:
+            ConfigError: dropout is not 0.
+        """
+        self.require(
+            self.dropout == 0, "dropout", f"0: {self.variant} adds no low-rank sum that could leave inputs out"
+        )
 
     @property
     def scale(self) -> float:

@@ -114,7 +114,7 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
 
 def _singular_values(adapter: Adapter, layer: Any) -> Float[Tensor, "S"]:
     """Of ΔW, in float32."""
-    primitive = adapter.variant.primitive(adapter, layer, adapter.cfg)
+    primitive = adapter.primitive(layer)
     if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
         return primitive.scale * torch.linalg.svdvals(left @ right.t())

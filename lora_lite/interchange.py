@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ _HARMLESS = {
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
     "fan_in_fan_out",
 }  # fmt: skip
+_DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}
 # Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 
@@ -89,6 +89,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
         "target_modules": list(attachment.adapters),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
+    if config["peft_type"] in _DROPOUT:
+        config[_DROPOUT[config["peft_type"]]] = attachment.cfg.dropout
     if config["peft_type"] == "IA3":
         del config["bias"]
         config["feedforward_modules"] = list(attachment.adapters) if variant == "ia3_ff" else []
@@ -108,8 +110,7 @@ def import_peft(
 ) -> Attachment:
     """Attach, under `name`, the adapter that PEFT saved in `folder`.
 
-    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns.
-    Dropout is not applied: a warning says so where the file asks for it.
+    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns and dropout.
 
     Raises:
         AttachError: an adapter is attached already.
@@ -149,7 +150,7 @@ def _as_lora(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]
     for target in attachment.targets:
         adapter = attachment.adapters[target.name]
         with torch.no_grad():
-            primitive = adapter.variant.primitive(adapter, target.layer, adapter.cfg)
+            primitive = adapter.primitive(target.layer)
         if not isinstance(primitive, LowRankAdd):
             raise AttachError(
                 f"export_peft: {target.name}: PEFT has nothing that computes {attachment.cfg.variant}'s "
@@ -249,9 +250,6 @@ def _variant(config: dict[str, Any]) -> str:
             f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save "
             "it with path_initial_model_for_weight_conversion"
         )
-    dropout = config.get("lora_dropout") or config.get("module_dropout")
-    if dropout:
-        warnings.warn(f"import_peft: its dropout of {dropout} is not applied in further training", stacklevel=3)
     match kind:
         case "LORA":
             return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
@@ -291,6 +289,8 @@ def _config(variant: str, config: dict[str, Any]) -> AdapterConfig:
         fields["target_names"] = tuple(rf"(^|\.){re.escape(name)}$" for name in names)
     if variant == "delora":
         fields["lambda0"] = float(config.get("delora_lambda") or 15.0)
+    if dropout := config.get(_DROPOUT.get(str(config.get("peft_type")), "")):
+        fields["dropout"] = float(dropout)
     if variant == "pissa":
         fields["svd"] = "exact"
     if "r" in config:

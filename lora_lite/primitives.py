@@ -5,11 +5,14 @@ after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with 
 M tokens, K in_features, N out_features, R rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Primitive:
@@ -26,14 +29,15 @@ class Primitive:
 
 @dataclass
 class LowRankAdd(Primitive):
-    """y + scale · (x Aᵀ) Bᵀ"""
+    """y + scale · (dropout(x) Aᵀ) Bᵀ"""
 
     A: Float[Tensor, "R K"]
     B: Float[Tensor, "N R"]
     scale: float = 1.0
+    dropout: float = 0.0
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A)
+        return ops.shrink(x, self.A, self.dropout)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return ops.expand_add(y, carry, self.B, self.scale)
@@ -41,19 +45,27 @@ class LowRankAdd(Primitive):
 
 @dataclass
 class GroupedLowRankAdd(Primitive):
-    """y + (mask ∘ (x Aᵀ)) Bᵀ: the ranks of several adapters side by side, of which the mask leaves each entry of the
-    batch those of its own. One look at x and y however many adapters there are."""
+    """y + (dropout(x) Aᵀ) Bᵀ with the A and B of each entry's group; none, where that is below 0. One look at x and y
+    however many groups there are."""
 
-    A: Float[Tensor, "R K"]
-    B: Float[Tensor, "N R"]
-    mask: Float[Tensor, "batch R"]
+    A: Float[Tensor, "G R K"]
+    B: Float[Tensor, "G N R"]
+    group: Int[Tensor, "batch"]
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, parts: "Sequence[LowRankAdd]", group: Int[Tensor, "batch"]) -> Self:
+        """Of sums that may differ in rank; the lower get zeros."""
+        R = max(len(part.A) for part in parts)
+        A = torch.stack([pad(part.A, (0, 0, 0, R - len(part.A))) for part in parts])
+        B = torch.stack([pad(part.scale * part.B, (0, R - len(part.A))) for part in parts])
+        return cls(A, B, group, parts[0].dropout)
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        x, h = ops.shrink(x, self.A)
-        return x, (h.view(len(self.mask), -1, h.shape[-1]) * self.mask[:, None].to(h.dtype)).view(h.shape)
+        return ops.shrink(x, self.A, self.dropout, self.group)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return ops.expand_add(y, carry, self.B, 1.0)
+        return ops.expand_add(y, carry, self.B, 1.0, self.group)
 
 
 @dataclass
@@ -73,7 +85,7 @@ class OfRows(Primitive):
 
 @dataclass
 class LowRankAddRescale(Primitive):
-    """g ∘ (y − bias + scale · (x Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
+    """g ∘ (y − bias + scale · (dropout(x) Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
 
     A: Float[Tensor, "R K"]
     B: Float[Tensor, "N R"]
@@ -82,9 +94,10 @@ class LowRankAddRescale(Primitive):
     W: Any  # N×K as stored: a tensor, or a quantised weight of `lora_lite.quantized`
     w_sq: Float[Tensor, "N"]
     bias: Float[Tensor, "N"] | None
+    dropout: float = 0.0
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A)
+        return ops.shrink(x, self.A, self.dropout)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)

@@ -7,8 +7,8 @@ Each operation takes its small operands in any floating dtype and computes in th
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 
 def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,15 +50,36 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
-def shrink(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"]) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
-    """(x, x Aᵀ), the second with its leading dimensions as one. Hand the returned x, not the argument, to the layer."""
-    return x, _rows(x) @ A.to(x.dtype).t()
+def _of_entries(stack: Float[Tensor, "G P Q"], group: Int[Tensor, "entries"]) -> Float[Tensor, "entries P Q"]:
+    """For each entry the matrix of its group; below 0: zeros."""
+    return torch.cat([stack, torch.zeros_like(stack[:1])])[group.clamp_min(-1)]
+
+
+def shrink(
+    x: Float[Tensor, "*M K"],
+    A: Float[Tensor, "*G R K"],
+    dropout: float = 0.0,
+    group: Int[Tensor, "entries"] | None = None,
+) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
+    """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
+    argument, to the layer. With `group`, A is a stack, of which x's entry i takes matrix group[i]; below 0: none."""
+    kept = nn.functional.dropout(x, dropout) if dropout else x
+    if group is None:
+        return x, _rows(kept) @ A.to(x.dtype).t()
+    return x, _rows(kept.reshape(len(group), -1, x.shape[-1]) @ _of_entries(A.to(x.dtype), group).mT)
 
 
 def expand_add(
-    y: Float[Tensor, "*M N"], h: Float[Tensor, "*M R"], B: Float[Tensor, "N R"], scale: float
+    y: Float[Tensor, "*M N"],
+    h: Float[Tensor, "*M R"],
+    B: Float[Tensor, "*G N R"],
+    scale: float,
+    group: Int[Tensor, "entries"] | None = None,
 ) -> Float[Tensor, "*M N"]:
-    """y + scale · h Bᵀ."""
+    """y + scale · h Bᵀ. With `group`, B is a stack as A is in `shrink`."""
+    if group is not None:
+        Bs = _of_entries(scale * B.to(y.dtype), group)
+        return y + (h.to(y.dtype).view(len(group), -1, h.shape[-1]) @ Bs.mT).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(y.dtype, memory_format=torch.contiguous_format).contiguous()
     return torch.addmm(_rows(y), _rows(h).to(y.dtype), Bt, alpha=scale).view(y.shape)

@@ -1,6 +1,7 @@
 """verify: does the backend in force compute, on a real batch, what the float32 reference computes?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,8 @@ class Comparison:
 def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str | None = None) -> list[Comparison]:
     """Run `batch` forward and backward and compare every adapted layer with the float32 reference.
 
-    Each layer is run again by itself on the input and the output gradient that the batch gave it: with the backend in
-    force, with the PyTorch reference in the layer's own dtype, and with the reference in float32.
+    Each layer is run again by itself, without dropout, on the input and the output gradient that the batch gave it:
+    with the backend in force, with the PyTorch reference in the layer's own dtype, and with the reference in float32.
 
     Args:
         model: a model with an adapter attached. It is as it was afterwards, gradients included.
@@ -120,11 +121,23 @@ def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: floa
     want = _results(adapter, lambda x: adapter.by_reference(layer, x), x.to(wide), dy)
     # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
     plain = _results(adapter, lambda x: adapter.by_reference(layer, x, dense=False), x, dy)
-    got = _results(adapter, layer, x, dy)
+    with _without_dropout(adapter):
+        got = _results(adapter, layer, x, dy)
     roundings = 4 * torch.finfo(x.dtype).eps / 2
     errors = {name: _error(got[name], want[name]) for name in want}
     allowed = {name: rtol or max(2 * _error(plain[name], want[name]), roundings) for name in want}
     return Comparison(target.name, adapter.in_force(x), errors, allowed)
+
+
+@contextmanager
+def _without_dropout(adapter: Adapter) -> Iterator[None]:
+    """Two backends draw two masks."""
+    training = adapter.training
+    adapter.eval()
+    try:
+        yield
+    finally:
+        adapter.train(training)
 
 
 def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:

@@ -271,14 +271,14 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def test_low_rank_sums_run_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     shrink = ll.reference.shrink
-    monkeypatch.setattr(ll.reference, "shrink", lambda x, A: calls.append(len(A)) or shrink(x, A))
+    monkeypatch.setattr(ll.reference, "shrink", lambda x, A, *rest: calls.append(A.shape) or shrink(x, A, *rest))
     layer = nn.Linear(12, 10)
     for name in ("a", "b", "c"):
         ll.attach(layer, config("lora", target_roles=()), name=name)
     randomize(layer)
     ll.use(layer, ["a", "c", "b"])
     layer(torch.randn(3, 5, 12))
-    assert calls == [12]
+    assert calls == [(3, 4, 12)]
 
 
 def test_rows_must_fit_the_batch() -> None:

@@ -108,13 +108,13 @@ class AntiPaSTO(Variant):
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
         U, S, Vh, S_new = p.lora_U, p.lora_S, p.lora_Vh, p.lora_S + p.lora_delta_s
         if cfg.rotate_basis == "none":
-            return LowRankAdd(p.lora_delta_s[:, None] * Vh, U)
+            return LowRankAdd(p.lora_delta_s[:, None] * Vh, U, dropout=cfg.dropout)
         R = rotation(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
         if cfg.rotate_basis == "V":
             R_Vh = (R @ Vh.view(len(R), cfg.block_size, -1).to(R.dtype)).view(Vh.shape)
-            return LowRankAdd(S_new[:, None] * R_Vh - S[:, None] * Vh, U)
+            return LowRankAdd(S_new[:, None] * R_Vh - S[:, None] * Vh, U, dropout=cfg.dropout)
         U_R = (R @ U.t().reshape(len(R), cfg.block_size, -1).to(R.dtype)).view(U.shape[1], -1).t()
-        return LowRankAdd(Vh, U_R * S_new - U * S)
+        return LowRankAdd(Vh, U_R * S_new - U * S, dropout=cfg.dropout)
 
 
 def _fill(p: Params, U: Tensor, S: Tensor, Vh: Tensor) -> None:

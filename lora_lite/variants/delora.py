@@ -59,4 +59,4 @@ class DeLoRA(Variant):
         A, B = p.lora_A, p.lora_B
         norms = A.norm(dim=1).clamp_min(1e-4) * B.norm(dim=0).clamp_min(1e-4)
         strength = p.lora_lambda / (cfg.r * norms)
-        return LowRankAdd(A * strength[:, None] * p.lora_wnorm, B)
+        return LowRankAdd(A * strength[:, None] * p.lora_wnorm, B, dropout=cfg.dropout)

@@ -52,4 +52,4 @@ class DoRA(Variant):
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAddRescale:
         W, bias = stored_weight(layer), getattr(layer, "bias", None)
-        return LowRankAddRescale(p.lora_A, p.lora_B, cfg.scale, p.lora_m, W, p.lora_w_sq, bias)
+        return LowRankAddRescale(p.lora_A, p.lora_B, cfg.scale, p.lora_m, W, p.lora_w_sq, bias, cfg.dropout)

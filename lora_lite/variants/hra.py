@@ -29,6 +29,7 @@ class HRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_no_dropout()
         self.require(self.r % 2 == 0, "r", "even: reflections start in pairs that cancel")
 
 

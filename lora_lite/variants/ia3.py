@@ -25,6 +25,10 @@ class IA3Config(AdapterConfig):
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|query_key_value)$",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_no_dropout()
+
 
 @dataclass(frozen=True, kw_only=True)
 class IA3FFConfig(AdapterConfig):
@@ -33,6 +37,10 @@ class IA3FFConfig(AdapterConfig):
     variant: ClassVar[str] = "ia3_ff"
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (r"(^|\.)(down_proj|fc2|lin2|dense_4h_to_h)$", r"layer\.\d+\.output\.dense$")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_no_dropout()
 
 
 @register

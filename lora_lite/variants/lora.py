@@ -39,4 +39,4 @@ class LoRA(Variant):
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
-        return LowRankAdd(p.lora_A, p.lora_B, cfg.scale)
+        return LowRankAdd(p.lora_A, p.lora_B, cfg.scale, cfg.dropout)
