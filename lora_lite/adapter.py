@@ -234,8 +234,13 @@ def attach(
         for t in targets:
             with naming(t):
                 statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
-        for layer, statistic in gather(model, statistics, calibration_data).items():
-            variant.calibrate(adapters[layer], statistic, adapters[layer].cfg)
+        gathered = gather(model, statistics, calibration_data)
+        planned = variant.plan(gathered, cfg)
+        if planned is not cfg:
+            cfg, targets = planned, find_targets(model, planned)
+            adapters = {target.name: build(target, variant, cfg, backend) for target in targets}
+        for layer, adapter in adapters.items():
+            variant.calibrate(adapter, gathered[layer], adapter.cfg)
     else:
         init(targets, adapters)
     derive(targets, adapters)

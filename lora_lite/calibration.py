@@ -42,6 +42,7 @@ class InputPCA(Statistic):
         self.needs = rank + center  # centring takes one degree of freedom
         self.scaled_rows: Float[Tensor, "kept K"] | None = None  # diag(S) Vᵀ so far
         self.mean: Float[Tensor, "K"] | None = None
+        self.total = 0.0  # Σ of all squared singular values
 
     def update(self, rows: Float[Tensor, "M K"]) -> None:
         # Chunks bound the copy in float32 and the SVD's work.
@@ -49,25 +50,32 @@ class InputPCA(Statistic):
             self._update(chunk.float())
 
     def _update(self, X: Float[Tensor, "M K"]) -> None:
-        m, parts = X.shape[0], []
-        if self.scaled_rows is not None:
-            parts.append(self.scaled_rows)
+        m, rows = X.shape[0], []
         if self.center:
             mean = X.mean(0)
             X = X - mean
             if self.mean is not None:
                 shift = (self.seen * m / (self.seen + m)) ** 0.5 * (self.mean - mean)
-                parts.append(shift.unsqueeze(0))
+                rows.append(shift.unsqueeze(0))
                 mean = (self.seen * self.mean + m * mean) / (self.seen + m)
             self.mean = mean
-        _, S, Vh = top_svd(torch.cat([*parts, X]), self.kept, tolerance=1e-5)
+        new = torch.cat([*rows, X])
+        self.total += new.double().square().sum().item()
+        if self.scaled_rows is not None:
+            new = torch.cat([self.scaled_rows, new])
+        _, S, Vh = top_svd(new, self.kept, tolerance=1e-5)
         self.scaled_rows = S[:, None] * Vh
         self.seen += m
 
-    def components(self) -> Float[Tensor, "R K"]:
-        """The leading directions as orthonormal rows, strongest first."""
+    def components(self, count: int | None = None) -> Float[Tensor, "R K"]:
+        """The leading directions, all or `count` of them, as orthonormal rows, strongest first."""
         assert self.scaled_rows is not None
-        return nn.functional.normalize(self.scaled_rows[: self.rank], dim=1)
+        return nn.functional.normalize(self.scaled_rows[: self.rank if count is None else count], dim=1)
+
+    def explained(self) -> Float[Tensor, "R"]:
+        """Of each direction the share of the total variance."""
+        assert self.scaled_rows is not None
+        return self.scaled_rows[: self.rank].square().sum(1) / max(self.total, 1e-30)
 
 
 class MeanAbsProjection(Statistic):

@@ -40,6 +40,11 @@ class Variant:
         raise NotImplementedError
 
     @staticmethod
+    def plan(statistics: dict[str, Any], cfg: Any) -> Any:
+        """The config, once every layer's statistic is there: `cfg`, or another that differs from layer to layer."""
+        return cfg
+
+    @staticmethod
     def calibrate(p: Params, statistic: Any, cfg: Any) -> None:
         """Fill tensors from the statistic, once all calibration batches have passed."""
         raise NotImplementedError

@@ -49,6 +49,15 @@ CENTER = pytest.mark.parametrize("center", [True, False], ids=["centred", "raw"]
 
 
 @CENTER
+@pytest.mark.parametrize("size", [300, 50, 7])
+def test_shares_of_the_variance(center: bool, size: int) -> None:
+    X = decaying(300, mean=1.0)
+    S = torch.linalg.svdvals((X - X.mean(0) if center else X).double())
+    got = fed(8, X.split(size), center).explained()
+    torch.testing.assert_close(got.double(), (S.square() / S.square().sum())[:8], rtol=1e-3, atol=1e-6)
+
+
+@CENTER
 def test_pca_of_one_chunk_is_exact(center: bool) -> None:
     X = decaying(300, mean=1.0)
     pca = fed(8, [X], center)

@@ -235,12 +235,6 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
     refused(folder, "no object")
 
 
-def test_dropout_is_not_silently_dropped(tmp_path: Path) -> None:
-    a_lora(tmp_path, lora_dropout=0.1)
-    with pytest.warns(UserWarning, match=r"dropout of 0\.1 is not applied"):
-        ll.import_peft(llama(), tmp_path)
-
-
 def test_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         ll.export_peft(llama(), tmp_path)

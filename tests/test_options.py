@@ -107,3 +107,35 @@ def test_param_groups_refuse() -> None:
         ll.param_groups(model, lr=1e-3)
     with pytest.raises(ValueError, match="must be above 0"):
         ll.param_groups(model, lr=0.0)
+
+
+def test_rho_is_in_the_file(tmp_path: Path) -> None:
+    """The ranks that calibration chose come back without it, and layers that lost all of theirs stay free."""
+    model, batches = llama(), calibration_batches()
+    with torch.no_grad():  # what these layers read is nearly flat in one, and of rank one in the other
+        model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0][..., :1] + 0 * args[0],))
+    attachment = attach(model, "eva", batches, r=2, rho=4.0, rslora=True)
+    ranks = {name: len(adapter.lora_A) for name, adapter in attachment.adapters.items()}
+    everything = [target.name for target in ll.targets.find_targets(llama(), ll.EVAConfig())]
+    assert sum(ranks.values()) == 2 * len(everything)
+    assert len(set(ranks.values())) > 2
+    assert set(ranks) < set(everything), "no layer lost all of its ranks"
+    assert all(adapter.cfg.scale == pytest.approx(6 / 2**0.5) for adapter in attachment.adapters.values())
+    randomize(model)
+    want = model(token_ids()).logits
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.detach(model)
+    again = ll.load(model, tmp_path / "adapter.safetensors")
+    assert {name: len(adapter.lora_A) for name, adapter in again.adapters.items()} == ranks
+    assert torch.equal(model(token_ids()).logits, want)
+
+
+@pytest.mark.parametrize("rho", [0.5, float("nan"), float("inf"), "2", None])
+def test_rho_is_a_number_of_at_least_one(rho: Any) -> None:
+    with pytest.raises(ll.ConfigError, match=r"EVAConfig\.rho must be a number of at least 1"):
+        ll.EVAConfig(rho=rho)
+
+
+def test_rho_needs_more_tokens() -> None:
+    with pytest.raises(ll.CalibrationError, match="at least 17 are needed"):
+        attach(llama(), "eva", [{"input_ids": token_ids(1, 10)}], r=8, rho=2.0)

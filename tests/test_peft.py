@@ -197,6 +197,31 @@ def test_eva_finds_pefts_directions() -> None:
     assert compared >= 20
 
 
+@pytest.mark.parametrize("rho", [1.5, 2.0, 3.0])
+def test_eva_shares_out_ranks_by_variance(rho: float) -> None:
+    """The rule of section 3.2 on exact float64 spectra of all that reaches a layer. (PEFT takes its shares from batches
+    that it stops reading layer by layer.)"""
+    r, alpha, batches = 4, 6.0, [{"input_ids": token_ids(8, 32, seed=s)} for s in range(4)]
+    model: Any = anisotropic_llama()
+    attachment = attach(model, "eva", batches, r=r, rho=rho, target_roles=())
+    names = [target.name for target in ll.targets.find_targets(anisotropic_llama(), ll.LoRAConfig(target_roles=()))]
+    shares = []
+    for name, X in layer_inputs(model, batches, names).items():
+        squares = torch.linalg.svdvals(X.double() - X.double().mean(0)).square()
+        shares += [(share.item(), name) for share in (squares / squares.sum())[: round(r * rho)]]
+    shares.sort(reverse=True)
+    kept = [name for _, name in shares[: r * len(names)]]
+    last, next_one = shares[r * len(names) - 1][0], shares[r * len(names)][0]
+    want = {name: kept.count(name) for name in names}
+    got = {name: len(adapter.lora_A) for name, adapter in attachment.adapters.items()}
+    assert sum(got.values()) == r * len(names)
+    differing = {name for name in names if got.get(name, 0) != want[name]}
+    assert not differing or last - next_one < 1e-3 * last, differing  # layers that read one tensor tie
+    assert max(got.values()) > r > min(got.values())
+    assert max(got.values()) <= round(r * rho)
+    assert all(adapter.cfg.scale == pytest.approx(alpha / r) for adapter in attachment.adapters.values())
+
+
 @torch.no_grad()
 def layer_inputs(model: Any, batches: list[dict[str, Tensor]], names: list[str]) -> dict[str, Tensor]:
     """All rows that reach each layer of the bare model."""

@@ -3,9 +3,12 @@
     y = W x + (α/r) B A x
 
 LoRA whose A starts as the leading principal directions of the layer's inputs on calibration data. B starts as zero, so
-that step 0 is the base model.
+that step 0 is the base model. With ρ > 1 the layers' ranks are shared out anew: of all layers' directions, at most ρ·r
+of each, those stay that explain the largest shares of their layer's variance, as many as there were ranks.
 """
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,10 +26,17 @@ class EVAConfig(LoRAConfig):
 
     Args:
         center: subtract the inputs' mean, as the authors' code does, so that directions explain variance.
+        rho: a layer's rank can grow to ρ·r, and falls to make room elsewhere, to none at all if need be; 1 keeps r. The
+            ranks become the attachment's `rank_pattern`. Its `alpha_pattern` keeps every layer's scale.
     """
 
     variant: ClassVar[str] = "eva"
     center: bool = True
+    rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(isinstance(self.rho, (int, float)) and 1 <= self.rho < 1e6, "rho", "a number of at least 1")
 
 
 @register
@@ -41,8 +51,28 @@ class EVA(LoRA):
 
     @staticmethod
     def statistic(p: Params, layer: nn.Module, cfg: Any) -> InputPCA:
-        return InputPCA(cfg.r, cfg.center)
+        return InputPCA(min(round(cfg.r * cfg.rho), p.lora_A.shape[1], p.lora_B.shape[0]), cfg.center)
+
+    @staticmethod
+    def plan(statistics: dict[str, Any], cfg: Any) -> Any:
+        if cfg.rho == 1:
+            return cfg
+        before = {layer: cfg.for_layer(layer) for layer in statistics}
+        shares = [(share, layer) for layer, pca in statistics.items() for share in pca.explained().tolist()]
+        shares.sort(key=lambda each: -each[0])
+        kept = [layer for _, layer in shares[: sum(each.r for each in before.values())]]
+        ranks = {rf"^{re.escape(layer)}$": kept.count(layer) for layer in statistics}
+        alphas = {}
+        for layer, (pattern, rank) in zip(statistics, ranks.items(), strict=True):
+            ratio = rank / before[layer].r
+            alphas[pattern] = before[layer].alpha * (ratio**0.5 if cfg.rslora else ratio)
+        return dataclasses.replace(
+            cfg,
+            rank_pattern={pattern: rank for pattern, rank in ranks.items() if rank},
+            alpha_pattern={pattern: alpha for pattern, alpha in alphas.items() if alpha},
+            exclude_names=(*cfg.exclude_names, *(pattern for pattern, rank in ranks.items() if not rank)),
+        )
 
     @staticmethod
     def calibrate(p: Params, statistic: Any, cfg: Any) -> None:
-        p.fill("lora_A", statistic.components())
+        p.fill("lora_A", statistic.components(cfg.r))
