@@ -105,6 +105,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
+        "shrink_backward_dropout": {64: (Config(32, 32, 8),), 256: (Config(16, 16, 8),)},
         "shrink_expand_backward": {64: (Config(16, 32, 8),), 256: (Config(16, 16, 8, 1),)},
         "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_int8": {128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},

@@ -20,7 +20,8 @@ from .config import AdapterConfig
 from .errors import AttachError
 from .params import Params
 from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
-from .quantized import dense_weight, is_sharded, weight_of
+from .quantized import dense_weight, weight_of
+from .sharding import is_sharded, replicate
 from .targets import Target, find_targets
 from .variant import REGISTRY, Variant
 
@@ -37,10 +38,10 @@ class Adapter(Params):
         specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
         weight = weight_of(layer)
         assert weight is not None  # it is a target
-        if is_sharded(weight):
+        if is_sharded(weight) and target.mesh is None:
             raise AttachError(
-                "its weight is sharded over processes (DTensor); attach or load before fully_shard, which then shards "
-                "the adapter too. Tensor-parallel layers can't be adapted"
+                "its weight is sharded over processes (DTensor), and not by fully_shard of a block that holds it; "
+                "tensor-parallel layers can't be adapted, nor linears that are sharded one by one: attach before that"
             )
         super().__init__(specs, cfg.dtype, weight.device)
         self.variant, self.cfg, self.backend, self.enabled = variant, cfg, backend, True
@@ -235,9 +236,10 @@ def attach(
             with naming(t):
                 statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
         gathered = gather(model, statistics, calibration_data)
-        planned = variant.plan(gathered, cfg)
+        planned: AdapterConfig = variant.plan(gathered, cfg)
         if planned is not cfg:
-            cfg, targets = planned, find_targets(model, planned)
+            cfg = planned
+            targets = find_targets(model, cfg)
             adapters = {target.name: build(target, variant, cfg, backend) for target in targets}
         for layer, adapter in adapters.items():
             variant.calibrate(adapter, gathered[layer], adapter.cfg)
@@ -297,6 +299,8 @@ def install(
     handles = []
     for target in targets:
         adapter = adapters[target.name].train(target.layer.training)
+        if target.mesh is not None:
+            replicate(adapter, target.mesh)
         if not hasattr(target.layer, ADAPTERS):
             target.layer.add_module(ADAPTERS, nn.ModuleDict().train(target.layer.training))
         cast(nn.ModuleDict, getattr(target.layer, ADAPTERS))[name] = adapter

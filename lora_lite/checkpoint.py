@@ -29,7 +29,7 @@ from .adapter import (
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import CheckpointError, LoraLiteError
-from .quantized import is_sharded, whole
+from .sharding import is_sharded, whole
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 
@@ -183,13 +183,13 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
     for name, t in wanted.items():
         if name not in tensors:
             problems.append(f"{name} is missing")
-        elif tensors[name].shape != t.shape:
+        elif tensors[name].shape != t.shape and not t.numel() == tensors[name].numel() == 1:  # λ of older files: ()
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}")
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     if problems:
         raise CheckpointError(f"its tensors do not fit its config: {first_of(problems)}")
     for name, t in wanted.items():
-        t.copy_(tensors[name])
+        t.copy_(tensors[name].view(t.shape))
 
 
 def _shape(layer: Any) -> list[int]:

@@ -199,8 +199,6 @@ def _patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]
 def _like_peft(t: Tensor, name: str, variant: str) -> Tensor:
     if name == "ia3_l":
         return t.unsqueeze(1) if variant == "ia3" else t.unsqueeze(0)
-    if name == "delora_lambda":
-        return t.reshape(1)
     return t.t() if name == "hra_u" else t
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from .errors import AttachError
+from .sharding import whole
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,6 @@ class FourBitWeight:
         return weights * self.absmax.t().float().repeat_interleave(self.state.blocksize, dim=1)
 
 
-def is_sharded(t: Tensor) -> bool:
-    """Whether this process holds only a part of t: FSDP2's and tensor parallelism's DTensor."""
-    return hasattr(t, "full_tensor")
-
-
-def whole(t: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process that has a part must call it."""
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
-
-
 def weight_of(layer: Any) -> Tensor | None:
     """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none."""
     for name in ("weight", "W_q"):
@@ -98,7 +89,8 @@ def weight_of(layer: Any) -> Tensor | None:
 
 
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
-    """A layer's weight as it is stored, without a copy; torchao's and HQQ's, of which there are many kinds, made dense.
+    """A layer's weight as it is stored, without a copy; torchao's and HQQ's, of which there are many kinds, made dense,
+    and FSDP2's gathered, which all processes must do at once.
 
     Raises:
         AttachError: the weight is on the meta device, or of a kind that can't be read.
@@ -115,7 +107,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     elif weight is not getattr(layer, "weight", None):
         weight = layer.dequantize()  # HQQ
     if weight.is_floating_point() and tuple(weight.shape) == shape:
-        return weight.detach()
+        return whole(weight.detach())
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
         return FourBitWeight(weight.data, weight.quant_state, shape)
     if kind == "Int8Params":

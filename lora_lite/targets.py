@@ -3,12 +3,14 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from .config import AdapterConfig, Role
 from .errors import AttachError
 from .quantized import weight_of
+from .sharding import mesh_of
 
 # Names of square layers that write into the residual stream; any other square layer reads from it.
 _WRITERS = re.compile(r"(o_proj|out_proj|down_proj|c_proj|out_lin|lin2|fc2|wo|w2|dense|dense_4h_to_h)$")
@@ -16,11 +18,13 @@ _WRITERS = re.compile(r"(o_proj|out_proj|down_proj|c_proj|out_lin|lin2|fc2|wo|w2
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to adapt: its name in the model, the module, and its place beside the residual stream."""
+    """A layer to adapt: its name in the model, the module, its place beside the residual stream, and the device mesh
+    that FSDP2 has sharded it over, if any."""
 
     name: str
     layer: nn.Module
     role: Role
+    mesh: Any = None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -36,7 +40,10 @@ def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in its order."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     width = _residual_width(model, linears)
-    return [Target(name, layer, _role(name, layer, width)) for name, layer in linears.items()]
+    return [
+        Target(name, layer, _role(name, layer, width), mesh_of(model, name, weight_of(layer)))
+        for name, layer in linears.items()
+    ]
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:

@@ -170,6 +170,7 @@ def test_metadata(saved: Path) -> None:
         "exclude_names": ["lm_head", "embed", r"cls\.predictions"],
         "layers": None,
         "rslora": False,
+        "dropout": 0.0,
         "rank_pattern": {},
         "alpha_pattern": {},
     }

@@ -110,7 +110,7 @@ def test_as_peft(variant: str) -> None:
         else:
             module = modules[name]
             pairs = ((module.delora_A.default, "A"), (module.delora_B.default, "B"))
-            module.delora_lambda.default.data.copy_(adapter.lora_lambda.view(1))
+            module.delora_lambda.default.data.copy_(adapter.lora_lambda)
         for tensor, key in pairs:
             tensor.data.copy_(getattr(adapter, f"lora_{key}"))
     got, want = [], []

@@ -89,10 +89,10 @@ def compare(ours: Any, theirs: Any, attachment: ll.Attachment) -> None:
     for name, mine, its in pairs(theirs, attachment):
         assert mine.grad is not None
         assert its.grad is not None
-        if mine.ndim:
+        if mine.numel() > 1:
             assert_close(mine.grad, like(its.grad, mine), TOLERANCE, f"gradient of {name}")
         else:
-            scalars.append((mine.grad, its.grad.squeeze()))
+            scalars.append((mine.grad.squeeze(), its.grad.squeeze()))
     if scalars:
         # One sum over all tokens and features each, which may cancel to nothing in one layer: judged together.
         mine, its = (torch.stack(list(grads)) for grads in zip(*scalars, strict=True))

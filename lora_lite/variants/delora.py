@@ -46,7 +46,7 @@ class DeLoRA(Variant):
         return {
             "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
             "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
-            "lora_lambda": ParamSpec((), init=lambda t: t.fill_(cfg.lambda0)),
+            "lora_lambda": ParamSpec((1,), init=lambda t: t.fill_(cfg.lambda0)),
             "lora_wnorm": ParamSpec((in_features,), init="ones", as_buffer=True),
         }
 

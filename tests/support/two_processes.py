@@ -1,6 +1,7 @@
-"""Run by torchrun, two processes on gloo: trains one step on halves of a batch and writes what one process can check.
+"""Run by torchrun, two processes on gloo: trains two steps on halves of a batch and writes what one process can check.
 
-Arguments: ddp or fsdp, a dtype, and a folder. Rank 0 writes losses and gradients; the adapter is saved by `ll.save`.
+Arguments: how the model is spread and adapted, a variant, and a folder. Rank 0 writes losses and gradients; the adapter
+is saved by `ll.save`.
 """
 
 import sys
@@ -30,19 +31,36 @@ def main(kind: str, variant: str, folder: Path) -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)  # as the tests do
     model: Any = llama()
-    if kind == "late":
+    if kind == "refused":
         refusals(model)
         return
-    attach(model, variant)
-    randomize(model, by=0.2)
     wrapped = model
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(model)
-    else:
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-        assert all(isinstance(p, DTensor) for p in ll.parameters(model))
+    match kind:
+        case "ddp":
+            attached(model, variant)
+            wrapped = DistributedDataParallel(model)
+        case "attached, then sharded":
+            attached(model, variant)
+            shard(model)
+        case "loaded, then sharded":
+            ll.load(model, folder / "start.safetensors")
+            shard(model)
+        case "sharded, then loaded":
+            shard(model)
+            ll.load(model, folder / "start.safetensors")
+        case "sharded over a 2-D mesh, then loaded":
+            shard(model, init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")))
+            ll.load(model, folder / "start.safetensors")
+        case "sharded and used, then attached":
+            shard(model)
+            model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+            model.zero_grad()
+            torch.manual_seed(rank)  # what is drawn on the first process counts
+            attached(model, variant)
+    before = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if not p.requires_grad}
+    late = kind.startswith("sharded")
+    assert all(isinstance(p, DTensor) != late for p in ll.parameters(model)) or kind == "ddp"
+    assert any(isinstance(p, DTensor) for p in model.parameters()) or kind == "ddp"
     ids = token_ids(4, 12)[2 * rank : 2 * rank + 2]
     optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
     losses = []
@@ -56,6 +74,10 @@ def main(kind: str, variant: str, folder: Path) -> None:
         if step == 0:
             grads = [whole(p.grad) for p in ll.parameters(model) if p.grad is not None]
         optimizer.step()
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    for name, p in model.named_parameters():
+        assert p.requires_grad or torch.equal(whole(p), before[name]), name
+    torch.nn.utils.clip_grad_norm_(ll.parameters(model), 1.0)
     ll.save(model, folder / "adapter.safetensors")
     assert (folder / "adapter.safetensors").exists()  # on every process, once save returns
     if rank == 0:
@@ -63,16 +85,27 @@ def main(kind: str, variant: str, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def attached(model: Any, variant: str) -> None:
+    attach(model, variant)
+    randomize(model, by=0.2)
+
+
+def shard(model: Any, mesh: Any = None) -> None:
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def refusals(model: Any) -> None:
-    """Sharded first and adapted then: refused by name, with the model as it was."""
+    """Tensor parallel, or sharded linear by linear, and adapted then: refused by name, with the model as it was."""
     tensor_parallel: Any = llama()
     mesh = init_device_mesh("cpu", (2,))
     parallelize_module(tensor_parallel, mesh, {"model.layers.*.mlp.up_proj": ColwiseParallel()})
     for block in model.model.layers:
-        fully_shard(block)
+        fully_shard(block.self_attn.q_proj)
     for sharded, layer in ((model, "q_proj"), (tensor_parallel, "up_proj")):
         modules = list(dict(sharded.named_modules()))
-        with pytest.raises(ll.AttachError, match=f"{layer}.*sharded over processes"):
+        with pytest.raises(ll.AttachError, match=f"{layer}.*sharded over processes.*attach before"):
             ll.attach(sharded, ll.LoRAConfig(r=4, target_roles=(), target_names=(f"layers.1.*{layer}",)))
         assert list(dict(sharded.named_modules())) == modules
     dist.destroy_process_group()
