@@ -1,6 +1,8 @@
 """The code in the documents is the code that runs, and what they name exists."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 import lora_lite as ll
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("docs/developer_guide.md", "README.md")
+RUN = ("docs/developer_guide.md", "README.md")
+DOCUMENTS = (*RUN, "docs/tour.md", "docs/many_gpus.md", "docs/integrations.md", "docs/measurements.md")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def python_blocks(document: str) -> str:
@@ -24,7 +28,7 @@ def python_blocks(document: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", RUN)
 def test_code_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the examples save files
     program = python_blocks(document)
@@ -36,6 +40,54 @@ def test_code_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     finally:
         ll.REGISTRY.clear()
         ll.REGISTRY.update(registered)
+
+
+def test_the_tour_prints_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word for word; numbers to a tenth, since another processor rounds otherwise on each of hundreds of steps."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL)
+    assert [kind for kind, _ in blocks].count("text") > 4
+    registered, namespace, printed = dict(ll.REGISTRY), {"__name__": "__main__"}, ""
+    try:
+        for kind, block in blocks:
+            if kind == "python":
+                exec(compile(block, "docs/tour.md", "exec"), namespace)
+                printed = capsys.readouterr().out
+                continue
+            assert NUMBER.sub("#", printed) == NUMBER.sub("#", block)
+            got, want = (list(map(float, NUMBER.findall(each))) for each in (printed, block))
+            assert got == pytest.approx(want, rel=0.1, abs=0.02)
+    finally:
+        ll.REGISTRY.clear()
+        ll.REGISTRY.update(registered)
+    assert (tmp_path / "diagnosis.png").stat().st_size > 1000
+    assert (tmp_path / "for_peft" / "adapter_config.json").exists()
+
+
+def test_one_and_many_processes_learn_alike(tmp_path: Path) -> None:
+    """The commands of docs/many_gpus.md, in its order, on the script that it has."""
+    text = (ROOT / "docs/many_gpus.md").read_text(encoding="utf-8")
+    (script,), (commands,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "sh"))
+    (tmp_path / "train.py").write_text(script, encoding="utf-8")
+    losses = []
+    for command in commands.strip().splitlines():
+        program, *rest = command.split()
+        run = [sys.executable, *(() if program == "python" else ("-m", "torch.distributed.run"))]
+        done = subprocess.run([*run, *rest], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses.append([float(loss) for loss in re.findall(r"step \d: loss (\S+)", done.stdout)])
+    alone, ddp, fsdp, resumed = losses
+    assert len(alone) == 8
+    assert alone[-1] < alone[0] - 0.3
+    assert ddp == pytest.approx(alone, abs=2e-4)
+    assert fsdp == pytest.approx(alone, abs=2e-4)
+    assert resumed[0] < ddp[-1] + 0.1 < ddp[0]
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        f"{n}.safetensors" for n in ("adapter", "ddp", "fsdp")
+    }
 
 
 def test_the_guides_example_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
