@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .checkpoint import fill, first_of, named_targets, read_tensors, replace_fil
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .primitives import LowRankAdd
+from .targets import Target
 from .variant import REGISTRY
 
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
@@ -64,36 +66,50 @@ _DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 
 
-def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None) -> None:
+def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Sequence[str] | None = None) -> None:
     """Write the attached adapter as `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
 
     `peft.PeftModel.from_pretrained(base, folder)` then computes the same. LoRA, EVA, PiSSA (as rank 2r), AntiPaSTO (as
     rank r) and any method of yours with the primitive `LowRankAdd` are written as LoRA; DoRA, DeLoRA, IA3 and HRA as
-    PEFT's own. `name` says which adapter, where several are attached.
+    PEFT's own. `name` says which adapter, where several are attached; an `ia3` and an `ia3_ff` may go into one file, as
+    the paper has them: `name=("kv", "ff")`.
 
     Raises:
-        AttachError: nothing is attached, or PEFT has nothing that computes what this method does.
+        AttachError: nothing is attached, PEFT has nothing that computes what this method does, or several names are not
+            of an IA3 and an IA3-FF on different layers.
         CheckpointError: the folder can't be written.
     """
     model, folder = unwrap(model), Path(folder)
-    attachment = require_attachment(model, name)
-    variant = attachment.cfg.variant
-    if variant in _TENSORS:
-        config, tensors = _as_its_own(attachment)
-    else:
-        config, tensors = _as_lora(attachment)
+    attachments = [
+        require_attachment(model, each) for each in ([name] if name is None or isinstance(name, str) else name)
+    ]
+    variants = {each.cfg.variant for each in attachments}
+    layers = [layer for each in attachments for layer in each.adapters]
+    if len(attachments) > 1 and not (variants <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)):
+        raise AttachError(
+            f"export_peft: {', '.join(each.name for each in attachments)}: a PEFT file holds several adapters only "
+            "if they are an ia3 and an ia3_ff on different layers; export them one by one"
+        )
+    config: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for attachment in attachments:
+        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(attachment)
+        config |= of_one
+        tensors |= its_tensors
     config |= {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": list(attachment.adapters),
+        "target_modules": layers,
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
     if config["peft_type"] in _DROPOUT:
-        config[_DROPOUT[config["peft_type"]]] = attachment.cfg.dropout
+        config[_DROPOUT[config["peft_type"]]] = attachments[0].cfg.dropout
     if config["peft_type"] == "IA3":
         del config["bias"]
-        config["feedforward_modules"] = list(attachment.adapters) if variant == "ia3_ff" else []
+        config["feedforward_modules"] = [
+            layer for each in attachments if each.cfg.variant == "ia3_ff" for layer in each.adapters
+        ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -107,10 +123,12 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
 
 def import_peft(
     model: nn.Module, folder: str | os.PathLike[str], *, name: str = DEFAULT, backend: str = "auto"
-) -> Attachment:
+) -> Attachment | dict[str, Attachment]:
     """Attach, under `name`, the adapter that PEFT saved in `folder`.
 
     LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns and dropout.
+    An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the outputs
+    and `name` + "_ff" for the inputs, and a dict of both is returned.
 
     Raises:
         AttachError: an adapter is attached already.
@@ -120,26 +138,21 @@ def import_peft(
     model, folder = unwrap(model), Path(folder)
     check_backend(backend)
     check_free(model, name)
+    ready = {}
     try:
         config = _read_config(folder)
-        variant = _variant(config)
-        tensors = _ours(variant, read_tensors(_tensor_file(folder))[1])
-        cfg = _config(variant, config)
-        targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
-        adapters = {t.name: build(t, REGISTRY[variant], cfg, backend) for t in targets}
-        if variant == "pissa":
-            init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
-            tensors |= {
-                f"{layer}.{key}": getattr(adapter, key)
-                for layer, adapter in adapters.items()
-                for key in ("lora_A0", "lora_B0")
-            }
-        _reshape(adapters, tensors)
-        fill(adapters, tensors)
-        derive(targets, adapters)
+        named = _variant(config)
+        tensors = _ours(named, read_tensors(_tensor_file(folder))[1])
+        for variant, of_variant in _by_variant(named, tensors).items():
+            own = f"{name}_ff" if ready else name
+            cfg = _config(variant, config)
+            ready[own] = (cfg, backend, *_adapters(model, cfg, config, of_variant, backend))
     except LoraLiteError as error:
         raise CheckpointError(f"import_peft: {folder}: {error}") from error
-    return install(model, name, cfg, backend, targets, adapters)
+    for own in ready:
+        check_free(model, own)
+    attached = {own: install(model, own, *parts) for own, parts in ready.items()}
+    return attached if len(attached) > 1 else attached[name]
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
@@ -252,7 +265,7 @@ def _variant(config: dict[str, Any]) -> str:
         case "LORA":
             return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
         case "IA3":
-            return "ia3_ff" if config.get("feedforward_modules") else "ia3"
+            return "ia3"
         case "DELORA" | "HRA":
             return kind.lower()
     raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3 and HRA")
@@ -270,18 +283,41 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             strange.append(name)
     if strange:
         raise CheckpointError(f"lora-lite adapts linear layers and can't take {first_of(strange)}")
-    if variant in ("ia3", "ia3_ff"):
-        mixed = [name for name, t in found.items() if t.shape[1 if variant == "ia3" else 0] != 1]
-        if mixed:
-            raise CheckpointError(
-                f"it scales the inputs of some layers and the outputs of others; as {variant} lora-lite can't take "
-                f"{first_of(mixed)}"
-            )
     return found
 
 
+def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """IA3's file may have both kinds: N×1 on outputs, 1×K on inputs. All others have one."""
+    if variant != "ia3":
+        return {variant: tensors}
+    kinds: dict[str, dict[str, Tensor]] = {"ia3": {}, "ia3_ff": {}}
+    for name, t in tensors.items():
+        kinds["ia3" if t.shape[-1] == 1 else "ia3_ff"][name] = t
+    return {kind: found for kind, found in kinds.items() if found} or {variant: tensors}
+
+
+def _adapters(
+    model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], tensors: dict[str, Tensor], backend: str
+) -> tuple[list[Target], dict[str, Adapter]]:
+    targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+    adapters = {t.name: build(t, REGISTRY[cfg.variant], cfg, backend) for t in targets}
+    if cfg.variant == "pissa":
+        init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
+        tensors |= {
+            f"{layer}.{key}": getattr(adapter, key)
+            for layer, adapter in adapters.items()
+            for key in ("lora_A0", "lora_B0")
+        }
+    _reshape(adapters, tensors)
+    fill(adapters, tensors)
+    derive(targets, adapters)
+    return targets, adapters
+
+
 def _config(variant: str, config: dict[str, Any]) -> AdapterConfig:
-    names = config.get("target_modules") or []
+    names, inputs = config.get("target_modules") or [], config.get("feedforward_modules") or []
+    if isinstance(names, list) and isinstance(inputs, list) and variant in ("ia3", "ia3_ff"):
+        names = [name for name in names if (name in inputs) == (variant == "ia3_ff")]
     fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
     if isinstance(names, list):
         fields["target_names"] = tuple(rf"(^|\.){re.escape(name)}$" for name in names)

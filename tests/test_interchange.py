@@ -203,10 +203,45 @@ def test_refuses_modules_that_are_no_linears(tmp_path: Path) -> None:
     refused(tmp_path, r"can't take .*embed_tokens\.lora_embedding_A")
 
 
-def test_refuses_ia3_of_both_kinds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [["k_proj", "v_proj", "down_proj"], None])
+def test_ia3_of_both_kinds(modules: list[str] | None, tmp_path: Path) -> None:
+    """PEFT's usual IA3 scales keys, values and the feed-forward block's inner activations: two adapters here, which go
+    back into one file."""
+    config = peft.IA3Config(target_modules=modules, feedforward_modules=["down_proj"] if modules else None)
+    want = logits(saved_by_peft(llama(), config, tmp_path / "theirs"))
+    model: Any = llama()
+    attached: Any = ll.import_peft(model, tmp_path / "theirs", name="ia")
+    assert {name: each.cfg.variant for name, each in attached.items()} == {"ia": "ia3", "ia_ff": "ia3_ff"}
+    assert_close(logits(model), want, TOLERANCE)
+    for name, each in attached.items():
+        assert {t.name for t in ll.targets.find_targets(llama(), each.cfg)} == set(each.adapters), name
+        ll.save(model, tmp_path / name, name=name)
+    ll.export_peft(model, tmp_path / "ours", name=("ia", "ia_ff"))
+    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    assert_close(logits(again), want, TOLERANCE)
+    ours, theirs = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], t) for name, t in theirs.items())
+    ll.detach(model)
+    for name in attached:
+        ll.load(model, tmp_path / name, name=name)
+    assert_close(logits(model), want, TOLERANCE)
+
+
+def test_ia3_of_both_kinds_or_none(tmp_path: Path) -> None:
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     saved_by_peft(llama(), config, tmp_path)
-    refused(tmp_path, r"inputs of some layers and the outputs of others.*k_proj")
+    model = llama()
+    ll.attach(model, ll.LoRAConfig(r=4), name="ia_ff")
+    before = snapshot(model)
+    with pytest.raises(ll.AttachError, match="named 'ia_ff' is attached"):
+        ll.import_peft(model, tmp_path, name="ia")
+    assert_same(model, before)
+    ll.attach(model, ll.IA3Config(), name="kv")
+    for names, layers in ((("ia_ff", "kv"), "ia_ff, kv"), (("kv", "kv"), "kv, kv")):
+        with pytest.raises(ll.AttachError, match=rf"{layers}: a PEFT file holds several adapters only if"):
+            ll.export_peft(model, tmp_path / "out", name=names)
+    assert not (tmp_path / "out").exists()
 
 
 def test_refuses_another_model(tmp_path: Path) -> None:
