@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast, overload
@@ -272,10 +273,31 @@ def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: s
 
 
 def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
-    """`Variant.init` for each layer."""
-    for t in targets:
+    """`Variant.init` for each layer. Factorisations are too small for many threads each, so on a CPU layers of methods
+    that allow it are done side by side, with a thread each."""
+
+    def of(t: Target) -> None:
         with naming(t):
             adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
+
+    threads = torch.get_num_threads()
+    apart = all(adapters[t.name].variant.side_by_side and _on_cpu_alone(t) for t in targets)
+    if not apart or threads == 1 or len(targets) == 1:
+        for t in targets:
+            of(t)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(of, targets):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _on_cpu_alone(t: Target) -> bool:
+    weight = weight_of(t.layer)
+    return weight is not None and weight.device.type == "cpu" and t.mesh is None
 
 
 def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:

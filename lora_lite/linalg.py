@@ -11,14 +11,15 @@ SVD = Literal["randomized", "exact"]
 
 @torch.no_grad()
 def top_svd(
-    W: Float[Tensor, "N K"], r: int, method: SVD = "randomized", tolerance: float = 2e-4
+    W: Float[Tensor, "N K"], r: int, method: SVD = "randomized", tolerance: float = 1e-3
 ) -> tuple[Float[Tensor, "N R"], Float[Tensor, "R"], Float[Tensor, "R K"]]:
     """U, S and Vᵀ of the r largest singular values, in W's dtype.
 
     "randomized" is the block Krylov method (Musco & Musco 2015, algorithm 2): it searches the span of
     WΩ, (WWᵀ)WΩ, (WWᵀ)²WΩ, … and so resolves the flat spectra of weights in far fewer products than subspace iteration.
-    Blocks are added until no singular value moves by more than `tolerance` of itself; the exact SVD takes over where
-    the space would grow past half of the matrix, and where W's rank is below r. The start Ω is the same on every call,
+    Blocks are added until the last moves no singular value by more than `tolerance` of itself, and what is missing then
+    is a fraction of that; the exact SVD takes over where the space would grow past half of the matrix, and where W's
+    rank is below r. The start Ω is the same on every call,
     and the global random state is left alone.
     """
     if method == "randomized":
@@ -32,7 +33,7 @@ def top_svd(
 
 def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     if W.shape[0] > W.shape[1]:  # keep the basis on the short side
-        result = _block_krylov(W.t(), r, tolerance)
+        result = _block_krylov(W.t().contiguous(), r, tolerance)
         return None if result is None else (result[2].t().contiguous(), result[1], result[0].t().contiguous())
     # A Krylov space holds at most `block` vectors of a repeated singular value, so a block is no smaller than r.
     block, limit = r + 8, W.shape[0] // 2
@@ -45,16 +46,23 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
     while basis.shape[1] + block <= limit:
         basis = torch.cat([basis, newest], dim=1)
         image = torch.cat([image, newest.t() @ W])
-        rows = image[-block:].double() @ image.double().t()
+        near = image[-2 * block :]  # a Krylov basis makes the rest of these rows zero, up to rounding
+        rows = torch.cat(
+            [gram.new_zeros(block, len(image) - len(near)), near[-block:].double() @ near.double().t()], dim=1
+        )
         gram = torch.cat([torch.cat([gram, rows[:, :-block].t()], dim=1), rows])
         if basis.shape[1] >= 2 * r:
             S = torch.linalg.eigvalsh(gram)[-r:].flip(0).clamp_min(0).sqrt()
             if previous is not None and ((S - previous).abs() <= tolerance * S).all():
                 if S[-1] <= 1e-5 * S[0]:
                     return None  # rank below r: right vectors of zero singular values need the exact SVD
-                vectors = torch.linalg.eigh(gram).eigenvectors[:, -r:].flip(1).to(W)
-                S = S.to(W)
-                return basis @ vectors, S, (vectors.t() @ image) / S.unsqueeze(1)
+                vectors = torch.linalg.eigh(gram).eigenvectors[:, -r:]
+                # Half a power step further, and orthonormal to the last bit; in float64 where rounding of the largest
+                # direction could drown the smallest.
+                dtype = torch.float64 if S[-1] < 0.01 * S[0] else W.dtype
+                V = torch.linalg.qr(image.to(dtype).t() @ vectors.to(dtype)).Q
+                U, S, rotation = torch.linalg.svd(torch.cat([rows.to(dtype) @ V for rows in W.split(1024)]), False)
+                return U.to(W), S.to(W), (rotation @ V.t()).to(W)
             previous = S
         newest = W @ image[-block:].t()
         for _ in range(2):  # the first pass leaves rounding along the basis, or nothing but rounding

@@ -19,6 +19,7 @@ class Variant:
     name: ClassVar[str]
     config: ClassVar[type[AdapterConfig]]
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    side_by_side: ClassVar[bool] = False  # whether `init` draws no random numbers, so that its order does not matter
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:

@@ -1,6 +1,7 @@
 """top_svd against the exact SVD: values, vectors, reconstruction, and that it stays cheap and silent."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -144,9 +145,8 @@ def test_no_full_svd_where_r_is_small(kind: str, monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(torch.linalg, name, call)
 
-    for name in ("svd", "svdvals"):
-        monkeypatch.setattr(torch.linalg, name, forbidden)
-    for name in ("qr", "eigh", "eigvalsh"):
+    monkeypatch.setattr(torch.linalg, "svdvals", forbidden)
+    for name in ("qr", "eigh", "eigvalsh", "svd"):
         counted(name)
     monkeypatch.setattr(torch, "svd", forbidden)
     U, S, Vh = top_svd(W, 16)
@@ -161,11 +161,35 @@ def test_no_full_svd_where_r_is_small(kind: str, monkeypatch: pytest.MonkeyPatch
 def test_variants_attach_without_a_full_svd(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama(hidden_size=256, intermediate_size=512, num_hidden_layers=1)
 
-    def forbidden(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a full SVD")
+    svd = torch.linalg.svd
 
-    monkeypatch.setattr(torch.linalg, "svd", forbidden)
+    def thin(M: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert min(M.shape) <= 4, "a full SVD"
+        return svd(M, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", thin)
     attach(model, variant, target_names=("q_proj", "gate_proj", "down_proj"))
     ll.detach(model)
     with pytest.raises(AssertionError, match="a full SVD"):
         attach(model, variant, target_names=("q_proj",), svd="exact")
+
+
+@pytest.mark.parametrize("variant", ["pissa", "antipasto"])
+def test_layers_side_by_side_start_as_one_after_another(variant: str) -> None:
+    before, starts = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = llama()
+            attach(model, variant)
+            assert torch.get_num_threads() == threads
+            starts.append(ll.state_dict(model))
+            with pytest.raises(ll.AttachError, match="meta device"):
+                model = llama()
+                model.get_submodule("model.layers.1.mlp.up_proj").to("meta")
+                attach(model, variant)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, t in starts[0].items():
+        torch.testing.assert_close(t.abs(), starts[1][name].abs(), rtol=1e-3, atol=1e-5, msg=name)  # signs are free

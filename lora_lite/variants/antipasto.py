@@ -72,6 +72,7 @@ class AntiPaSTO(Variant):
     name = "antipasto"
     config = AntiPaSTOConfig
     calibration = "optional"
+    side_by_side = True
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:

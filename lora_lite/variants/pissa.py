@@ -41,6 +41,7 @@ class PiSSAConfig(AdapterConfig):
 class PiSSA(Variant):
     name = "pissa"
     config = PiSSAConfig
+    side_by_side = True
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
