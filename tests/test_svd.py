@@ -186,7 +186,7 @@ def test_layers_side_by_side_start_as_one_after_another(variant: str) -> None:
             starts.append(ll.state_dict(model))
             unloaded = llama()
             unloaded.get_submodule("model.layers.1.mlp.up_proj").to("meta")
-            with pytest.raises(ll.AttachError, match="up_proj.*meta device"):
+            with pytest.raises(ll.AttachError, match=r"up_proj.*meta device"):
                 attach(unloaded, variant)
             assert torch.get_num_threads() == threads
     finally:
