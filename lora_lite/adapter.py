@@ -93,19 +93,22 @@ class Adapter(Params):
         here = cast(Iterable[Adapter], getattr(layer, ADAPTERS).values())
         sharing = [adapter for adapter in here if adapter.enabled]
         if sharing[0] is not self:
-            return self._given
+            return self._take()
         parts = [adapter.primitive(layer) for adapter in sharing]
         sums = [part for part in parts if isinstance(part, LowRankAdd)]
         if len(sums) == len(parts) and len({part.dropout for part in sums}) == 1:
             group = [-1] * self.batch
             for i, adapter in enumerate(sharing):
-                adapter._given = None
                 for row in adapter.rows or ():
                     group[row] = i
             return GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device))
         for adapter, part in zip(sharing, parts, strict=True):
             adapter._given = OfRows(part, torch.tensor(adapter.rows, device=x.device))
-        return self._given
+        return self._take()
+
+    def _take(self) -> Primitive | None:
+        given, self._given = self._given, None  # kept, it would keep the graph behind it alive
+        return given
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:

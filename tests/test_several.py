@@ -290,3 +290,15 @@ def test_rows_must_fit_the_batch() -> None:
         ll.use(model, ["a", "c"])
     with pytest.raises(ValueError, match="name at least one"):
         ll.use(model, [])
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_nothing_of_a_call_is_kept(variant: str) -> None:
+    """What adapters of one layer tell each other goes with the call, and the graph behind it."""
+    model = of_two(variant)
+    ll.use(model, ROWS)
+    model(token_ids(4)).logits.sum().backward()
+    for each in ll.adapter.attachments(model):
+        for adapter in each.adapters.values():
+            assert adapter._given is None
+            assert not adapter._running

@@ -2,8 +2,8 @@
 
 Under TRITON_INTERPRET=1 `backend="auto"` takes the kernels on a CPU, so the tests need no change: torch.compile without
 graph breaks, both kinds of checkpointing, autocast, no_grad and inference_mode, generation with a cache, conversion
-after attach, copies and pickles, strided inputs, an adapter for each row of a batch, and PEFT's outputs and gradients
-for the same weights.
+after attach, copies and pickles, strided inputs, dropout, an adapter for each row of a batch, and PEFT's outputs and
+gradients for the same weights.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import pytest
 from models import load_tests
 
 runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
+dropout = load_tests("test_dropout")
 
 test_compile = runtime.test_compile
 test_checkpointing = runtime.test_checkpointing
@@ -28,6 +29,12 @@ test_any_leading_shape = runtime.test_any_leading_shape
 test_strided_input = runtime.test_strided_input
 test_disabled_is_the_base_model = runtime.test_disabled_is_the_base_model
 test_same_weights_same_outputs_and_gradients = against_peft.test_same_weights_same_outputs_and_gradients
+
+test_dropout_in_training_alone = dropout.test_in_training_alone
+test_start_is_the_base_in_training_too = dropout.test_start_is_the_base_in_training_too
+test_checkpointing_draws_the_same_mask = dropout.test_checkpointing_draws_the_same_mask
+test_compile_draws_the_same_mask = dropout.test_compile_draws_the_same_mask
+test_rows_of_a_batch = dropout.test_rows_of_a_batch
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
