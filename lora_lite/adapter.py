@@ -276,31 +276,32 @@ def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: s
 
 
 def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
-    """`Variant.init` for each layer. Factorisations are too small for many threads each, so on a CPU layers of methods
-    that allow it are done side by side, with a thread each."""
+    """`Variant.init` for each layer. Factorisations are too small for many threads each, so on a CPU up to four layers
+    at a time are done side by side, where the method allows it and the weights are dense already."""
 
     def of(t: Target) -> None:
         with naming(t):
             adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
 
     threads = torch.get_num_threads()
-    apart = all(adapters[t.name].variant.side_by_side and _on_cpu_alone(t) for t in targets)
-    if not apart or threads == 1 or len(targets) == 1:
+    workers = min(threads, 4)
+    if workers == 1 or not all(adapters[t.name].variant.side_by_side and _dense_on_cpu(t) for t in targets):
         for t in targets:
             of(t)
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads // workers)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             for _ in pool.map(of, targets):
                 pass
     finally:
         torch.set_num_threads(threads)
 
 
-def _on_cpu_alone(t: Target) -> bool:
+def _dense_on_cpu(t: Target) -> bool:
     weight = weight_of(t.layer)
-    return weight is not None and weight.device.type == "cpu" and t.mesh is None
+    plain = type(weight) in (Tensor, nn.Parameter)  # neither quantised nor sharded
+    return weight is not None and plain and weight.is_floating_point() and weight.device.type == "cpu"
 
 
 def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:

@@ -33,7 +33,7 @@ def top_svd(
 
 def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     if W.shape[0] > W.shape[1]:  # keep the basis on the short side
-        result = _block_krylov(W.t().contiguous(), r, tolerance)
+        result = _block_krylov(W.t(), r, tolerance)
         return None if result is None else (result[2].t().contiguous(), result[1], result[0].t().contiguous())
     # A Krylov space holds at most `block` vectors of a repeated singular value, so a block is no smaller than r.
     block, limit = r + 8, W.shape[0] // 2
