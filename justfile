@@ -37,9 +37,9 @@ qwen-probe *args:
 bnb-smoke *args:
     {{python}} bench/bnb_smoke.py {{args}}
 
-# The tests: the library's, then the kernels' in Triton's interpreter, a process a core. Exit 5: nothing selected.
+# The tests: the library's, then the kernels' in Triton's interpreter; a process a core. Exit 5: nothing selected.
 test *args:
-    {{python}} -m pytest {{args}}
+    OMP_NUM_THREADS=1 {{python}} -m pytest -n auto {{args}}
     TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto tests/kernels {{args}} || [ $? = 5 ]
 
 # The tests, and those that take over a minute.

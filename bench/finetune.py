@@ -122,8 +122,8 @@ class Settings:
     weight_decay: float | None = None
     """Default: 0; metamath 0.1."""
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the base model. The adapter is float32."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the base model. Default: bfloat16; float32 on a CPU without instructions for it. The adapter is float32."""
     quantize: Literal["4bit", "8bit"] | None = None
     """The base's linear layers in bitsandbytes' NF4 or int8."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,6 +138,8 @@ class Settings:
         for name in ("steps", "batch_size", "eval_problems", "r", "weight_decay"):
             if getattr(self, name) is None:
                 setattr(self, name, self.own_fields.get(name, getattr(budget, name)))
+        if self.dtype is None:
+            self.dtype = pretrained.default_dtype(self.device)
         if self.lr is None:
             method = METHODS[self.variant]
             self.lr = method.protocol_lr if self.data == "metamath" else method.lr

@@ -25,6 +25,7 @@ def describe() -> dict[str, Any]:
     return {
         "machine": {
             "cpu": _cpu_name(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -4,12 +4,14 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
+
+from lora_lite.reference import product_dtype
 
 SMOLLM2 = "smollm2-135m"  # the model whose weights come as a package
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -17,6 +19,11 @@ _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 class NotReachedError(Exception):
     """What was asked for from the Hub could not be had; the message says what to do."""
+
+
+def default_dtype(device: str) -> Literal["bfloat16", "float32"]:
+    """bfloat16 where the device multiplies in it: a base in another dtype than its products' is slow."""
+    return "bfloat16" if product_dtype(torch.device(device), torch.bfloat16) is torch.bfloat16 else "float32"
 
 
 def load(model: str, dtype: torch.dtype, device: str, quantize: str | None = None) -> nn.Module:

@@ -41,11 +41,16 @@ class Settings:
     """A name on the Hub or a folder."""
     random: bool = False
     """Random weights at once, without asking the Hub."""
-    dtype: str = "bfloat16"
+    dtype: str | None = None
+    """Default: bfloat16; float32 on a CPU without instructions for it."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     r: int = 8
     save: bool = True
     """Write bench/results/qwen_probe.json."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            self.dtype = pretrained.default_dtype(self.device)
 
 
 def random_qwen() -> nn.Module:

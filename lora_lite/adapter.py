@@ -386,12 +386,12 @@ def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
 
 
 @contextmanager
-def only(model: nn.Module, *names: str) -> Iterator[None]:
-    """Within this context the model computes with no adapters but these."""
+def only(model: nn.Module, name: str) -> Iterator[None]:
+    """Within this context the model computes with that adapter alone, on every entry of a batch."""
     adapters = [(each.name, adapter) for each in chosen(model, None) for adapter in each.adapters.values()]
     before = [(adapter.enabled, adapter.rows) for _, adapter in adapters]
-    for name, adapter in adapters:
-        adapter.enabled, adapter.rows = name in names, None
+    for each, adapter in adapters:
+        adapter.enabled, adapter.rows = each == name, None
     try:
         yield
     finally:
@@ -400,10 +400,21 @@ def only(model: nn.Module, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes as without any adapter."""
-    with only(unwrap(model)):
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Within this context the model computes as without the adapter of that name, or as without any.
+
+    Raises:
+        AttachError: nothing is attached, or nothing of that name.
+    """
+    adapters = [adapter for each in chosen(unwrap(model), name) for adapter in each.adapters.values()]
+    before = [adapter.enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
         yield
+    finally:
+        for adapter, enabled in zip(adapters, before, strict=True):
+            adapter.enabled = enabled
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:

@@ -1,7 +1,8 @@
 """The token-space operations in PyTorch: readable, differentiable, fast on a CPU.
 
 M tokens, K in_features, N out_features, R rank. Leading dimensions of x and y are free; the products see M×K and M×N.
-Each operation takes its small operands in any floating dtype and computes in the dtype of its token-sized one.
+Each operation takes its small operands in any floating dtype and computes in the dtype of its token-sized one, or in
+float32 where the CPU has no instructions for products in that.
 """
 
 from typing import Any
@@ -9,6 +10,24 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+
+def _without_products() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that this CPU has no matrix products for. PyTorch then multiplies in plain loops, which take up
+    to hundreds of times as long as float32's."""
+    queries = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    available = torch.backends.mkldnn.is_available()
+    return frozenset(
+        dtype for dtype, query in queries.items() if not (available and getattr(torch.ops.mkldnn, query)())
+    )
+
+
+WITHOUT_PRODUCTS = _without_products()
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype to multiply matrices of `dtype` there: in theirs, unless a CPU is far faster in float32."""
+    return torch.float32 if device.type == "cpu" and dtype in WITHOUT_PRODUCTS else dtype
 
 
 def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,10 +82,11 @@ def shrink(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. With `group`, A is a stack, of which x's entry i takes matrix group[i]; below 0: none."""
-    kept = nn.functional.dropout(x, dropout) if dropout else x
+    dtype = product_dtype(x.device, x.dtype)
+    A, kept = A.to(dtype), (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
     if group is None:
-        return x, _rows(kept) @ A.to(x.dtype).t()
-    return x, _rows(kept.reshape(len(group), -1, x.shape[-1]) @ _of_entries(A.to(x.dtype), group).mT)
+        return x, _rows(kept) @ A.t()
+    return x, _rows(kept.reshape(len(group), -1, x.shape[-1]) @ _of_entries(A, group).mT)
 
 
 def expand_add(
@@ -77,12 +97,13 @@ def expand_add(
     group: Int[Tensor, "entries"] | None = None,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ. With `group`, B is a stack as A is in `shrink`."""
+    dtype = product_dtype(y.device, y.dtype)
     if group is not None:
-        Bs = _of_entries(scale * B.to(y.dtype), group)
-        return y + (h.to(y.dtype).view(len(group), -1, h.shape[-1]) @ Bs.mT).view(y.shape)
+        Bs = _of_entries(scale * B.to(dtype), group)
+        return (y + (h.to(dtype).view(len(group), -1, h.shape[-1]) @ Bs.mT).view(y.shape)).to(y.dtype)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
-    Bt = B.t().to(y.dtype, memory_format=torch.contiguous_format).contiguous()
-    return torch.addmm(_rows(y), _rows(h).to(y.dtype), Bt, alpha=scale).view(y.shape)
+    Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
+    return torch.addmm(_rows(y).to(dtype), _rows(h).to(dtype), Bt, alpha=scale).view(y.shape).to(y.dtype)
 
 
 def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:

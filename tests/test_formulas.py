@@ -1,6 +1,7 @@
 """Every variant against its paper's formula, written with dense matrices and slow loops, in float64."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from models import VARIANTS, assert_close, attach, only_adapter, randomize, rel_error
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite.reference
 from lora_lite.variants.antipasto import rotation
@@ -301,9 +303,50 @@ class Widened:
             setattr(self, name, t.detach().double().requires_grad_(t.requires_grad))
 
 
+@pytest.fixture(params=["all products", "none in 16 bit"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A CPU that has instructions for products in every dtype, and one that has none for the 16-bit ones."""
+    without = set() if request.param == "all products" else {torch.bfloat16, torch.float16}
+    monkeypatch.setattr(lora_lite.reference, "WITHOUT_PRODUCTS", without)
+    return request.param
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of all matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.dtypes[args[-1].dtype] += 1
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype) -> None:
+def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: torch.dtype, cpu: str) -> None:
+    """A bfloat16 product takes a hundred times as long as a float32 one on a CPU without instructions for it."""
+    model, layer, _, _ = single(variant, 24, 20, True, dtype)
+
+    def products(call: Callable[[Tensor], Tensor]) -> int:
+        x = torch.randn(2, 3, 24).to(dtype).requires_grad_()
+        with Products() as seen:
+            call(x).sum().backward()
+        return seen.dtypes[dtype]
+
+    alone = products(layer.forward)
+    assert alone == 2
+    if cpu == "all products" and not variant.startswith("ia3"):
+        assert products(model) > alone
+    else:
+        assert products(model) == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype, cpu: str) -> None:
     model, layer, adapter, cfg = single(variant, 96, 80, True, dtype)
     x = torch.randn(2, 33, 96).to(dtype).requires_grad_()
     dy = torch.randn(2, 33, 80).to(dtype)

@@ -92,6 +92,34 @@ def test_two_loras_add_up() -> None:
     assert_close(layer(x) - base, changes[0] + changes[1], 1e-5)
 
 
+def test_one_of_two_is_disabled_for_a_while() -> None:
+    model = llama()
+    alone = {}
+    for i, name in enumerate(("a", "b")):
+        ll.attach(model, config("lora"), name=name)
+        randomize(model, seed=i)
+    for name in ("a", "b"):
+        ll.use(model, name)
+        alone[name] = logits(model)
+    ll.use(model, "a", "b")
+    both = logits(model)
+    with ll.disabled(model, "a"):
+        assert torch.equal(logits(model), alone["b"])
+        with ll.disabled(model):
+            base = logits(model)
+        assert torch.equal(logits(model), alone["b"])
+    assert torch.equal(logits(model), both)
+
+    ll.use(model, ["a", "b"])
+    with ll.disabled(model, "a"):
+        assert_close(logits(model), torch.stack([base[0], alone["b"][1]]), 1e-5)
+    assert_close(logits(model), torch.stack([alone["a"][0], alone["b"][1]]), 1e-5)
+
+    with pytest.raises(ll.AttachError, match="no adapter is attached under the name 'c'"), ll.disabled(model, "c"):
+        pass
+    assert_close(logits(model), torch.stack([alone["a"][0], alone["b"][1]]), 1e-5)
+
+
 def test_order_on_one_layer() -> None:
     """IA3 after LoRA scales the sum; a HRA before a LoRA turns its input."""
     layer = nn.Linear(12, 10)
