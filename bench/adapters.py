@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ class Settings:
     """llama: random weights, of the width and layers below. Else a model's name or folder, whole."""
     variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
     """Which to measure."""
-    dtypes: tuple[str, ...] = ("bfloat16", "float32")
-    """Of the base model."""
+    dtypes: tuple[str, ...] = field(
+        default_factory=lambda: tuple(dict.fromkeys((pretrained.default_dtype("cpu"), "float32")))
+    )
+    """Of the base model. Default: bfloat16, where the CPU has instructions for it, and float32."""
     same_dtype: bool = False
     """Give the adapters of both libraries the base's dtype. Otherwise each keeps its default, float32 in both."""
     steps: int = 15

@@ -67,9 +67,10 @@ def roofline() -> Any:
 def overhead() -> Any:
     """What an adapter adds to a training step on a CPU, beside PEFT's."""
     result = read(RESULTS / "adapters.json")
+    dtype = result["settings"]["dtypes"][0]
     rows = [
         r for r in result["rows"]
-        if (r["model"], r["dtype"]) == ("llama", "bfloat16") and "peft" in r["overhead"] and r["variant"] != "hra"
+        if (r["model"], r["dtype"]) == ("llama", dtype) and "peft" in r["overhead"] and r["variant"] != "hra"
     ]  # fmt: skip
     series = {
         "lora_lite": [1e3 * r["overhead"]["ours"] for r in rows],
@@ -78,7 +79,7 @@ def overhead() -> Any:
     fig, ax = plt.subplots(figsize=(8, 3.4))
     bars(ax, [NAMES[r["variant"]] for r in rows], series, ceiling=float("inf"))
     ax.set_ylabel("ms over the frozen base (timed)")
-    ax.set_title(f"What an adapter adds to a step on a CPU, bf16 ({result['machine']['cpu']})")
+    ax.set_title(f"What an adapter adds to a step on a CPU, {dtype} ({result['machine']['cpu']})")
     ax.legend(frameon=False, fontsize=8)
     return fig
 

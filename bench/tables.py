@@ -146,7 +146,8 @@ def percent(share: float) -> str:
 
 def machine_of(result: dict[str, Any]) -> str:
     m, v = result["machine"], result["versions"]
-    return f"Measured on {m['cpu']}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
+    cpu = f"{m['cpu']} ({m['instructions']})" if "instructions" in m else m["cpu"]
+    return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
 
 
 TABLES = {"finetune": finetune, "adapters": adapters, "pretrained": pretrained, "traffic": traffic}

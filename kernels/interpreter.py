@@ -3,8 +3,13 @@
 The interpreter keeps bfloat16 as raw uint16. Left alone it multiplies those integers in `tl.dot` and drops the low
 half of a float32 where it should round to nearest even (Triton 3.7 to 3.9). float16 and float32 are right as they are.
 Elementwise arithmetic on bfloat16 is wrong too, and stays so: the kernels convert to float32 first.
+
+It also searches the whole of `triton.language` for functions to replace at every call of a device function, which takes
+longer than all else that it does; here it remembers what it found.
 """
 
+import functools
+import inspect
 import os
 from typing import Any
 
@@ -52,3 +57,14 @@ def install() -> None:
         return dot(self, a, b, d, *args)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+    @functools.cache
+    def builtins_of(owner: Any) -> list[tuple[str, Any]]:
+        return [(name, each) for name, each in inspect.getmembers(owner) if tl.core.is_builtin(each)]
+
+    def patch_builtin(owner: Any, *args: Any) -> None:
+        for name, builtin in builtins_of(owner):
+            if getattr(owner, name) is builtin:  # and not replaced already
+                interpreter._patch_attr(owner, name, builtin, *args)
+
+    interpreter._patch_builtin = patch_builtin

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 
 def _without_products() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that this CPU has no matrix products for. PyTorch then multiplies in plain loops, which take up
-    to hundreds of times as long as float32's."""
+    """The 16-bit dtypes that this CPU has no matrix products for. PyTorch then multiplies in plain loops, which are far
+    slower than its float32 products."""
     queries = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     available = torch.backends.mkldnn.is_available()
     return frozenset(

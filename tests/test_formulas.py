@@ -327,7 +327,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: torch.dtype, cpu: str) -> None:
-    """A bfloat16 product takes a hundred times as long as a float32 one on a CPU without instructions for it."""
+    """There PyTorch multiplies in plain loops, far slower than in float32."""
     model, layer, _, _ = single(variant, 24, 20, True, dtype)
 
     def products(call: Callable[[Tensor], Tensor]) -> int:

@@ -2,8 +2,9 @@
 
 The bar is 1.5 times the relative norm error of the plain formula in the dtype at hand, or that dtype's unit roundoff
 where the plain formula is luckier than one rounding. Results of a few elements, or that come through a few, such as the
-one element of h that a token has at rank 1, are drawn until there are enough of them to compare two errors by. Programs run in shuffled order, outputs start as NaN, no program
-may touch memory outside its arguments and no two may store to one address.
+one element of h that a token has at rank 1, are drawn until there are enough of them to compare two errors by. Programs
+run in shuffled order, outputs start as NaN, no program may touch memory outside its arguments and no two may store to
+one address.
 """
 
 import random

@@ -1,5 +1,8 @@
 """The bfloat16 shim, and the tool that watches launches: each must catch what it is there for."""
 
+import inspect
+from unittest import mock
+
 import launches
 import numpy as np
 import pytest
@@ -53,6 +56,22 @@ def test_dot_multiplies_values(dtype: torch.dtype) -> None:
     out = torch.empty(32, 32)
     _dot[(1,)](a, b, out, N=32)
     torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def _sum(x, out, N: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, N))))  # tl.sum is a device function
+
+
+def test_what_the_interpreter_replaces_is_searched_for_once() -> None:
+    """And put back after each launch."""
+    builtins = (tl.load, tl.dot, tl.tensor.to)
+    x, out = torch.randn(64), torch.empty(1)
+    _sum[(1,)](x, out, N=64)
+    with mock.patch.object(inspect, "getmembers", side_effect=AssertionError):
+        _sum[(1,)](2 * x, out, N=64)
+    torch.testing.assert_close(out[0], (2 * x).sum())
+    assert (tl.load, tl.dot, tl.tensor.to) == builtins
 
 
 def test_watch_counts_and_shuffles() -> None:
