@@ -4,8 +4,8 @@ The interpreter keeps bfloat16 as raw uint16. Left alone it multiplies those int
 half of a float32 where it should round to nearest even (Triton 3.7 to 3.9). float16 and float32 are right as they are.
 Elementwise arithmetic on bfloat16 is wrong too, and stays so: the kernels convert to float32 first.
 
-It also searches the whole of `triton.language` for functions to replace at every call of a device function, which takes
-longer than all else that it does; here it remembers what it found.
+It also searches the whole of `triton.language` for functions to replace at every call of a device function; here it
+remembers what it found, which saves a large part of its time.
 """
 
 import functools

@@ -16,10 +16,8 @@ def _without_products() -> frozenset[torch.dtype]:
     """The 16-bit dtypes that this CPU has no matrix products for. PyTorch then multiplies in plain loops, which are far
     slower than its float32 products."""
     queries = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    available = torch.backends.mkldnn.is_available()
-    return frozenset(
-        dtype for dtype, query in queries.items() if not (available and getattr(torch.ops.mkldnn, query)())
-    )
+    has = {dtype: getattr(torch.ops.mkldnn, query, None) for dtype, query in queries.items()}  # None: not built in
+    return frozenset(dtype for dtype, asked in has.items() if asked is None or not asked())
 
 
 WITHOUT_PRODUCTS = _without_products()
