@@ -388,15 +388,11 @@ def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
 @contextmanager
 def only(model: nn.Module, name: str) -> Iterator[None]:
     """Within this context the model computes with that adapter alone, on every entry of a batch."""
-    adapters = [(each.name, adapter) for each in chosen(model, None) for adapter in each.adapters.values()]
-    before = [(adapter.enabled, adapter.rows) for _, adapter in adapters]
-    for each, adapter in adapters:
-        adapter.enabled, adapter.rows = each == name, None
-    try:
+    with _restored(adapters_of(model, None)):
+        for each in attachments(model):
+            for adapter in each.adapters.values():
+                adapter.enabled, adapter.rows = each.name == name, None
         yield
-    finally:
-        for (_, adapter), state in zip(adapters, before, strict=True):
-            adapter.enabled, adapter.rows = state
 
 
 @contextmanager
@@ -406,21 +402,27 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     Raises:
         AttachError: nothing is attached, or nothing of that name.
     """
-    adapters = [adapter for each in chosen(unwrap(model), name) for adapter in each.adapters.values()]
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
+    adapters = adapters_of(unwrap(model), name)
+    with _restored(adapters):
+        for adapter in adapters:
+            adapter.enabled = False
+        yield
+
+
+@contextmanager
+def _restored(adapters: list[Adapter]) -> Iterator[None]:
+    """After this context the adapters act where they did before."""
+    before = [(adapter.enabled, adapter.rows) for adapter in adapters]
     try:
         yield
     finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+        for adapter, state in zip(adapters, before, strict=True):
+            adapter.enabled, adapter.rows = state
 
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of the adapter of that name, or of all, for an optimiser."""
-    adapters = [adapter for each in chosen(unwrap(model), name) for adapter in each.adapters.values()]
-    return [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
+    return [p for adapter in adapters_of(unwrap(model), name) for p in adapter.parameters() if p.requires_grad]
 
 
 def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
@@ -497,6 +499,11 @@ def chosen(model: nn.Module, name: str | None) -> list[Attachment]:
     if name is None and attachments(model):
         return attachments(model)
     return [require_attachment(model, name)]
+
+
+def adapters_of(model: nn.Module, name: str | None) -> list[Adapter]:
+    """The layers' adapters of that name, or of all; an AttachError where there is none."""
+    return [adapter for each in chosen(model, name) for adapter in each.adapters.values()]
 
 
 def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
