@@ -345,6 +345,34 @@ def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: t
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> None:
+    x, y, dy = (torch.randn(4, 9, size).to(dtype) for size in (24, 20, 20))
+    A, B, group = torch.randn(2, 3, 24) / 24**0.5, torch.randn(2, 20, 3) / 3**0.5, torch.tensor([1, -1, 0, 1])
+
+    def run(to: torch.dtype, small: torch.dtype, of: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [*(t.to(to).requires_grad_() for t in (x, y)), *(t.to(small).requires_grad_() for t in (A, B))]
+        out = of(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dy.to(to))]
+
+    def eager(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        of_entries = [y[i] + SCALE * (x[i] @ A[g].t()) @ B[g].t() if g >= 0 else y[i] for i, g in enumerate(group)]
+        return torch.stack(of_entries)
+
+    def ours(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        _, h = lora_lite.reference.shrink(x, A, group=group)
+        return lora_lite.reference.expand_add(y, h, B, SCALE, group)
+
+    with Products() as seen:
+        got = run(dtype, torch.float32, ours)
+    assert (seen.dtypes[dtype] > 0) == (cpu == "all products")
+    plain, exact = run(dtype, torch.float32, eager), run(torch.float64, torch.float64, eager)
+    for mine, theirs, want in zip(got, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert rel_error(mine, want) <= 1.5 * rel_error(theirs, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype, cpu: str) -> None:
     model, layer, adapter, cfg = single(variant, 96, 80, True, dtype)
