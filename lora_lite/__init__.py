@@ -3,7 +3,8 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import variants as variants
-from .adapter import Attachment, attach, detach, disabled, param_groups, parameters, state_dict, use
+from .attaching import attach, detach
+from .attachment import Attachment, param_groups, parameters, state_dict
 from .calibration import InputPCA, MeanAbsProjection, Statistic
 from .checkpoint import load, save
 from .config import AdapterConfig
@@ -17,8 +18,10 @@ from .errors import (
     LoraLiteError,
 )
 from .interchange import export_peft, import_peft
+from .left_out import LeftOut
 from .params import Params, ParamSpec
 from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
+from .selection import disabled, use
 from .variant import REGISTRY, Variant, register
 from .variants.antipasto import AntiPaSTOConfig
 from .variants.delora import DeLoRAConfig
@@ -56,6 +59,7 @@ __all__ = [
     "InputPCA",
     "KernelMismatchError",
     "LayerDiagnosis",
+    "LeftOut",
     "LoRAConfig",
     "LoraLiteError",
     "LowRankAdd",

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import (
-    DEFAULT,
-    Adapter,
-    Attachment,
-    build,
-    check_free,
-    derive,
-    install,
-    require_attachment,
-    state_dict,
-    unwrap,
-)
+from .adapter import Adapter
+from .attaching import build, check_free, derive, install
+from .attachment import DEFAULT, Attachment, naming, require_attachment, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
-from .errors import CheckpointError, LoraLiteError
-from .sharding import is_sharded, whole
+from .errors import AttachError, CheckpointError, LoraLiteError
+from .fitness import unfit
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 
@@ -42,9 +34,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     The file is replaced in one step: a crash leaves the earlier one. Where FSDP has sharded the adapter, call it on
     every process: the first writes one complete file, and all return when it is there.
 
+    Warns by name about adapters that do nothing, and about parameters and buffers of the base that have trained or
+    changed beside the adapter, which the file does not hold.
+
     Raises:
         AttachError: nothing is attached.
-        CheckpointError: the path can't be written.
+        CheckpointError: the path can't be written, or a tensor has no values or not its shape.
     """
     from . import __version__
 
@@ -60,9 +55,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
-    stored = state_dict(model, attachment.name)
-    sharded = any(is_sharded(t) for t in stored.values())
-    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in stored.items()}
+    sharded = any(adapter.sharded for adapter in attachment.adapters.values())
+    tensors = {
+        f"{layer}.{key}": t for layer, of_layer in stored(attachment, "save").items() for key, t in of_layer.items()
+    }
+    warn_of_losses(model, attachment, "save")
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
         return
@@ -73,6 +70,24 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     finally:
         if sharded:
             torch.distributed.barrier()
+
+
+def stored(attachment: Attachment, what: str) -> dict[str, dict[str, Tensor]]:
+    """Each layer's tensors, whole and on the CPU; a CheckpointError of `what` where one is not as its spec says."""
+    found = {}
+    for layer, adapter in attachment.adapters.items():
+        try:
+            found[layer] = adapter.stored()
+        except AttachError as error:
+            raise CheckpointError(f"{what}: {layer}: {error}") from error
+    return found
+
+
+def warn_of_losses(model: nn.Module, attachment: Attachment, what: str) -> None:
+    """One warning of what a file of the adapter alone leaves behind, and of adapters that do nothing."""
+    texts = [attachment.beside.lost(model), attachment.watch.describe(model)]
+    if found := ". ".join(text for text in texts if text):
+        warnings.warn(f"{what}: {found}", stacklevel=3)
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
@@ -110,7 +125,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
         derive(targets, adapters)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
-    return install(model, name, cfg, backend, targets, adapters)
+    return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters))
+
+
+def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:
+    """Why the other linear layers are left out."""
+    return {t.name: "not in the adapter's file" for t in candidates(model) if t.name not in adapters}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -173,7 +193,11 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
         )
-    return [layers[name] for name in shapes or names]
+    for target in (targets := [layers[name] for name in shapes or names]):
+        with naming(target.name, target.layer):
+            if why := unfit(model, target):
+                raise CheckpointError(f"{target.name}: {why}")
+    return targets
 
 
 def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from .errors import ConfigError
 
 Role = Literal["reader", "writer", "inner"]
 ROLES: tuple[Role, ...] = ("reader", "writer", "inner")
+USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,14 @@ class AdapterConfig:
         alpha_pattern: likewise for alpha.
         dtype: of the matrices. One-dimensional parameters stay float32 (float64 if this is float64): a gain near 1
             has a spacing of 7.8e-3 in bfloat16 and would not move. Arithmetic on tokens runs in the tokens' dtype.
+        target_names: regular expressions searched in the layer's name; one must match. Empty: all. Each that is given
+            must find a layer, or attach raises.
         target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
-            into it ("writer"), or neither ("inner"). Empty: all.
-        target_names: regular expressions searched in the layer's name; one must match. Empty: all.
-        exclude_names: regular expressions; a layer whose name matches one is left alone.
+            into it ("writer"), or neither ("inner"). Empty: all. By default readers and writers; all, where
+            `target_names` is given.
+        exclude_names: regular expressions; a layer whose name matches one is left alone. By default output heads and
+            what belongs to embeddings; nothing, where `target_names` is given. Output heads, whatever their name, stay
+            out unless this is empty or `target_names` names them.
         layers: indices of the transformer blocks to adapt. None: all.
 
     Raises:
@@ -45,9 +50,9 @@ class AdapterConfig:
     r: int = 8
     alpha: float = 16.0
     dtype: torch.dtype = torch.float32
-    target_roles: tuple[Role, ...] = ("reader", "writer")
+    target_roles: tuple[Role, ...] = None  # type: ignore[assignment]  # __post_init__ resolves it
     target_names: tuple[str, ...] = ()
-    exclude_names: tuple[str, ...] = ("lm_head", "embed", r"cls\.predictions")
+    exclude_names: tuple[str, ...] = None  # type: ignore[assignment]  # likewise
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     dropout: float = 0.0
@@ -62,6 +67,10 @@ class AdapterConfig:
             if value is not None:
                 self.require(isinstance(value, Iterable), name, "a sequence")
                 object.__setattr__(self, name, tuple(value))  # JSON gives lists
+        defaults = {"target_roles": ("reader", "writer"), "exclude_names": USUALLY_LEFT_OUT}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, () if self.names_given else value)
 
         self.require(isinstance(self.r, int) and self.r >= 1, "r", "a whole number of at least 1")
         finite = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
@@ -110,6 +119,11 @@ class AdapterConfig:
         self.require(
             self.dropout == 0, "dropout", f"0: {self.variant} adds no low-rank sum that could leave inputs out"
         )
+
+    @property
+    def names_given(self) -> bool:
+        """Whether the user named layers: those are adapted or an error says why not; none is filtered by a default."""
+        return bool(self.target_names) and self.target_names != type(self).target_names
 
     @property
     def scale(self) -> float:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .adapter import Adapter, require_attachment, unwrap
+from .adapter import Adapter
+from .attachment import require_attachment, unwrap
 from .primitives import LowRankAdd
 from .quantized import dense_weight
 
@@ -27,12 +28,16 @@ class LayerDiagnosis:
         relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map.
         effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
             directions share the change. 0 where ΔW is zero.
+        after_backward: whether the adapter has gradients in any layer: then a missing one is dead too.
+        idle: why the adapter does nothing: its layer never ran, or has left the model. Empty: nothing is known.
     """
 
     layer: str
     gradients: dict[str, float | None]
     relative_change: float
     effective_rank: float
+    after_backward: bool = False
+    idle: str = ""
 
     @property
     def grad_norm(self) -> float | None:
@@ -43,7 +48,7 @@ class LayerDiagnosis:
     @property
     def dead(self) -> tuple[str, ...]:
         """Trainable tensors that the last backward left with no gradient, a zero one, or one that is not finite."""
-        if self.grad_norm is None:
+        if not self.after_backward:
             return ()
         return tuple(name for name, norm in self.gradients.items() if not (norm and math.isfinite(norm)))
 
@@ -57,12 +62,13 @@ class Diagnosis:
     def summary(self) -> str:
         """A table."""
         table = Table(title=f"{len(self.rows)} layers")
-        for heading in ("layer", "gradient", "dead", "‖ΔW‖ / ‖W‖", "effective rank"):
-            table.add_column(heading, justify="left" if heading in ("layer", "dead") else "right")
+        for heading in ("layer", "gradient", "dead", "‖ΔW‖ / ‖W‖", "effective rank", "idle"):
+            table.add_column(heading, justify="left" if heading in ("layer", "dead", "idle") else "right")
         for row in self.rows:
             gradient = "–" if row.grad_norm is None else f"{row.grad_norm:.1e}"
             rank = f"{row.effective_rank:.1f}"
-            table.add_row(row.layer, gradient, ", ".join(row.dead) or "–", f"{row.relative_change:.1e}", rank)
+            dead = ", ".join(row.dead) or "–"
+            table.add_row(row.layer, gradient, dead, f"{row.relative_change:.1e}", rank, row.idle or "–")
         console = Console(width=140, no_color=True)
         with console.capture() as capture:
             console.print(table)
@@ -97,7 +103,11 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
     Raises:
         AttachError: nothing is attached.
     """
-    attachment = require_attachment(unwrap(model), name)
+    model = unwrap(model)
+    attachment = require_attachment(model, name)
+    never, _, gone = attachment.watch.idle(model)
+    idle = dict.fromkeys(never, "never ran") | dict.fromkeys(gone, "left the model")
+    trained = any(p.grad is not None for adapter in attachment.adapters.values() for p in adapter.parameters())
     rows = []
     for target in attachment.targets:
         adapter = attachment.adapters[target.name]
@@ -108,7 +118,8 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
         }
         size = dense_weight(target.layer, torch.float32).norm().item()
         S = _singular_values(adapter, target.layer)
-        rows.append(LayerDiagnosis(target.name, gradients, S.norm().item() / size, _effective_rank(S)))
+        change, why = S.norm().item() / size, idle.get(target.name, "")
+        rows.append(LayerDiagnosis(target.name, gradients, change, _effective_rank(S), trained, why))
     return Diagnosis(rows)
 
 

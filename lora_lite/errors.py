@@ -13,6 +13,14 @@ class AttachError(LoraLiteError, RuntimeError):
     """The adapter and the model do not fit together; the model is as it was before the call."""
 
 
+class UnfitError(AttachError):
+    """A layer can't take this adapter. Where it was not asked for by name, `attach` leaves it out instead."""
+
+
+class RankError(UnfitError):
+    """r is larger than the layer allows."""
+
+
 class CalibrationError(LoraLiteError, ValueError):
     """The calibration data is missing, empty or too small; the model is as it was before the call."""
 

@@ -17,24 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import (
-    DEFAULT,
-    Adapter,
-    Attachment,
-    build,
-    check_free,
-    derive,
-    init,
-    install,
-    require_attachment,
-    unwrap,
-)
+from .adapter import Adapter
+from .attaching import build, check_free, derive, init, install
+from .attachment import DEFAULT, Attachment, require_attachment, unwrap
 from .backend import check_backend
-from .checkpoint import fill, first_of, named_targets, read_tensors, replace_file
+from .checkpoint import (
+    fill,
+    first_of,
+    named_targets,
+    not_in_file,
+    read_tensors,
+    replace_file,
+    stored,
+    warn_of_losses,
+)
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .primitives import LowRankAdd
-from .targets import Target
+from .targets import Target, candidates
 from .variant import REGISTRY
 
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
@@ -77,7 +77,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     Raises:
         AttachError: nothing is attached, PEFT has nothing that computes what this method does, or several names are not
             of an IA3 and an IA3-FF on different layers.
-        CheckpointError: the folder can't be written.
+        CheckpointError: the folder can't be written, or a tensor has no values or not its shape.
     """
     model, folder = unwrap(model), Path(folder)
     attachments = [
@@ -93,6 +93,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for attachment in attachments:
+        stored(attachment, "export_peft")  # all there, and as the specs say
+        warn_of_losses(model, attachment, "export_peft")
         of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(attachment)
         config |= of_one
         tensors |= its_tensors
@@ -132,17 +134,18 @@ def import_peft(
 
     Raises:
         AttachError: an adapter is attached already.
-        CheckpointError: the files are unreadable, of another method, or have tensors or options that lora-lite does not
-            compute; the message names them. The model is untouched.
+        CheckpointError: the files are unreadable, of another method, have tensors or options that lora-lite does not
+            compute, or lack a layer that `target_modules` matches; the message names them. The model is untouched.
     """
     model, folder = unwrap(model), Path(folder)
     check_backend(backend)
     check_free(model, name)
-    ready = {}
+    ready: dict[str, tuple[AdapterConfig, str, list[Target], dict[str, Adapter]]] = {}
     try:
         config = _read_config(folder)
         named = _variant(config)
         tensors = _ours(named, read_tensors(_tensor_file(folder))[1])
+        _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors})
         for variant, of_variant in _by_variant(named, tensors).items():
             own = f"{name}_ff" if ready else name
             cfg = _config(variant, config)
@@ -151,7 +154,8 @@ def import_peft(
         raise CheckpointError(f"import_peft: {folder}: {error}") from error
     for own in ready:
         check_free(model, own)
-    attached = {own: install(model, own, *parts) for own, parts in ready.items()}
+    without = not_in_file(model, {layer for _, _, _, adapters in ready.values() for layer in adapters})
+    attached = {own: install(model, own, *parts, without) for own, parts in ready.items()}
     return attached if len(attached) > 1 else attached[name]
 
 
@@ -284,6 +288,32 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if strange:
         raise CheckpointError(f"lora-lite adapts linear layers and can't take {first_of(strange)}")
     return found
+
+
+def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str]) -> None:
+    """Raise where the file has no tensors for a layer that its `target_modules` matches as PEFT matches them."""
+    wanted, left = config.get("target_modules") or [], config.get("exclude_modules") or []
+    blocks = config.get("layers_to_transform")
+    blocks = {blocks} if isinstance(blocks, int) else set(blocks or ())
+    names = [
+        t.name
+        for t in candidates(model)
+        if _peft_matches(wanted, t.name)
+        and not _peft_matches(left, t.name)
+        and not (t.is_head and wanted == "all-linear")
+        and (not blocks or t.block in blocks)
+    ]
+    if missing := [name for name in names if name not in layers]:
+        raise CheckpointError(
+            f"its target_modules match {len(names)} layers of this model, and it has no tensors for "
+            f"{first_of(missing)}: the file is not whole, or is of another model"
+        )
+
+
+def _peft_matches(wanted: str | list[str], name: str) -> bool:
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

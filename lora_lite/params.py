@@ -1,8 +1,9 @@
 """ParamSpec says what a variant keeps per layer; Params is the module that keeps it."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,11 @@ class ParamSpec:
 
 
 class Params(nn.Module):
-    """The tensors of one layer's adapter, as attributes under the names of their specs."""
+    """The tensors of one layer's adapter, as attributes under the names of their specs.
+
+    `model.to(dtype)` converts them as their specs would have made them under a config of that dtype: vectors and
+    scalars stay in float32.
+    """
 
     if TYPE_CHECKING:
 
@@ -70,6 +75,9 @@ class Params(nn.Module):
 
     def __init__(self, specs: dict[str, ParamSpec], config_dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
+        # Without `init`, which may be a lambda: adapters are pickled.
+        self.specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
+        self.hollow = False  # whether memory was given to it after the meta device, and no values
         for name, spec in specs.items():
             t = spec.make(config_dtype, device)
             if spec.as_buffer or spec.derived:
@@ -81,3 +89,23 @@ class Params(nn.Module):
         """Overwrite one tensor in place, converting dtype and device."""
         with torch.no_grad():
             getattr(self, name).copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half`, `to_empty` and the like run on each tensor."""
+        specs = {}
+        for name, spec in self.specs.items():
+            t = getattr(self, name)
+            specs |= {id(t): spec, id(t.grad) if t.is_leaf else 0: spec}
+
+        def by_spec(t: Tensor) -> Tensor:
+            moved, spec = fn(t), specs.get(id(t))
+            if spec is None or moved.dtype == t.dtype:
+                self.hollow |= t.is_meta and not moved.is_meta
+                return moved
+            return t.to(moved.device, spec.resolve_dtype(moved.dtype))
+
+        return super()._apply(by_spec, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.hollow = False

@@ -36,6 +36,11 @@ class LowRankAdd(Primitive):
     scale: float = 1.0
     dropout: float = 0.0
 
+    @classmethod
+    def side_by_side(cls, sums: "Sequence[LowRankAdd]") -> "LowRankAdd":
+        """One sum that is all of these, which have no dropout: one look at x and y."""
+        return cls(torch.cat([each.A for each in sums]), torch.cat([each.scale * each.B for each in sums], 1))
+
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         return ops.shrink(x, self.A, self.dropout)
 

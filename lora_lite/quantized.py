@@ -1,5 +1,6 @@
 """A base layer's weight, whatever it is stored as: as it is, or made dense. The weight itself is never changed."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from .errors import AttachError
-from .sharding import whole
+from .placement import brought, whole
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,44 @@ def weight_of(layer: Any) -> Tensor | None:
     return None
 
 
+def bias_of(layer: Any) -> Float[Tensor, "N"] | None:
+    """A layer's bias with its values, also where accelerate offloads it; None: it has none."""
+    return brought(layer, "bias")
+
+
+def token_dtype(layer: Any) -> torch.dtype:
+    """The dtype of the tokens that a layer expects: its weight's; where that is quantised its bias's, what the layer
+    says that it computes in, or bfloat16."""
+    weight = weight_of(layer)
+    for t in (weight, getattr(layer, "bias", None)):
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize > 1:
+            return t.dtype
+    declared = getattr(layer, "compute_dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.bfloat16
+
+
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
-    """A layer's weight as it is stored, without a copy; torchao's and HQQ's, of which there are many kinds, made dense,
-    and FSDP2's gathered, which all processes must do at once.
+    """A layer's weight as it is stored, without a copy; torchao's, HQQ's and 8-bit floats, of which there are many
+    kinds, made dense; FSDP2's and ZeRO-3's gathered, which all processes must do at once; what accelerate offloads
+    brought onto the device on which the layer runs.
 
     Raises:
-        AttachError: the weight is on the meta device, or of a kind that can't be read.
+        AttachError: the weight is of a kind that can't be read.
     """
     weight: Any = weight_of(layer)
     shape = (layer.out_features, layer.in_features)
     kind = type(weight).__name__
     if weight.device.type == "meta":
-        raise AttachError(
-            "its weight is on the meta device and holds no values; load the model's weights before attach"
-        )
-    if type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
+        weight = brought(layer, "weight")
+    elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
     elif weight is not getattr(layer, "weight", None):
         weight = layer.dequantize()  # HQQ
+    weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
+    if weight.is_floating_point() and weight.dtype.itemsize == 1:
+        weight = _scaled_float8(layer, weight)
     if weight.is_floating_point() and tuple(weight.shape) == shape:
-        return whole(weight.detach())
+        return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
         return FourBitWeight(weight.data, weight.quant_state, shape)
     if kind == "Int8Params":
@@ -118,6 +137,38 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         "read; use a floating-point weight, bitsandbytes 4-bit or 8-bit, or a variant that needs no weight "
         "(lora, ia3, ia3_ff, hra)"
     )
+
+
+def _scaled_float8(layer: Any, weight: Tensor) -> Float[Tensor, "N K"]:
+    """An 8-bit float weight times the scales beside it, in float32: one for all, for each row, or for each block."""
+    found = {name: brought(layer, name) for name in ("weight_scale_inv", "weight_scale", "scale_weight")}
+    named = [(name, t) for name, t in found.items() if isinstance(t, Tensor)]
+    if len(named) != 1 or weight.ndim != 2:
+        raise AttachError(
+            f"its weight is of dtype {weight.dtype}, whose values mean nothing without their scales, and it has no "
+            "weight_scale_inv or weight_scale of a known kind; load the model dequantised, or use a variant that needs "
+            "no weight (lora, ia3, ia3_ff, hra)"
+        )
+    (name, scale), (N, K) = named[0], weight.shape
+    scale = scale.detach().float()
+    if scale.ndim == 1 and scale.numel() == N:
+        scale = scale[:, None]
+    if scale.numel() == 1:
+        scale = scale.view(1, 1)
+    declared = getattr(layer, "block_size", None)
+    fits, block = scale.ndim == 2, (N, K)
+    if fits and isinstance(declared, tuple | list):
+        block = tuple(declared)
+        fits = all(s in (1, math.ceil(n / b)) for n, b, s in zip((N, K), block, scale.shape, strict=True))
+    elif fits:  # an uneven last block would leave its size open
+        block = (N // scale.shape[0], K // scale.shape[1])
+        fits = all(n % s == 0 for n, s in zip((N, K), scale.shape, strict=True))
+    if not fits:
+        raise AttachError(f"its {name} of shape {tuple(scale.shape)} fits no rows or blocks of a {N}×{K} weight")
+    for dim, size in enumerate((N, K)):
+        if scale.shape[dim] > 1:
+            scale = scale.repeat_interleave(block[dim], dim).narrow(dim, 0, size)
+    return weight.detach().float() * scale
 
 
 def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Float[Tensor, "N K"]:
@@ -135,6 +186,10 @@ def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = sli
     """
     weight = stored_weight(layer)
     if isinstance(weight, Tensor):
+        if weight.is_meta:
+            raise AttachError(
+                "its weight is on the meta device and holds no values; load the model's weights before attach"
+            )
         return weight[rows].to(dtype or weight.dtype)
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.values[rows], weight.factor[rows]).dense(dtype)

@@ -139,7 +139,7 @@ def row_norm(
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ)·b. Not differentiable: DoRA holds the norm constant (§4.3).
     W is N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(w_sq.device.type, enabled=False):
         W = W if isinstance(W, Tensor) else W.dense()
         A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
         cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])

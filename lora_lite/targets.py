@@ -1,30 +1,42 @@
-"""Find the layers to adapt, by structure: anything with in_features, out_features and a weight."""
+"""Find the layers to adapt, by structure: anything with in_features, out_features and a weight. And say why not.
+
+What a user names is a promise: each entry of `target_names`, `rank_pattern`, `alpha_pattern`, `layers` and of an
+`exclude_names` that is not the default must find something, or `find_targets` raises.
+"""
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from .config import AdapterConfig, Role
+from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
+from .placement import mesh_of
 from .quantized import weight_of
-from .sharding import mesh_of
 
 # Names of square layers that write into the residual stream; any other square layer reads from it.
-_WRITERS = re.compile(r"(o_proj|out_proj|down_proj|c_proj|out_lin|lin2|fc2|wo|w2|dense|dense_4h_to_h)$")
+_WRITERS = re.compile(
+    r"(^|\.)(o|out|output|proj)$"
+    r"|(^|[._])(o_proj|out_proj|down_proj|c_proj|to_out\.0|out_lin|lin2|fc2|fc_out|wo|w2|dense|dense_4h_to_h)$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to adapt: its name in the model, the module, its place beside the residual stream, and the device mesh
-    that FSDP2 has sharded it over, if any."""
+    """A layer to adapt: its name in the model, the module, its place beside the residual stream, the device mesh that
+    FSDP2 has sharded it over, if any, the number of its block, if it is in one, and whether it is an output head."""
 
     name: str
     layer: nn.Module
     role: Role
     mesh: Any = None
+    block: int | None = None
+    is_head: bool = False
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -39,9 +51,16 @@ def is_linear(module: nn.Module) -> bool:
 def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in its order."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    width = _residual_width(model, linears)
+    widths, blocks, heads = _Widths(model, linears), _Blocks(linears), _heads(model)
     return [
-        Target(name, layer, _role(name, layer, width), mesh_of(model, name, weight_of(layer)))
+        Target(
+            name,
+            layer,
+            _role(name, layer, widths.of(name)),
+            mesh_of(model, name, weight_of(layer)),
+            blocks.of(name),
+            id(layer) in heads or id(weight_of(layer)) in heads,
+        )
         for name, layer in linears.items()
     ]
 
@@ -50,53 +69,176 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
     """The layers that `cfg` selects, in the model's order.
 
     Raises:
-        AttachError: there is none; the message lists the model's candidates.
+        AttachError: there is none, or an entry that the user gave finds nothing; the message lists the candidates.
     """
+    return choose(model, cfg)[0]
+
+
+def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str, str]]:
+    """The layers that `cfg` selects, and of each other linear layer why it is left out."""
     found = candidates(model)
-    targets = [target for target in found if _selected(target, cfg)]
+    why = {target.name: _why_not(target, cfg) for target in found}
+    targets = [target for target in found if not why[target.name]]
+    _keep_promises(model, cfg, found, targets)
     if not targets:
-        raise AttachError(_no_match(found, cfg))
-    return targets
+        raise AttachError(_no_match("", model, found, cfg))
+    return targets, {name: reason for name, reason in why.items() if reason}
 
 
-def _selected(target: Target, cfg: AdapterConfig) -> bool:
-    if any(re.search(pattern, target.name) for pattern in cfg.exclude_names):
-        return False
-    if cfg.target_names and not any(re.search(pattern, target.name) for pattern in cfg.target_names):
-        return False
+def _why_not(target: Target, cfg: AdapterConfig) -> str:
+    """Why the layer is not selected; empty: it is."""
+    if cfg.target_names and not _matches(cfg.target_names, target.name):
+        return "not in target_names"
+    if target.is_head and cfg.exclude_names and not cfg.names_given:
+        return "the output head"
+    if excluded := [pattern for pattern in cfg.exclude_names if re.search(pattern, target.name)]:
+        return f"excluded by {excluded[0]!r}"
+    if cfg.layers is not None and target.block not in cfg.layers:
+        return f"not in layers={cfg.layers}"
     if cfg.target_roles and target.role not in cfg.target_roles:
-        return False
-    return cfg.layers is None or _block_index(target.name) in cfg.layers
+        inner = ": neither reads from nor writes into the residual stream" if target.role == "inner" else ""
+        return f"role {target.role}{inner}"
+    return ""
 
 
-def _block_index(name: str) -> int | None:
-    match = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(match[1]) if match else None
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _residual_width(model: nn.Module, linears: dict[str, nn.Module]) -> int:
-    """hidden_size of the model's config; without one, the width that most layers read or write."""
-    config = getattr(model, "config", None)
-    for holder in (getattr(config, "text_config", None), config):
-        width = getattr(holder, "hidden_size", None)
-        if isinstance(width, int):
-            return width
-    widths = Counter(width for m in linears.values() for width in (m.in_features, m.out_features))
-    return widths.most_common(1)[0][0] if widths else 0  # type: ignore[return-value]
+def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], targets: list[Target]) -> None:
+    chosen = [target.name for target in targets]
+    if cfg.names_given:
+        for pattern in cfg.target_names:
+            if not any(re.search(pattern, name) for name in chosen):
+                raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg))
+    for index in cfg.layers or ():
+        if not any(target.block == index for target in targets):
+            raise AttachError(_no_match(f"{index} of ", model, found, cfg))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(cfg, field):
+            if targets and not any(re.search(pattern, name) for name in chosen):
+                raise AttachError(
+                    f"{field}: {pattern!r} matches none of the {len(chosen)} layers that are adapted, such as "
+                    f"{chosen[0]}{_nearest(pattern, chosen)}; correct it or leave it out"
+                )
+    everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    for pattern in cfg.exclude_names:
+        if pattern not in USUALLY_LEFT_OUT and not any(re.search(pattern, name) for name in everything):
+            raise AttachError(
+                f"exclude_names: {pattern!r} matches nothing in the model{_nearest(pattern, everything)}; correct it "
+                "or leave it out"
+            )
 
 
-def _role(name: str, layer: nn.Module, width: int) -> Role:
-    reads, writes = layer.in_features == width, layer.out_features == width
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """The names whose last part, or whole, is most like the pattern."""
+    parts = dict.fromkeys(part for name in names for part in (name, name.rpartition(".")[2]) if part)
+    plain = re.sub(r"\\(.)|[$^()*+?|\[\]]", r"\1", pattern).strip(".")
+    near = get_close_matches(plain, parts, n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+# ---- the model's structure -------------------------------------------------------------------------------------------
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of output heads and of embeddings' weights, to which heads may be tied."""
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found.add(id(module.weight))
+        of_module = getattr(module, "get_output_embeddings", None)
+        if callable(of_module):
+            try:
+                found.add(id(of_module()))
+            except (AttributeError, NotImplementedError):
+                continue
+    return found - {id(None)}
+
+
+def _numbered(name: str) -> Iterator[tuple[str, int]]:
+    """(prefix, number) of each numbered part above the layer itself: ("encoder.layers", 3) of encoder.layers.3.fc1."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            yield ".".join(parts[:i]), int(part)
+
+
+def fold(name: str) -> str:
+    """The name with its numbers left out: the kind of the layer."""
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+
+
+class _Blocks:
+    """The numbers of transformer blocks: those of the longest run of numbered siblings that hold linear layers, the
+    outer of two as long. A mixture's experts are no blocks."""
+
+    def __init__(self, linears: Iterable[str]) -> None:
+        runs: dict[str, set[int]] = {}
+        for name in linears:
+            for prefix, number in _numbered(name):
+                runs.setdefault(prefix, set()).add(number)
+        self.length: Counter[str] = Counter()
+        for prefix, numbers in runs.items():
+            self.length[fold(prefix)] = max(self.length[fold(prefix)], len(numbers))
+
+    def of(self, name: str) -> int | None:
+        found = [(prefix, number) for prefix, number in _numbered(name) if not prefix.endswith("experts")]
+        return max(found, key=lambda each: self.length[fold(each[0])])[1] if found else None
+
+
+class _Widths:
+    """Widths of the residual stream, by block: the width that most of its linear layers read or write, where a
+    hidden_size of the model's config counts twice. Where two are level the block around it decides."""
+
+    def __init__(self, model: nn.Module, linears: dict[str, Any]) -> None:
+        config = getattr(model, "config", None)
+        parts = [each for each in getattr(config, "__dict__", {}).values() if hasattr(each, "hidden_size")]
+        holders = [getattr(config, "text_config", None), config, *parts]
+        declared = [getattr(holder, "hidden_size", None) for holder in holders]
+        self.declared = [width for width in declared if isinstance(width, int)]
+        counts: dict[str, Counter[int]] = {}
+        for name, layer in linears.items():
+            for block in self._around(name):
+                counts.setdefault(block, Counter()).update((layer.in_features, layer.out_features))
+        self.by_block = {block: width for block, counter in counts.items() if (width := self._most(counter))}
+        everything: Counter[int] = Counter(w for m in linears.values() for w in (m.in_features, m.out_features))
+        self.outside = set(self.by_block.values())
+        if not self.outside:
+            self.outside = {self.declared[0]} if self.declared else {w for w, _ in everything.most_common(1)}
+
+    @staticmethod
+    def _around(name: str) -> list[str]:
+        return [f"{prefix}.{number}" if prefix else str(number) for prefix, number in _numbered(name)]
+
+    def _most(self, counter: Counter[int]) -> int | None:
+        weighed = {width: count * (2 if width in self.declared else 1) for width, count in counter.items()}
+        best = [width for width, count in weighed.items() if count == max(weighed.values())]
+        return best[0] if len(best) == 1 else None
+
+    def of(self, name: str) -> set[int]:
+        inside = [self.by_block[block] for block in reversed(self._around(name)) if block in self.by_block]
+        return {inside[0]} if inside else self.outside
+
+
+def _role(name: str, layer: Any, widths: set[int]) -> Role:
+    reads, writes = layer.in_features in widths, layer.out_features in widths
     if reads and writes:
         return "writer" if _WRITERS.search(name) else "reader"
     return "reader" if reads else "writer" if writes else "inner"
 
 
-def _no_match(found: list[Target], cfg: AdapterConfig) -> str:
+def _no_match(entry: str, model: nn.Module, found: list[Target], cfg: AdapterConfig) -> str:
     """One line a kind of layer: block indices are folded, so a deep model's list stays short."""
-    kinds: dict[str, int] = Counter(f"{re.sub(r'(?<![^.])[0-9]+(?![^.])', '*', t.name)} ({t.role})" for t in found)
+    from .left_out import unreachable
+
+    kinds: dict[str, int] = Counter(f"{fold(t.name)} ({t.role})" for t in found)
     listing = "\n".join(f"  {kind} ×{count}" for kind, count in kinds.items()) or "  (the model has no linear layer)"
+    pattern = entry.partition("' of ")[0].strip("'\"") if "'" in entry else ""
+    near = _nearest(pattern, (t.name for t in found)) if pattern else ""
+    others = [each for each in unreachable(model) if each.matters or (pattern and re.search(pattern, each.kind))]
+    rest = "".join(f"\n  {each.kind} ×{each.count}: not adaptable, {each.why}" for each in others)
     return (
-        f"no layer matches target_names={cfg.target_names}, target_roles={cfg.target_roles}, "
-        f"exclude_names={cfg.exclude_names}, layers={cfg.layers}. The model's candidates are:\n{listing}"
+        f"no layer matches {entry}target_names={cfg.target_names}, target_roles={cfg.target_roles}, "
+        f"exclude_names={cfg.exclude_names}, layers={cfg.layers}{near}. The model's candidates are:\n{listing}{rest}"
     )

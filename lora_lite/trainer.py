@@ -1,14 +1,15 @@
 """AdapterCallback: a transformers Trainer's checkpoints hold the adapter alone."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
-from .adapter import ADAPTERS, attachments, chosen, unwrap
+from .attachment import attachments, chosen, unwrap
 from .checkpoint import save
+from .site import SITE
 
 
 class AdapterCallback(TrainerCallback):
@@ -18,7 +19,8 @@ class AdapterCallback(TrainerCallback):
     model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads the
     best model. The base weights, which no method changes, are not written.
 
-    While the Trainer runs, `model.save_pretrained` writes the adapter in the base's stead.
+    From the start of the training on, and after it, `model.save_pretrained` and so `trainer.save_model` write the
+    adapter in the base's stead, until it is detached.
 
     Raises:
         AttachError: when training starts and nothing is attached.
@@ -27,17 +29,24 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model = unwrap(model)
         chosen(model, None)
+        # Not a closure: a copy of the model saves the copy.
+        model.save_pretrained = partial(_save_pretrained, model)
 
-        def save_pretrained(folder: str | os.PathLike[str], *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
-            tensors = model.state_dict() if state_dict is None else state_dict
-            own = {name: t for name, t in tensors.items() if f".{ADAPTERS}." in name}
-            type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
-            for each in attachments(model):
-                file = "adapter.safetensors" if len(attachments(model)) == 1 else f"{each.name}.safetensors"
-                save(model, Path(folder) / file, name=each.name)
 
-        model.save_pretrained = save_pretrained
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        if model is not None:
-            vars(unwrap(model)).pop("save_pretrained", None)
+def _save_pretrained(
+    model: Any, folder: str | os.PathLike[str], *args: Any, state_dict: Any = None, **kwargs: Any
+) -> None:
+    found = attachments(model)
+    if not found:  # detached since
+        vars(model).pop("save_pretrained", None)
+        model.save_pretrained(folder, *args, state_dict=state_dict, **kwargs)
+        return
+    tensors = model.state_dict() if state_dict is None else state_dict
+    own = {name: t for name, t in tensors.items() if f".{SITE}." in name}
+    type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
+    for each in found:
+        save(
+            model,
+            Path(folder) / ("adapter.safetensors" if len(found) == 1 else f"{each.name}.safetensors"),
+            name=each.name,
+        )

@@ -6,6 +6,7 @@ from torch import nn
 
 from .calibration import Statistic
 from .config import AdapterConfig
+from .errors import AttachError
 from .params import Params, ParamSpec
 from .primitives import Primitive
 
@@ -73,3 +74,17 @@ def register(variant: V) -> V:
         raise ValueError(f"a variant named {name!r} is registered already: {REGISTRY[name].__qualname__}")
     REGISTRY[name] = variant
     return variant
+
+
+def variant_of(cfg: AdapterConfig) -> type[Variant]:
+    """The registered variant of a config.
+
+    Raises:
+        AttachError: it is no config of one.
+    """
+    name = getattr(cfg, "variant", None)
+    if name not in REGISTRY or not isinstance(cfg, AdapterConfig):
+        raise AttachError(
+            f"cfg must be the config of a registered variant ({', '.join(REGISTRY)}); got {type(cfg).__name__}"
+        )
+    return REGISTRY[name]

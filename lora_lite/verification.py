@@ -1,5 +1,6 @@
 """verify: does the backend in force compute, on a real batch, what the float32 reference computes?"""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, only, require_attachment, unwrap
+from .adapter import Adapter
+from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
+from .idle import kinds_of, listing
+from .selection import only
 from .targets import Target
+
+_CEILING = 0.1  # no rounding explains a larger relative error, however wrong the layer's own weight is
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Comparison:
         return f"{self.layer} ({self.backend}): {name} {self.errors[name]:.1e}, allowed {self.allowed[name]:.1e}"
 
 
-def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str | None = None) -> list[Comparison]:
+def verify(
+    model: nn.Module, batch: Any, *, rtol: float | None = None, name: str | None = None, partial: bool = False
+) -> list[Comparison]:
     """Run `batch` forward and backward and compare every adapted layer with the float32 reference.
 
     Each layer is run again by itself, without dropout, on the input and the output gradient that the batch gave it:
@@ -49,16 +57,18 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str
         model: a model with an adapter attached. It is as it was afterwards, gradients included.
         batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
             one (pass labels), otherwise at the mean square of its first floating-point tensor.
-        rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, and
-            at least four roundings.
+        rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, at
+            least four roundings and at most 0.1.
         name: of the adapter, where several are attached; the others don't act meanwhile.
+        partial: whether the batch may leave adapted layers out. Experts to which it was not routed it may anyway.
 
     Returns:
-        One `Comparison` a call of an adapted layer, in the order in which they ran.
+        One `Comparison` a call of an adapted layer, in the order in which they ran. Layers that ran without gradients,
+        such as those of a part under no_grad, are named in a UserWarning and compared on a gradient of their own.
 
     Raises:
         ValueError: rtol is not above 0.
-        AttachError: nothing is attached, or no adapted layer ran.
+        AttachError: nothing is attached, or adapted layers did not run; the message names them.
         KernelMismatchError: a layer's error is larger than allowed; it names the worst one.
     """
     if rtol is not None and not rtol > 0:
@@ -66,8 +76,7 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str
     attachment = require_attachment(unwrap(model), name)
     with only(unwrap(model), attachment.name):
         calls = _record(model, batch, attachment.targets)
-        if not calls:
-            raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
+        _require_all(calls, attachment.targets, partial)
         rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
     wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
@@ -77,6 +86,18 @@ def verify(model: nn.Module, batch: Any, *, rtol: float | None = None, name: str
             f'{worst}. attach(..., backend="reference") avoids the kernels'
         )
     return rows
+
+
+def _require_all(calls: list[tuple[Target, Tensor, Tensor]], targets: list[Target], partial: bool) -> None:
+    if not calls:
+        raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
+    ran = {target.name for target, _, _ in calls}
+    idle = kinds_of([t.name for t in targets], {t.name for t in targets} - ran)
+    if idle and not partial:
+        raise AttachError(
+            f"verify: the batch did not run these adapted layers: {listing(idle)}. Their adapters do nothing if "
+            "training does not run them either: leave them out, use a batch that runs them, or pass partial=True"
+        )
 
 
 def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[Target, Tensor, Tensor]]:
@@ -100,11 +121,21 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
     finally:
         for handle in handles:
             handle.remove()
-    grads = torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ()
-    return [
-        (target, x, torch.zeros_like(y) if dy is None else dy)
-        for (target, x), y, dy in zip(seen, outputs, grads, strict=True)
-    ]
+    without = [target.name for (target, _), y in zip(seen, outputs, strict=True) if not y.requires_grad]
+    if without:
+        warnings.warn(
+            f"verify: these layers ran without gradients, under no_grad or the like, and their adapters would not "
+            f"train: {listing(without)}. They are compared on a gradient of their own",
+            stacklevel=3,
+        )
+    live = [y for y in outputs if y.requires_grad]
+    found = torch.autograd.grad(loss, live, allow_unused=True) if live and loss.requires_grad else [None] * len(live)
+    grads = iter(found)
+    calls = []
+    for (target, x), y in zip(seen, outputs, strict=True):
+        dy = next(grads) if y.requires_grad else y.detach()
+        calls.append((target, x, torch.zeros_like(y) if dy is None else dy))
+    return calls
 
 
 def _loss(output: Any) -> Tensor:
@@ -125,7 +156,7 @@ def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: floa
         got = _results(adapter, layer, x, dy)
     roundings = 4 * torch.finfo(x.dtype).eps / 2
     errors = {name: _error(got[name], want[name]) for name in want}
-    allowed = {name: rtol or max(2 * _error(plain[name], want[name]), roundings) for name in want}
+    allowed = {name: rtol or min(max(2 * _error(plain[name], want[name]), roundings), _CEILING) for name in want}
     return Comparison(target.name, adapter.in_force(x), errors, allowed)
 
 

@@ -51,7 +51,7 @@ def test_in_training_alone(variant: str) -> None:
             module.cfg = dataclasses.replace(module.cfg, dropout=0.0)
     assert torch.equal(layer.eval()(x), plain(x))
     layer.train()
-    attachment = ll.adapter.require_attachment(layer)
+    attachment = ll.attachment.require_attachment(layer)
     with ll.disabled(layer.train()):
         assert torch.equal(layer(x), layer(x))
     assert attachment.cfg.dropout == 0.4
@@ -224,7 +224,7 @@ def test_verify_and_diagnose_take_none(tmp_path: Path) -> None:
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()})
     assert str(ll.diagnose(model)) == str(ll.diagnose(model))
-    assert all(adapter.training for adapter in ll.adapter.require_attachment(model).adapters.values())
+    assert all(adapter.training for adapter in ll.attachment.require_attachment(model).adapters.values())
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "delora"])
@@ -237,6 +237,6 @@ def test_files(variant: str, tmp_path: Path) -> None:
     for load in (lambda: ll.load(model, tmp_path / "a.safetensors"), lambda: ll.import_peft(model, tmp_path / "peft")):
         ll.detach(model)
         assert load().cfg.dropout == 0.25
-        assert next(iter(ll.adapter.require_attachment(model).adapters.values())).cfg.dropout == 0.25
+        assert next(iter(ll.attachment.require_attachment(model).adapters.values())).cfg.dropout == 0.25
     config = peft.PeftConfig.from_pretrained(str(tmp_path / "peft"))
     assert getattr(config, "module_dropout" if variant == "delora" else "lora_dropout") == 0.25

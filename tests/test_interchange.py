@@ -159,7 +159,7 @@ def test_a_method_of_ones_own_leaves_as_lora(tmp_path: Path) -> None:
             return ll.LowRankAdd(p.lora_A, p.lora_B, cfg.scale / 2)
 
     ours = trained(llama(), "lora")
-    for adapter in ll.adapter.require_attachment(ours).adapters.values():
+    for adapter in ll.attachment.require_attachment(ours).adapters.values():
         adapter.variant = Halves
     ll.export_peft(ours, tmp_path)
     assert_close(logits(read_by_peft(llama(), tmp_path)), logits(ours), TOLERANCE)

@@ -35,7 +35,7 @@ def test_rslora_starts_pissa_at_the_base() -> None:
     base = model(token_ids()).logits
     attach(model, "pissa", rslora=True)
     assert_close(model(token_ids()).logits, base, 1e-5)
-    adapter = next(iter(ll.adapter.require_attachment(model).adapters.values()))
+    adapter = next(iter(ll.attachment.require_attachment(model).adapters.values()))
     assert adapter.cfg.scale == 6.0 / 2.0
 
 
@@ -82,7 +82,7 @@ def test_param_groups() -> None:
     groups = ll.param_groups(model, lr=1e-3, lr_ratio=8)
     assert [group["lr"] for group in groups] == [1e-3, 8e-3]
     fast = {id(p) for p in groups[1]["params"]}
-    for adapter in ll.adapter.require_attachment(model).adapters.values():
+    for adapter in ll.attachment.require_attachment(model).adapters.values():
         assert id(adapter.lora_B) in fast
         assert id(adapter.lora_A) not in fast
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in ll.parameters(model)}

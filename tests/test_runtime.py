@@ -476,7 +476,6 @@ def test_second_adapter_around_an_attached_submodule() -> None:
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     monkeypatch.setattr(ll.variant, "REGISTRY", registry := dict(ll.REGISTRY))
-    monkeypatch.setattr(ll.adapter, "REGISTRY", registry)
     monkeypatch.setattr(ll.checkpoint, "REGISTRY", registry)
 
 

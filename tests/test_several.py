@@ -128,7 +128,7 @@ def test_order_on_one_layer() -> None:
     ll.attach(layer, config("lora", target_roles=()), name="add")
     ll.attach(layer, config("ia3", target_names=()), name="gain")
     randomize(layer)
-    own = {each.name: next(iter(each.adapters.values())) for each in ll.adapter.attachments(layer)}
+    own = {each.name: next(iter(each.adapters.values())) for each in ll.attachment.attachments(layer)}
     turn = own["turn"].variant.primitive(own["turn"], layer, own["turn"].cfg)
     turned = x + (x @ turn.A.t()) @ turn.B.t()
     add = own["add"]
@@ -326,7 +326,7 @@ def test_nothing_of_a_call_is_kept(variant: str) -> None:
     model = of_two(variant)
     ll.use(model, ROWS)
     model(token_ids(4)).logits.sum().backward()
-    for each in ll.adapter.attachments(model):
+    for each in ll.attachment.attachments(model):
         for adapter in each.adapters.values():
             assert adapter._given is None
             assert not adapter._running

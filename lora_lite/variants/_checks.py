@@ -1,9 +1,9 @@
 """Checks of a config against a layer's shape that several variants share."""
 
-from ..errors import AttachError
+from ..errors import RankError
 
 
 def check_rank(r: int, *sizes: int) -> None:
-    """Raise an AttachError where r exceeds the smallest of `sizes`."""
+    """Raise an RankError where r exceeds the smallest of `sizes`."""
     if r > min(sizes):
-        raise AttachError(f"r={r} is larger than the layer allows; use r ≤ {min(sizes)}, or leave this layer out")
+        raise RankError(f"r={r} is larger than the layer allows; use r ≤ {min(sizes)}, or leave this layer out")

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAddRescale
-from ..quantized import dense_weight, stored_weight
+from ..quantized import bias_of, dense_weight, stored_weight
 from ..variant import Variant, register
 from ._checks import check_rank
 
@@ -51,5 +51,5 @@ class DoRA(Variant):
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAddRescale:
-        W, bias = stored_weight(layer), getattr(layer, "bias", None)
+        W, bias = stored_weight(layer), bias_of(layer)
         return LowRankAddRescale(p.lora_A, p.lora_B, cfg.scale, p.lora_m, W, p.lora_w_sq, bias, cfg.dropout)

@@ -158,7 +158,7 @@ def randomize(module: nn.Module, seed: int = 0, by: float = 0.5) -> None:
 
 def only_adapter(model: nn.Module) -> Any:
     """The adapter of a model with a single adapted layer (or of that layer itself)."""
-    (adapter,) = ll.adapter.require_attachment(model).adapters.values()
+    (adapter,) = ll.attachment.require_attachment(model).adapters.values()
     return adapter
 
 

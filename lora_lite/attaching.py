@@ -1,0 +1,257 @@
+"""attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .attachment import DEFAULT, Attachment, attachments, chosen, forget, naming, record, unwrap
+from .backend import check_backend
+from .beside import Beside
+from .calibration import CalibrationData, gather
+from .config import AdapterConfig
+from .errors import AttachError, RankError, UnfitError
+from .fitness import require_gradient, unfit
+from .idle import Watch
+from .left_out import left_out
+from .placement import replicate
+from .quantized import weight_of
+from .site import SITE, Site
+from .targets import Target, choose
+from .variant import Variant, variant_of
+
+
+@overload
+def attach(
+    model: nn.Module, cfg: AdapterConfig, *, name: str = ..., backend: str = ..., calibration_data: Any = ...
+) -> Attachment: ...
+
+
+@overload
+def attach(
+    model: nn.Module, cfg: Mapping[str, AdapterConfig], *, backend: str = ..., calibration_data: Any = ...
+) -> dict[str, Attachment]: ...
+
+
+def attach(
+    model: nn.Module,
+    cfg: AdapterConfig | Mapping[str, AdapterConfig],
+    *,
+    name: str = DEFAULT,
+    backend: str = "auto",
+    calibration_data: CalibrationData | None = None,
+) -> Attachment | dict[str, Attachment]:
+    """Freeze `model` and put an adapter on each layer that `cfg` selects. The base weights are never changed.
+
+    A model can carry several adapters under different names; all of them act, in the order in which they were attached,
+    until `use` says otherwise. Low-rank sums on one layer run as one; other adapters nest: each acts on the input that
+    the one before it leaves, and on the output likewise.
+
+    After the first backward, one UserWarning names adapted layers that never ran or that no gradient reached.
+
+    Args:
+        model: any module with linear-like layers (in_features, out_features, weight).
+        cfg: a variant's config, such as `LoRAConfig(r=8)`; or a dict of them by name: all are attached, or none.
+        name: of the adapter, for `use`, `save`, `detach` and the rest. A dict has the names itself.
+        backend: "triton" for the fused kernels, "reference" for PyTorch, "auto" for kernels where they run.
+        calibration_data: model inputs (dicts, tuples, tensors; a DataLoader works) for EVA and, optionally, AntiPaSTO.
+
+    Returns:
+        An `Attachment`, or a dict of them by name; print its `summary()`, which also says what is left out and why.
+
+    Raises:
+        AttachError: an adapter of that name is attached already, PEFT has one there, no layer matches or something that
+            `cfg` names matches none, or a layer can't take this adapter.
+        CalibrationError: the variant needs calibration data and got none or too little.
+        In each case the model is as it was.
+    """
+    model = unwrap(model)
+    if isinstance(cfg, Mapping):
+        return _attach_all(model, cfg, backend, calibration_data)
+    check_backend(backend)
+    variant = variant_of(cfg)
+    check_free(model, name)
+    targets, adapters, reasons = _built(model, variant, cfg, backend)
+    if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
+        statistics = {}
+        for t in targets:
+            with naming(t.name, t.layer):
+                statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
+        gathered = gather(model, statistics, calibration_data)
+        planned: AdapterConfig = variant.plan(gathered, cfg)
+        if planned is not cfg:
+            cfg = planned
+            targets, adapters, reasons = _built(model, variant, cfg, backend)
+        for layer, adapter in adapters.items():
+            variant.calibrate(adapter, gathered[layer], adapter.cfg)
+    else:
+        init(targets, adapters)
+    derive(targets, adapters)
+    return install(model, name, cfg, backend, targets, adapters, reasons)
+
+
+def _attach_all(
+    model: nn.Module, configs: Mapping[str, AdapterConfig], backend: str, calibration_data: Any
+) -> dict[str, Attachment]:
+    attached: dict[str, Attachment] = {}
+    if not all(isinstance(cfg, AdapterConfig) for cfg in configs.values()):
+        variant_of(cast(AdapterConfig, configs))  # a dict of something else
+    try:
+        for name, cfg in configs.items():
+            attached[name] = attach(model, cfg, name=name, backend=backend, calibration_data=calibration_data)
+    except Exception:
+        for name in attached:
+            detach(model, name)
+        raise
+    return attached
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise where `name` is taken or can't be a name, where a layer carries an adapter that was attached through
+    another model, or where PEFT has adapters: a second one would freeze those."""
+    try:
+        nn.ModuleDict({name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"name={name!r} can't be an adapter's name ({error}); use letters, digits and _") from None
+    mine = attachments(model)
+    if name in {each.name for each in mine}:
+        raise AttachError(
+            f"an adapter named {name!r} is attached to this model already; call detach(model) first, or give this one "
+            "another name"
+        )
+    own = {id(adapter) for each in mine for adapter in each.adapters.values()}
+    for path, module in model.named_modules():
+        if any(id(adapter) not in own for adapter in getattr(module, SITE, {}).values()):
+            raise AttachError(
+                f"{path or type(module).__name__} carries an adapter already; call detach on the model it was attached "
+                "through"
+            )
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise AttachError(
+                f"{path or type(module).__name__} is a {type(module).__name__} around a base_layer: PEFT adapts this "
+                "model already. Call its unload() or merge_and_unload() first, or bring PEFT's adapter by import_peft"
+            )
+
+
+def _built(
+    model: nn.Module, variant: type[Variant], cfg: AdapterConfig, backend: str
+) -> tuple[list[Target], dict[str, Adapter], dict[str, str]]:
+    """The layers that `cfg` selects and that can take an adapter, their adapters with the tensors as the specs start
+    them, and of each other linear layer why it is left out. A layer that was asked for by name is not left out: that it
+    can't be adapted is an error."""
+    selected, reasons = choose(model, cfg)
+    targets: list[Target] = []
+    adapters: dict[str, Adapter] = {}
+    problem: AttachError | None = None
+    for target in selected:
+        why = ""
+        try:
+            with naming(target.name, target.layer):
+                if why := unfit(model, target):
+                    raise UnfitError(f"{why}; adapt the layers around it instead")
+                require_gradient(target.layer)
+                adapters[target.name] = build(target, variant, cfg, backend)
+                targets.append(target)
+        except UnfitError as error:
+            if cfg.names_given:
+                raise
+            narrow = f"narrower than r={cfg.for_layer(target.name).r}"
+            reasons[target.name], problem = narrow if isinstance(error, RankError) else why, error
+    if not targets and problem is not None:
+        raise problem
+    return targets, adapters, reasons
+
+
+def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
+    """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
+    with naming(target.name, target.layer):
+        return Adapter(target, variant, cfg.for_layer(target.name), backend)
+
+
+def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
+    """`Variant.init` for each layer. Factorisations are too small for many threads each, so on a CPU up to four layers
+    at a time are done side by side, where the method allows it and the weights are dense already."""
+
+    def of(t: Target) -> None:
+        with naming(t.name, t.layer):
+            adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
+
+    threads = torch.get_num_threads()
+    workers = min(threads, 4)
+    if workers == 1 or not all(adapters[t.name].variant.side_by_side and _dense_on_cpu(t) for t in targets):
+        for t in targets:
+            of(t)
+        return
+    torch.set_num_threads(threads // workers)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            for _ in pool.map(of, targets):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _dense_on_cpu(t: Target) -> bool:
+    weight = weight_of(t.layer)
+    plain = type(weight) in (Tensor, nn.Parameter)  # neither quantised nor sharded
+    return weight is not None and plain and weight.is_floating_point() and weight.device.type == "cpu"
+
+
+def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
+    """`Variant.derive` for each layer."""
+    for t in targets:
+        with naming(t.name, t.layer):
+            adapters[t.name].variant.derive(adapters[t.name], t.layer, adapters[t.name].cfg)
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    cfg: AdapterConfig,
+    backend: str,
+    targets: list[Target],
+    adapters: dict[str, Adapter],
+    reasons: dict[str, str],
+) -> Attachment:
+    """Freeze the base and put the adapters on their layers' sites. Nothing in here can fail half-way."""
+    others = attachments(model)
+    beside = others[0].beside if others else Beside(model)
+    without = left_out(model, reasons, adapters)
+    if not others:
+        beside.freeze()
+    sites = {target.name: Site.of(target.layer, target.name) for target in targets}
+    for target in targets:
+        adapter, site = adapters[target.name].train(target.layer.training), sites[target.name]
+        if target.mesh is not None:
+            replicate(adapter, target.mesh)
+        site[name] = adapter
+        site.off -= {name}
+    watch = Watch(name, targets, adapters, sites)
+    attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside)
+    record(model, attachment)
+    watch.start(model)
+    attachment.backends()  # warns now, and not in the middle of a forward, where "triton" has to fall back
+    return attachment
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take off the adapter of that name, or all of them. After the last, every base tensor and `requires_grad` flag is
+    as it was before `attach`.
+
+    Raises:
+        AttachError: nothing is attached, or nothing of that name.
+    """
+    model = unwrap(model)
+    for attachment in chosen(model, name):
+        attachment.watch.stop()
+        for target in attachment.targets:
+            attachment.sites[target.name].leave(target.layer, attachment.name)
+        forget(model, attachment)
+        if not attachments(model):
+            attachment.beside.restore()

@@ -1,0 +1,203 @@
+"""Attachment: the record of what `attach` put on a model under a name, and how to look it up."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .backend import select
+from .beside import Beside
+from .config import AdapterConfig
+from .errors import AttachError
+from .idle import Watch
+from .left_out import LeftOut
+from .placement import execution_device
+from .quantized import token_dtype, weight_of
+from .site import Site
+from .targets import Target
+
+_ATTACHMENTS = "_lora_lite"  # attribute of the model: its attachments by name
+DEFAULT = "default"
+_SHOWN = 20  # lines of what is left out, in a summary
+
+
+@dataclass
+class Attachment:
+    """What `attach` put on a model, under a name.
+
+    Args:
+        name, cfg, backend: as given to `attach`.
+        targets: the adapted layers, in the model's order.
+        adapters: each layer's, by the layer's name.
+        left_out: what is not adapted: kinds of weights, how many, how large a part of the model, and why.
+    """
+
+    name: str
+    cfg: AdapterConfig
+    backend: str
+    targets: list[Target]
+    adapters: dict[str, Adapter]
+    left_out: tuple[LeftOut, ...] = field(repr=False)
+    sites: dict[str, Site] = field(repr=False)
+    watch: Watch = field(repr=False)
+    beside: Beside = field(repr=False)  # shared by all attachments of a model
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable adapter parameters."""
+        return sum(p.numel() for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad)
+
+    def backends(self) -> dict[str, tuple[str, str]]:
+        """For each layer the backend in force, for tokens of its weight's dtype, and why."""
+        in_force = {}
+        for target in self.targets:
+            weight = weight_of(target.layer)
+            assert weight is not None
+            device = execution_device(target.layer) or weight.device
+            in_force[target.name] = select(self.backend, device, token_dtype(target.layer))[1:]
+        return in_force
+
+    def summary(self) -> str:
+        """A table with a row a layer: shape, role, trainable parameters, backend in force and why. Below it what is
+        left out, largest part first."""
+        base = sum(p.numel() for p, _ in self.beside.flags)
+        table = Table(
+            title=f"{self.name}, {self.cfg.variant}: {self.trainable:,} trainable parameters on {len(self.targets)} "
+            f"layers ({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
+        )
+        for heading in ("layer", "in → out", "role", "trainable", "backend"):
+            table.add_column(heading, justify="right" if heading == "trainable" else "left")
+        backends = self.backends()
+        for target in self.targets:
+            layer: Any = target.layer
+            trainable = sum(p.numel() for p in self.adapters[target.name].parameters() if p.requires_grad)
+            table.add_row(
+                target.name,
+                f"{layer.in_features} → {layer.out_features}",
+                target.role,
+                f"{trainable:,}",
+                "{} ({})".format(*backends[target.name]),
+            )
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get() + self._what_is_left_out()
+
+    def _what_is_left_out(self) -> str:
+        if not self.left_out:
+            return ""
+        share = 100 * sum(each.share for each in self.left_out)
+        lines = [
+            f"Left out, {share:.1f} % of the model's parameters:",
+            *(f"  {each}" for each in self.left_out[:_SHOWN]),
+        ]
+        if more := len(self.left_out) - _SHOWN:
+            lines += [f"  and {more} more kinds: Attachment.left_out has them all"] if more > 0 else []
+        return "\n".join(lines) + "\n"
+
+
+# ---- looking it up ---------------------------------------------------------------------------------------------------
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """All that is attached to the model, in the order in which it was."""
+    return list(getattr(model, _ATTACHMENTS, {}).values())
+
+
+def record(model: nn.Module, attachment: Attachment) -> None:
+    """Keep the attachment with the model."""
+    setattr(model, _ATTACHMENTS, {**getattr(model, _ATTACHMENTS, {}), attachment.name: attachment})
+
+
+def forget(model: nn.Module, attachment: Attachment) -> None:
+    """Undo `record`."""
+    left = {each.name: each for each in attachments(model) if each.name != attachment.name}
+    if left:
+        setattr(model, _ATTACHMENTS, left)
+    else:
+        delattr(model, _ATTACHMENTS)
+
+
+def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
+    """The attachment of that name, or the only one; an AttachError where there is none, or no telling which."""
+    found = {each.name: each for each in attachments(model)}
+    if not found:
+        raise AttachError("no adapter is attached to this model; call attach(model, cfg) or load(model, path) first")
+    if name is None and len(found) > 1:
+        raise AttachError(f"several adapters are attached ({', '.join(found)}); say which with name=")
+    if name is not None and name not in found:
+        raise AttachError(f"no adapter is attached under the name {name!r}; there are {', '.join(found)}")
+    return found[name or next(iter(found))]
+
+
+def chosen(model: nn.Module, name: str | None) -> list[Attachment]:
+    """The attachment of that name, or all where it is None; an AttachError where there is none."""
+    if name is None and attachments(model):
+        return attachments(model)
+    return [require_attachment(model, name)]
+
+
+def adapters_of(model: nn.Module, name: str | None) -> list[Adapter]:
+    """The layers' adapters of that name, or of all; an AttachError where there is none."""
+    return [adapter for each in chosen(model, name) for adapter in each.adapters.values()]
+
+
+def sites_of(model: nn.Module) -> list[Site]:
+    """Every layer's site."""
+    return list({id(site): site for each in attachments(model) for site in each.sites.values()}.values())
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable parameters of the adapter of that name, or of all, for an optimiser."""
+    return [p for adapter in adapters_of(unwrap(model), name) for p in adapter.parameters() if p.requires_grad]
+
+
+def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
+    """Groups for an optimiser in which B learns `lr_ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv
+    2402.12354).
+
+    Raises:
+        AttachError: nothing is attached, or the method has no trainable B.
+        ValueError: lr or lr_ratio is not above 0.
+    """
+    if not (lr > 0 and lr_ratio > 0):
+        raise ValueError(f"param_groups: lr and lr_ratio must be above 0; got {lr} and {lr_ratio}")
+    found = chosen(unwrap(model), name)
+    slow, fast = [], []
+    for adapter in (adapter for each in found for adapter in each.adapters.values()):
+        for key, p in adapter.named_parameters():
+            if p.requires_grad:
+                (fast if key == "lora_B" else slow).append(p)
+    if not fast:
+        variants = ", ".join(each.cfg.variant for each in found)
+        raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; use parameters(model)")
+    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
+
+
+def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors as "<layer>.<tensor>", as `save` writes them. They share memory with the model's.
+
+    Raises:
+        AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
+    """
+    adapters = require_attachment(unwrap(model), name).adapters
+    return {f"{layer}.{key}": t for layer, adapter in adapters.items() for key, t in adapter.state_dict().items()}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, so that layer names don't depend on compilation."""
+    return getattr(model, "_orig_mod", model)
+
+
+@contextmanager
+def naming(name: str, layer: Any) -> Iterator[None]:
+    """Name the layer in what is raised about it."""
+    try:
+        yield
+    except AttachError as error:
+        raise type(error)(f"{name} ({layer.in_features} → {layer.out_features}): {error}") from None

@@ -1,0 +1,88 @@
+"""Can an adapter act around this layer? Asked at attach, so that none is put where it would do nothing or harm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AttachError
+from .placement import is_managed, is_sharded
+from .quantized import token_dtype, weight_of
+from .targets import Target
+
+
+def unfit(model: nn.Module, target: Target) -> str:
+    """Why an adapter could not act around the layer; empty: nothing is known against it.
+
+    Raises:
+        AttachError: the layer could only be adapted before the model was offloaded.
+    """
+    parent = model.get_submodule(target.name.rpartition(".")[0]) if target.name else None
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    weight: Any = weight_of(target.layer)
+    if weight.is_meta and not is_managed(target.layer) and (above := _offloaded_above(model, target.name)):
+        raise AttachError(
+            f"accelerate offloads its weight with the whole of {above}, whose list of tensors would lack the "
+            "adapter's; attach before the model is offloaded"
+        )
+    layer: Any = target.layer
+    _, y = _run_one_row(layer)
+    if y is not None and not isinstance(y, Tensor):
+        return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"
+    if isinstance(y, Tensor) and y.shape[-1:] != (layer.out_features,):
+        return f"its forward returns {tuple(y.shape)} for one row, not out_features={layer.out_features}"
+    return ""
+
+
+def require_gradient(layer: Any) -> None:
+    """Raise unless the layer passes a gradient to its input.
+
+    Raises:
+        AttachError: it does not: layers before it would train on a part of their gradient.
+    """
+    packed = getattr(getattr(weight_of(layer), "quant_state", None), "packing_format_for_cpu", False)
+    x, y = _run_one_row(layer)
+    passes = not packed
+    if x is not None and isinstance(y, Tensor):
+        try:
+            (grad,) = torch.autograd.grad(y.float().sum(), x)
+            passes = grad is not None
+        except (RuntimeError, NotImplementedError):
+            passes = False
+    if not passes:
+        raise AttachError(
+            f"its {type(layer).__name__} passes no gradient to its input, so that adapters before it could not train; "
+            "use a kind of quantisation that does, such as bitsandbytes' in training mode (to run a trained adapter, "
+            "load its file)"
+        )
+
+
+def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
+    """A row of ones and what the layer makes of it: not asked of nn.Linear, whose forward is known, nor of layers of
+    bitsandbytes, which pack their weights anew at their first forward, nor where the weight is not whole. None: the
+    layer can't run it."""
+    weight: Any = weight_of(layer)
+    plain = type(layer).forward is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter)
+    if plain or type(weight).__name__ in ("Params4bit", "Int8Params") or is_sharded(weight) or weight.is_meta:
+        return None, None
+    cuda = [weight.device] if weight.is_cuda else []
+    for dtype in dict.fromkeys((token_dtype(layer), torch.float32)):
+        with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
+            x = torch.ones(1, layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
+            try:
+                return x, layer.forward(x * 1)
+            except Exception:  # whatever it is: the layer's own forward will raise it again
+                continue
+    return None, None
+
+
+def _offloaded_above(model: nn.Module, name: str) -> str:
+    """The module around the layer that accelerate offloads as a whole; empty: there is none."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        path = ".".join(parts[:i])
+        hook = vars(model.get_submodule(path)).get("_hf_hook")
+        if any(getattr(each, "place_submodules", False) for each in getattr(hook, "hooks", (hook,))):
+            return path or type(model).__name__
+    return ""

@@ -1,0 +1,105 @@
+"""What an attachment does not adapt, by kind of weight: how many, how large a part of the model, and why."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .params import Params
+from .targets import fold, is_linear
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Weights of one kind that no adapter of an attachment acts on.
+
+    Args:
+        kind: the weights' name, with block numbers as *.
+        count: how many there are.
+        share: of the model's parameters, quantised weights counted as what they stand for.
+        why: the reason.
+    """
+
+    kind: str
+    count: int
+    share: float
+    why: str
+
+    @property
+    def matters(self) -> bool:
+        """Whether a user may take it for a linear layer: no embedding, convolution or small table."""
+        return not self.why.startswith(("an embedding", "a convolution", "read by"))
+
+    def __str__(self) -> str:
+        return f"{self.kind} ×{self.count} ({100 * self.share:.1f} %): {self.why}"
+
+
+def left_out(model: nn.Module, reasons: Mapping[str, str], adapted: Iterable[str]) -> tuple[LeftOut, ...]:
+    """The model's weights but the adapted ones, largest share first. `reasons` has those of linear layers by name."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    adapted, total = set(adapted), 0
+    for layer, name, size, why in _weights(model):
+        total += size
+        reason = (reasons.get(layer) if _is_weight(name) else None) or why
+        if reason and not (layer in adapted and _is_weight(name)):
+            kinds.setdefault((fold(name.removesuffix(".weight")), reason), []).append(size)
+    found = [LeftOut(kind, len(sizes), sum(sizes) / max(total, 1), why) for (kind, why), sizes in kinds.items()]
+    return tuple(sorted(found, key=lambda each: -each.share))
+
+
+def unreachable(model: nn.Module) -> tuple[LeftOut, ...]:
+    """The weights that belong to no linear layer."""
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    return tuple(each for each in left_out(model, {}, linear) if each.why)
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2] in ("weight", "W_q")
+
+
+def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
+    """(module's name, weight's name, number of parameters, why it is out of reach) of each parameter; of vectors and of
+    linear layers' weights the reason is empty."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Params):
+            continue
+        linear: Any = module if is_linear(module) else None
+        for key, t in _own(module):
+            name, tied = f"{path}.{key}" if path else key, id(t) in seen
+            seen.add(id(t))
+            if linear is not None and _is_weight(key):
+                yield path, name, 0 if tied else linear.in_features * linear.out_features, ""
+            elif tied:
+                continue
+            else:
+                yield path, name, _size(module, key, t), _out_of_reach(path, module, key, t)
+
+
+def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
+    packed = [(key, t) for key, t in module.named_buffers(recurse=False) if key == "qweight"]
+    return [*module.named_parameters(recurse=False), *packed]
+
+
+def _size(module: Any, key: str, t: Tensor) -> int:
+    if key == "qweight" and isinstance(getattr(module, "in_features", None), int):
+        return module.in_features * module.out_features
+    return t.numel()
+
+
+def _out_of_reach(path: str, module: nn.Module, key: str, t: Tensor) -> str:
+    kind = type(module).__name__
+    if key == "qweight" or (t.ndim >= 2 and not t.is_floating_point() and hasattr(module, "in_features")):
+        return f"a quantisation that can't be read ({kind})"
+    if t.ndim < 2:
+        return ""
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "a convolution"
+    if kind == "Conv1D":
+        return "transformers' Conv1D, whose weight is in × out"
+    if t.ndim == 3 and "expert" in f"{path}.{kind}".lower():
+        return "stacked experts"
+    return f"read by {kind} itself, which calls no layer for it"

@@ -1,0 +1,240 @@
+"""Site: what stands on an adapted layer. Its adapters in their order, which of them act and on which rows, and the
+layer's only two hooks.
+
+The hooks look the site up on the layer that they are called with, so that copies and replicas run their own. What
+passes between the two hooks of a call lives in a stack of the thread that runs it, and nothing of it survives the call.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .adapter import Adapter
+from .backend import select
+from .errors import AttachError
+from .placement import execution_device, is_managed
+from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
+
+SITE = "lora_lite"  # attribute of a layer: its site
+
+
+class Piece(NamedTuple):
+    """A primitive, and the operations that it runs on."""
+
+    primitive: Primitive
+    ops: Any
+
+
+class Call(NamedTuple):
+    """A call of a layer under way: what its pre-hook leaves for its hook."""
+
+    layer: nn.Module
+    frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known
+    running: list[tuple[Piece, Any]]  # with what on_input kept
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_thread = _Thread()
+waiting: list[Callable[[], None]] = []  # what is to be done before the next call, in whichever thread that is
+
+
+class Site(nn.ModuleDict):
+    """A layer's adapters by name."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.name = name or type(layer).__name__  # of the layer in its model
+        self.off: frozenset[str] = frozenset()  # adapters that don't act
+        self.rows: tuple[str | None, ...] | None = None  # of each entry of a batch the adapter, where they share it
+        self.ran = False  # whether the layer has been called. A compiled call leaves no trace
+        self.handles: list[RemovableHandle] = []
+        self.train(layer.training)
+        layer.add_module(SITE, self)
+        self.handles.append(layer.register_forward_pre_hook(self.before, with_kwargs=True))
+        self.handles.append(layer.register_forward_hook(self.after, always_call=True))
+
+    @classmethod
+    def of(cls, layer: nn.Module, name: str) -> "Site":
+        """The layer's site, made where it has none."""
+        return getattr(layer, SITE, None) or cls(layer, name)
+
+    def leave(self, layer: nn.Module, name: str) -> None:
+        """Take an adapter off, and with the last one the site itself."""
+        del self[name]
+        self.off -= {name}
+        if not self:
+            for handle in self.handles:
+                handle.remove()
+            delattr(layer, SITE)
+
+    # ---- the hooks ----
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Forward pre-hook. Without kwargs where another library has registered it again so."""
+        calls = _thread.calls
+        if calls:
+            _drop_interrupted(calls)
+        compiling = torch.compiler.is_compiling()
+        while not compiling and waiting:
+            waiting.pop()()
+        calls.append(Call(layer, None if compiling else _frame_of_call(), running := []))
+        # A layer that another library made in this one's stead has no site, and keeps these adapters.
+        site: Site = getattr(layer, SITE, self)
+        if not compiling and not site.ran:
+            site.ran = True
+        acting = site.acting()
+        if not acting:
+            return None
+        key = "" if args else _input_of(site.name, kwargs)
+        x: Tensor = args[0] if args else cast(dict[str, Any], kwargs)[key]
+        if is_managed(layer):
+            x = x.to(execution_device(layer))
+        for piece in site.pieces(acting, layer, x):
+            x, carry = piece.primitive.on_input(x, piece.ops)
+            running.append((piece, carry))
+        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**cast(dict[str, Any], kwargs), key: x})
+        return args if kwargs is None else (args, kwargs)
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
+        """Forward hook; also called, with y None, where the call raised."""
+        running = _end(layer)
+        if y is None:
+            return None
+        site: Site = getattr(layer, SITE, self)
+        if running is None:
+            if site.acting():
+                raise AttachError(
+                    f"{site.name}: the adapter's forward pre-hook did not run; was it removed? detach and attach again"
+                )
+            return None
+        if running and not isinstance(y, Tensor):
+            raise AttachError(
+                f"{site.name}: its output is a {type(y).__name__}, and an adapter acts on a tensor; leave it out by "
+                "exclude_names"
+            )
+        for piece, carry in running:
+            y = piece.primitive.on_output(y, carry, piece.ops)
+        return y
+
+    # ---- composition ----
+
+    def acting(self) -> list[tuple[str, Adapter]]:
+        """The adapters that act, in their order."""
+        adapters = cast("dict[str, Adapter]", self._modules)
+        return [(name, adapter) for name, adapter in adapters.items() if name not in self.off]
+
+    def pieces(self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor) -> list[Piece]:
+        """What to run, in order. Low-rank sums that act together become one: on all rows with their ranks side by side,
+        on rows of their own as a grouped sum. The rest nests: each acts on the input that the one before it leaves, and
+        on the output likewise."""
+        together: list[list[Piece]] = []
+        by_row: dict[str, Piece] = {}
+        for name, adapter in acting:
+            piece = self._piece(adapter, layer, x)
+            if self.rows is not None and name in self.rows:
+                by_row[name] = piece
+            elif together and _adds_up(together[-1][0]) and _adds_up(piece) and together[-1][0].ops is piece.ops:
+                together[-1].append(piece)
+            else:
+                together.append([piece])
+        return [*(_as_one(pieces) for pieces in together), *self._of_rows(by_row, x)]
+
+    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor) -> Piece:
+        primitive = adapter.primitive(layer)
+        if not x.is_meta and adapter.valueless:
+            raise AttachError(
+                f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
+                "load the adapter's file, after the model's weights are loaded"
+            )
+        return Piece(primitive, select(adapter.backend, x.device, x.dtype)[0])
+
+    def _of_rows(self, by_row: dict[str, Piece], x: Tensor) -> list[Piece]:
+        """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
+        dropout, one grouped sum."""
+        rows = self.rows
+        if rows is None:
+            return []
+        if len(x) != len(rows):
+            raise ValueError(
+                f"use(model, [...]) named the adapters of {len(rows)} entries, and a layer got {len(x)} ({self.name}); "
+                "name one for each entry of the batch, in layers whose input keeps the batch as its first dimension"
+            )
+        names, pieces = list(by_row), list(by_row.values())
+        sums = [piece.primitive for piece in pieces if type(piece.primitive) is LowRankAdd]
+        if (
+            sums
+            and len(sums) == len(pieces)
+            and len({(each.dropout) for each in sums}) == 1 == len({id(p.ops) for p in pieces})
+        ):
+            group = [names.index(name) if name in by_row else -1 for name in rows]
+            return [Piece(GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device)), pieces[0].ops)]
+        own = {name: [i for i, each in enumerate(rows) if each == name] for name in names}
+        return [
+            Piece(OfRows(piece.primitive, torch.tensor(own[name], device=x.device)), piece.ops)
+            for name, piece in by_row.items()
+        ]
+
+
+def _adds_up(piece: Piece) -> bool:
+    """Whether it may become one with its like. Dropout draws a mask of its own."""
+    return type(piece.primitive) is LowRankAdd and piece.primitive.dropout == 0
+
+
+def _as_one(pieces: list[Piece]) -> Piece:
+    if len(pieces) == 1:
+        return pieces[0]
+    return Piece(LowRankAdd.side_by_side([cast(LowRankAdd, piece.primitive) for piece in pieces]), pieces[0].ops)
+
+
+def _end(layer: nn.Module) -> list[tuple[Piece, Any]] | None:
+    """Take this thread's last call of the layer off the stack, and what an exception left above it."""
+    calls = _thread.calls
+    for i in range(len(calls) - 1, -1, -1):
+        if calls[i].layer is layer:
+            running = calls[i].running
+            del calls[i:]
+            return running
+    return None
+
+
+def _frame_of_call() -> FrameType | None:
+    """The frame of nn.Module's call that runs the hook."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    return frame
+
+
+def _drop_interrupted(calls: list[Call]) -> None:
+    """A KeyboardInterrupt runs no hook. Calls whose frame is not running any more are dropped, and their graphs with
+    them."""
+    if torch.compiler.is_compiling():
+        return
+    frame, live = sys._getframe(1), {id(None)}
+    while frame is not None:
+        live.add(id(frame))
+        frame = frame.f_back
+    calls[:] = [call for call in calls if id(call.frame) in live]
+
+
+def _input_of(name: str, kwargs: dict[str, Any] | None) -> str:
+    """Under which keyword the layer gets its input."""
+    tensors = [key for key, value in (kwargs or {}).items() if isinstance(value, Tensor)]
+    if "input" in tensors:
+        return "input"
+    if len(tensors) != 1:
+        raise AttachError(
+            f"{name}: called without a positional argument and with the tensors {tensors}: which is its input? pass "
+            "that first, or as input="
+        )
+    return tensors[0]
