@@ -1,5 +1,6 @@
 """Adapter: the tensors of one target, and the primitive that they make. It knows no hook."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -41,17 +42,7 @@ class Adapter(Params):
         return self._primitive(layer, self.cfg if self.training else self._cfg_at_rest)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
-        if is_managed(self):
-            with running(self):
-                return self._outside_autocast(layer, cfg)
-        return self._outside_autocast(layer, cfg)
-
-    def _outside_autocast(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
-        """Autocast is for tokens: rotations of bfloat16 are not orthogonal, and starts not the identity."""
-        kind = self.device.type
-        if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return self.variant.primitive(self, layer, cfg)
-        with torch.autocast(kind, enabled=False):
+        with running(self), reference.without_autocast(self.device):
             return self.variant.primitive(self, layer, cfg)
 
     @property
@@ -103,6 +94,19 @@ class Adapter(Params):
                 )
             found[name] = t.detach().cpu().contiguous()
         return found
+
+    def alone(self) -> "Adapter":
+        """A twin with these tensors whole and with their values, apart from the model's; see `stored`."""
+        twin, whole_ones = copy.copy(self), self.stored()
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        twin._parameters = {
+            name: nn.Parameter(whole_ones[name].to(device), requires_grad=False) for name in self._parameters
+        }
+        twin._buffers = {
+            name: whole_ones[name].to(device) if name in whole_ones else t for name, t in self._buffers.items()
+        }
+        vars(twin).pop("_hf_hook", None)
+        return twin
 
     @property
     def sharded(self) -> bool:

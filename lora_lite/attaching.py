@@ -1,5 +1,6 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
@@ -159,7 +160,7 @@ def _built(
                 adapters[target.name] = build(target, variant, cfg, backend)
                 targets.append(target)
         except UnfitError as error:
-            if cfg.names_given:
+            if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
                 raise
             narrow = f"narrower than r={cfg.for_layer(target.name).r}"
             reasons[target.name], problem = narrow if isinstance(error, RankError) else why, error

@@ -55,10 +55,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
-    sharded = any(adapter.sharded for adapter in attachment.adapters.values())
-    tensors = {
-        f"{layer}.{key}": t for layer, of_layer in stored(attachment, "save").items() for key, t in of_layer.items()
-    }
+    sharded = any(adapter.sharded for adapter in attachment.adapters.values()) and torch.distributed.is_initialized()
+    alone = standalone(attachment, "save")
+    tensors = {f"{layer}.{key}": t.cpu() for layer, adapter in alone.items() for key, t in adapter.state_dict().items()}
     warn_of_losses(model, attachment, "save")
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
@@ -72,12 +71,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
             torch.distributed.barrier()
 
 
-def stored(attachment: Attachment, what: str) -> dict[str, dict[str, Tensor]]:
-    """Each layer's tensors, whole and on the CPU; a CheckpointError of `what` where one is not as its spec says."""
+def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
+    """The adapters with whole tensors that have values; a CheckpointError of `what` where one is not as its spec says.
+    Every process that has a part of a sharded one must call it."""
     found = {}
     for layer, adapter in attachment.adapters.items():
         try:
-            found[layer] = adapter.stored()
+            found[layer] = adapter.alone()
         except AttachError as error:
             raise CheckpointError(f"{what}: {layer}: {error}") from error
     return found

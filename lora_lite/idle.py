@@ -6,7 +6,7 @@ which a batch was not routed are not, a layer that has left the model is.
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class Watch:
         trains = {name for name in here if any(p.requires_grad for p in self.adapters[name].parameters())}
         ran = {name for name in here if self.sites[name].ran or name in self.reached}
         without = trains - self.reached if self.done else set()
-        return kinds_of(here, set(here) - ran), kinds_of([n for n in here if n in ran], without & ran), gone
+        never = whole_kinds(model, here, set(here) - ran)
+        return never, whole_kinds(model, [name for name in here if name in ran], without & ran), gone
 
     def _report(self, model: nn.Module) -> None:
         if self.done:
@@ -74,7 +75,7 @@ class Watch:
         self.stop()
         self.done = True
         if text := self.describe(model):
-            warnings.warn(f"lora_lite, after the first backward: {text}", stacklevel=2)
+            warnings.warn(f"after the first backward: {text}", stacklevel=2)
 
     def describe(self, model: nn.Module) -> str:
         """What is idle, and what to do; empty: nothing."""
@@ -98,21 +99,24 @@ class Watch:
         return {**vars(self), "_handles": []}
 
 
-def kinds_of(layers: Iterable[str], wanted: set[str]) -> list[str]:
-    """Of the wanted layers those whose whole kind is wanted."""
-    layers = list(layers)
-    others = {fold(name) for name in layers if name not in wanted}
-    return [name for name in layers if name in wanted and fold(name) not in others]
+def whole_kinds(model: nn.Module, layers: list[str], wanted: set[str]) -> list[str]:
+    """Of the wanted layers those whose whole kind is wanted. Linear layers in an nn.Sequential, which runs all of them,
+    are a kind each; in a ModuleList they are experts of one."""
+
+    def kind(name: str) -> str:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        return name if isinstance(parent, nn.Sequential) else fold(name)
+
+    others = {kind(name) for name in layers if name not in wanted}
+    return [name for name in layers if name in wanted and kind(name) not in others]
 
 
 def listing(layers: list[str]) -> str:
     """The layers by kind, with how many there are of each."""
-    kinds: dict[str, int] = {}
+    kinds: dict[str, list[str]] = {}
     for name in layers:
-        kinds[fold(name)] = kinds.get(fold(name), 0) + 1
-    names = [
-        f"{kind} ×{count}" if count > 1 else layers[0] if len(layers) == 1 else kind for kind, count in kinds.items()
-    ]
+        kinds.setdefault(fold(name), []).append(name)
+    names = [f"{kind} ×{len(alike)}" if len(alike) > 1 else alike[0] for kind, alike in kinds.items()]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more kinds" if len(names) > 8 else "")
 
 

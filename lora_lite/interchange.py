@@ -28,7 +28,7 @@ from .checkpoint import (
     not_in_file,
     read_tensors,
     replace_file,
-    stored,
+    standalone,
     warn_of_losses,
 )
 from .config import AdapterConfig
@@ -93,9 +93,9 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for attachment in attachments:
-        stored(attachment, "export_peft")  # all there, and as the specs say
+        adapters = standalone(attachment, "export_peft")
         warn_of_losses(model, attachment, "export_peft")
-        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(attachment)
+        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(attachment, adapters)
         config |= of_one
         tensors |= its_tensors
     config |= {
@@ -162,10 +162,10 @@ def import_peft(
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def _as_lora(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_lora(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, ranks, alphas = {}, {}, {}
     for target in attachment.targets:
-        adapter = attachment.adapters[target.name]
+        adapter = adapters[target.name]
         with torch.no_grad():
             primitive = adapter.primitive(target.layer)
         if not isinstance(primitive, LowRankAdd):
@@ -180,18 +180,18 @@ def _as_lora(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]
     return {"peft_type": "LORA", **_patterns(ranks, alphas)}, tensors
 
 
-def _as_its_own(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = attachment.cfg.variant
     kind, names = _TENSORS[name]
     tensors = {
         f"{_PREFIX}{layer}.{its}": _stored(_like_peft(getattr(adapter, mine), its, name))
-        for layer, adapter in attachment.adapters.items()
+        for layer, adapter in adapters.items()
         for mine, its in names.items()
     }
-    ranks = {layer: adapter.cfg.r for layer, adapter in attachment.adapters.items()}
+    ranks = {layer: adapter.cfg.r for layer, adapter in adapters.items()}
     config: dict[str, Any] = {"peft_type": kind}
     if name == "dora":
-        alphas = {layer: _whole(a.cfg.scale * a.cfg.r) for layer, a in attachment.adapters.items()}
+        alphas = {layer: _whole(a.cfg.scale * a.cfg.r) for layer, a in adapters.items()}
         config |= {"use_dora": True, **_patterns(ranks, alphas)}
     elif name == "delora":
         config |= {"delora_lambda": attachment.cfg.lambda0, **_patterns(ranks, {})}  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ Each operation takes its small operands in any floating dtype and computes in th
 float32 where the CPU has no instructions for products in that.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ WITHOUT_PRODUCTS = _without_products()
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which dtype to multiply matrices of `dtype` there: in theirs, unless a CPU is far faster in float32."""
     return torch.float32 if device.type == "cpu" and dtype in WITHOUT_PRODUCTS else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is for tokens: in its dtype a rotation of parameters is not orthogonal, and a start not the identity."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,7 +146,7 @@ def row_norm(
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ)·b. Not differentiable: DoRA holds the norm constant (§4.3).
     W is N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
     """
-    with torch.no_grad(), torch.autocast(w_sq.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(w_sq.device):
         W = W if isinstance(W, Tensor) else W.dense()
         A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
         cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])

@@ -51,7 +51,7 @@ def is_linear(module: nn.Module) -> bool:
 def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in its order."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    widths, blocks, heads = _Widths(model, linears), _Blocks(linears), _heads(model)
+    widths, blocks, heads = _Widths(model, linears), _Blocks(model, linears), _heads(model)
     return [
         Target(
             name,
@@ -170,17 +170,20 @@ def fold(name: str) -> str:
 
 
 class _Blocks:
-    """The numbers of transformer blocks: those of the longest run of numbered siblings that hold linear layers, the
-    outer of two as long. A mixture's experts are no blocks."""
+    """The numbers of transformer blocks: those of the longest run of numbered siblings of one class that hold linear
+    layers, the outer of two as long. A mixture's experts are no blocks."""
 
-    def __init__(self, linears: Iterable[str]) -> None:
-        runs: dict[str, set[int]] = {}
+    def __init__(self, model: nn.Module, linears: Iterable[str]) -> None:
+        classes: dict[str, dict[int, type]] = {}
         for name in linears:
             for prefix, number in _numbered(name):
-                runs.setdefault(prefix, set()).add(number)
+                if number not in classes.setdefault(prefix, {}):
+                    sibling = model.get_submodule(f"{prefix}.{number}" if prefix else str(number))
+                    classes[prefix][number] = type(sibling)
         self.length: Counter[str] = Counter()
-        for prefix, numbers in runs.items():
-            self.length[fold(prefix)] = max(self.length[fold(prefix)], len(numbers))
+        for prefix, siblings in classes.items():
+            (_, count), *_ = Counter(siblings.values()).most_common(1)
+            self.length[fold(prefix)] = max(self.length[fold(prefix)], count)
 
     def of(self, name: str) -> int | None:
         found = [(prefix, number) for prefix, number in _numbered(name) if not prefix.endswith("experts")]

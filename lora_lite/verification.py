@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
-from .idle import kinds_of, listing
+from .idle import listing, whole_kinds
 from .selection import only
 from .targets import Target
 
@@ -76,7 +76,7 @@ def verify(
     attachment = require_attachment(unwrap(model), name)
     with only(unwrap(model), attachment.name):
         calls = _record(model, batch, attachment.targets)
-        _require_all(calls, attachment.targets, partial)
+        _require_all(unwrap(model), calls, attachment.targets, partial)
         rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
     wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
@@ -88,11 +88,13 @@ def verify(
     return rows
 
 
-def _require_all(calls: list[tuple[Target, Tensor, Tensor]], targets: list[Target], partial: bool) -> None:
+def _require_all(
+    model: nn.Module, calls: list[tuple[Target, Tensor, Tensor]], targets: list[Target], partial: bool
+) -> None:
     if not calls:
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
     ran = {target.name for target, _, _ in calls}
-    idle = kinds_of([t.name for t in targets], {t.name for t in targets} - ran)
+    idle = whole_kinds(model, [t.name for t in targets], {t.name for t in targets} - ran)
     if idle and not partial:
         raise AttachError(
             f"verify: the batch did not run these adapted layers: {listing(idle)}. Their adapters do nothing if "

@@ -1,5 +1,6 @@
 """Training frameworks: transformers' Trainer, accelerate, 8-bit and fused AdamW, torch.compile in them."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,22 @@ def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
     ll.load(other, checkpoint / "adapter.safetensors")
     with torch.no_grad():
         assert torch.equal(other(token_ids()).logits, model.eval()(token_ids()).logits)
-    assert "save_pretrained" not in vars(model)  # as it was before the run
+    trainer.save_model(str(tmp_path / "last"))  # as the last line of every script has it
+    assert load_file(tmp_path / "last" / "model.safetensors").keys() == tensors.keys()
+    again: Any = llama()
+    ll.load(again, tmp_path / "last" / "adapter.safetensors")
+    with torch.no_grad():
+        assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    copied = copy.deepcopy(model)
+    randomize(copied)
+    copied.save_pretrained(tmp_path / "copy")
+    saved = load_file(tmp_path / "copy" / "adapter.safetensors")
+    assert all(torch.equal(saved[name], t) for name, t in ll.state_dict(copied).items()), "the copy's own"
+    ll.detach(model)
+    model.save_pretrained(tmp_path / "base")
+    assert "save_pretrained" not in vars(model)
+    assert not (tmp_path / "base" / "adapter.safetensors").exists()
+    assert len(load_file(tmp_path / "base" / "model.safetensors")) == len(list(model.parameters()))
 
 
 def test_resumes(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_nothing_attached(call: Callable[[nn.Module], Any]) -> None:
         {"layers": (7,)},
         {"target_roles": ("inner",)},
         {"exclude_names": (".",)},
-        {"target_names": ("lm_head",)},
+        {"target_names": ("q_proj", "lm_head.weight")},
     ],
     ids=str,
 )

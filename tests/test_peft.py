@@ -40,7 +40,9 @@ def both(architecture: str, variant: str) -> tuple[Any, Any, ll.Attachment]:
     """Our model and PEFT's, each at its own start."""
     ours, theirs = ARCHITECTURES[architecture](), ARCHITECTURES[architecture]()
     fields = {"svd": "exact"} if variant == "pissa" else {}
-    attachment = attach(ours, variant, r=R, alpha=ALPHA, exclude_names=EXCLUDE, **fields)
+    attachment = attach(
+        ours, variant, r=R, alpha=ALPHA, exclude_names=EXCLUDE[: 3 if architecture == "bert" else 2], **fields
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.get_peft_model(theirs, peft_config(variant, list(attachment.adapters)))

@@ -320,13 +320,21 @@ def test_rows_must_fit_the_batch() -> None:
         ll.use(model, [])
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_nothing_of_a_call_is_kept(variant: str) -> None:
-    """What adapters of one layer tell each other goes with the call, and the graph behind it."""
-    model = of_two(variant)
-    ll.use(model, ROWS)
-    model(token_ids(4)).logits.sum().backward()
-    for each in ll.attachment.attachments(model):
-        for adapter in each.adapters.values():
-            assert adapter._given is None
-            assert not adapter._running
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_is_attached_later_acts_too(rows: bool) -> None:
+    """On every entry of a batch; and under a name that was used before and switched off meanwhile."""
+    layer = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
+    everything: dict[str, Any] = {"target_roles": ()}
+    for i, name in enumerate(("a", "b")):
+        ll.attach(layer, config("lora", **everything), name=name)
+        randomize(layer, seed=i)
+    ll.attach(layer, config("lora", target_names=("^0$",)), name="c")
+    ll.use(layer, *([["a", "b"]] if rows else ["a"]))
+    ll.detach(layer, "c")
+    x = torch.randn(2, 3, 12)
+    want = layer(x)
+    ll.attach(layer, config("ia3", target_names=("^1$",)), name="c")
+    gain = layer[1].lora_lite["c"].lora_g
+    with torch.no_grad():
+        gain.fill_(3.0)
+    assert_close(layer(x), 3 * want, 1e-5)

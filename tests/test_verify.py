@@ -54,7 +54,9 @@ class Twice(nn.Module):
 def test_batches(batch: Any) -> None:
     model = Twice()
     ll.attach(model, ll.LoRAConfig(r=2))
-    assert [row.layer for row in ll.verify(model, batch)] == ["q_proj", "q_proj"]
+    assert [row.layer for row in ll.verify(model, batch, partial=True)] == ["q_proj", "q_proj"]
+    with pytest.raises(ll.AttachError, match=r"did not run these adapted layers: k_proj.*partial=True"):
+        ll.verify(model, batch)
 
 
 def test_refuses() -> None:
@@ -78,4 +80,4 @@ def test_a_wrong_variant_of_the_users_own_is_not_its_business() -> None:
     """verify compares backends: both run the variant as it is written."""
     model = Twice()
     ll.attach(model, ll.LoRAConfig(r=2, alpha=123.0))
-    assert ll.verify(model, torch.randn(3, 8))
+    assert ll.verify(model, torch.randn(3, 8), partial=True)

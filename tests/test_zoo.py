@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from models import assert_same, snapshot
 from torch import Tensor, nn
 from zoo import ZOO
@@ -25,7 +24,7 @@ LLAMA = {"reader": "q_proj:2 k_proj:2 v_proj:2 gate_proj:2 up_proj:2", "writer":
 STACKED = {f"model.layers.*.mlp.experts.{name}": EXPERTS for name in ("gate_up_proj", "down_proj")}
 GATE = "model.layers.*.mlp.gate"
 
-# model: (by role the adapted layers' last names and how many; what is left out but embeddings and convolutions, and why)
+# By role the adapted layers' last names and how many; what is left out, but embeddings and convolutions, and why.
 EXPECTED: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "clip": (
         {
@@ -153,6 +152,7 @@ def run(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def test_defaults(name: str) -> None:
     make, batch = ZOO[name]
     model = make()
+    run(model, batch())  # some leave notes on themselves at their first call
     before = snapshot(model)
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     attachment = ll.attach(model, ll.LoRAConfig(r=4))

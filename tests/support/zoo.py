@@ -96,7 +96,7 @@ def gptq() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    return nn.Sequential(nn.Linear(32, 32), QuantLinear(), nn.Linear(32, 32))
+    return nn.Sequential(nn.Linear(32, 32), QuantLinear(), nn.Linear(32, 32)).eval()
 
 
 ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {

@@ -1,0 +1,587 @@
+"""What people have met with, in their own software and in others': each ended with an adapter that was idle, wrong or
+lost. Here it acts, or its user is told by name. docs/silent_failures.md has the list."""
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    calibration_batches,
+    config,
+    llama,
+    randomize,
+    rel_error,
+    snapshot,
+    token_ids,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from zoo import ZOO
+
+import lora_lite as ll
+from lora_lite.quantized import dense_weight
+
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+L = ll.LoRAConfig
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(token_ids()).logits
+
+
+def warned(call: Callable[[], Any]) -> list[str]:
+    """The library's warnings during a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [
+        str(w.message)
+        for w in caught
+        if re.match("after the first backward|save:|export_peft:|verify:", str(w.message))
+    ]
+
+
+def refused(model: nn.Module, cfg: Any, message: str, **options: Any) -> None:
+    before = snapshot(model)
+    with pytest.raises(ll.AttachError, match=message):
+        ll.attach(model, cfg, **options)
+    assert_same(model, before)
+
+
+# ---- names are promises ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_names": ("q_proj$", "qkv_proj$")}, r"no layer matches 'qkv_proj\$' of .*nearest: .*q_proj"),
+        ({"target_names": ("q_proj$", "embed_tokens")}, r"'embed_tokens' of (.|\n)*embed_tokens ×1: not adaptable"),
+        ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches none of the 14.*nearest: q_proj"),
+        ({"alpha_pattern": {r"^layers\.0": 2}}, r"alpha_pattern: '\^layers\\\\.0' matches none of the 14"),
+        ({"layers": (0, 2)}, r"no layer matches 2 of .*layers=\(0, 2\)"),
+        ({"exclude_names": ("mpl",)}, r"exclude_names: 'mpl' matches nothing in the model.*nearest: mlp"),
+        ({"target_names": ("q_proj",), "exclude_names": ("self_attn",)}, "no layer matches 'q_proj' of"),
+        ({"target_names": ("q_proj", r"0\.mlp\.up"), "layers": (1,)}, r"no layer matches '0\\\\.mlp\\\\.up' of"),
+        ({"rank_pattern": {"q_proj": 40}}, r"q_proj \(32 → 32\): r=40 is larger"),
+    ],
+)  # fmt: skip
+def test_what_is_named_must_be_there(fields: dict[str, Any], message: str) -> None:
+    refused(llama(), L(**{"r": 4, **fields}), message)
+
+
+def test_explicit_names_are_not_filtered_by_defaults() -> None:
+    head = ll.attach(llama(), L(r=4, target_names=("q_proj$", "lm_head$")))
+    assert [t.name for t in head.targets][-1] == "lm_head"
+    towers = ll.attach(ZOO["clip"][0](), L(r=4, target_names=("q_proj$", "v_proj$")))
+    assert len(towers.targets) == 8
+    low_rank = ll.attach(ZOO["deepseek_v3"][0](), L(r=4, target_names=("q_b_proj$",)))
+    assert {t.role for t in low_rank.targets} == {"inner"}
+    some = ll.attach(llama(), L(r=4, target_names=("proj$",), target_roles=("writer",)))
+    assert {t.name.rpartition(".")[2] for t in some.targets} == {"o_proj", "down_proj"}, "roles that are given count"
+
+
+def test_stacked_experts_by_name() -> None:
+    message = r"'gate_up_proj\$' of (.|\n)*experts.gate_up_proj ×2: not adaptable, stacked experts"
+    refused(ZOO["qwen3_moe"][0](), L(r=4, target_names=("q_proj$", "gate_up_proj$")), message)
+
+
+def test_defaults_leave_narrow_layers_out_but_not_all() -> None:
+    attachment = ll.attach(ZOO["qwen2_moe"][0](), L(r=16))
+    assert not any(t.name.endswith("gate") for t in attachment.targets)
+    refused(llama(), L(r=33), r"r=33 is larger than the layer allows; use r ≤ 32")
+    refused(ZOO["qwen2_moe"][0](), L(r=4, target_names=("shared_expert_gate",)), r"shared_expert_gate.*use r ≤ 1")
+
+
+# ---- layers that never run ----
+
+
+def test_multihead_attention_never_calls_its_out_proj() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+    refused(model, L(r=4, target_names=(r"out_proj$", r"linear1$")), "out_proj.*nn.MultiheadAttention reads its weight")
+    ll.attach(model, L(r=4))
+    model.eval()
+    randomize(model)
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        fast = model(x)  # torch.nn has a path of its own for this
+    torch.testing.assert_close(fast, model(x))
+
+
+def test_a_kernel_that_reads_the_weight(tmp_path: Path) -> None:
+    """Mamba multiplies by dt_proj.weight."""
+    model = ZOO["mamba"][0]()
+    ll.attach(model, L(r=2, target_roles=()))
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    (once,) = warned(lambda: model(**batch).loss.backward())
+    assert "never ran" in once
+    assert "backbone.layers.*.mixer.dt_proj ×2" in once
+    assert "state-space kernels" in once
+    assert not warned(lambda: model(**batch).loss.backward()), "once"
+    rows = {row.layer: row for row in ll.diagnose(model).rows}
+    assert rows["backbone.layers.0.mixer.dt_proj"].dead == ("lora_A", "lora_B")
+    assert rows["backbone.layers.0.mixer.dt_proj"].idle == "never ran"
+    assert rows["backbone.layers.0.mixer.in_proj"].dead == ("lora_A",)
+    assert "never ran" in ll.diagnose(model).summary()
+    with pytest.raises(ll.AttachError, match=r"did not run these adapted layers: backbone.layers.\*.mixer.dt_proj ×2"):
+        ll.verify(model, batch)
+    assert len(ll.verify(model, batch, partial=True)) == 6
+    (again,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
+    assert again.startswith("save: these adapted layers never ran")
+    (again,) = warned(lambda: ll.export_peft(model, tmp_path / "peft"))
+    assert "dt_proj" in again
+
+
+def test_a_loss_that_multiplies_by_the_heads_weight() -> None:
+    model: Any = llama()
+    ll.attach(model, L(r=4, target_names=("q_proj$", "lm_head$"), exclude_names=()))
+
+    def step() -> None:
+        (model.model(token_ids()).last_hidden_state @ model.lm_head.weight.t()).square().mean().backward()
+
+    (text,) = warned(step)
+    assert "lm_head" in text
+    assert "q_proj" not in text
+
+
+@pytest.mark.parametrize("leave", ["removed", "resized"])
+def test_layers_that_left_the_model(leave: str, tmp_path: Path) -> None:
+    model: Any = llama()
+    ll.attach(model, L(r=4, target_names=("q_proj$", "lm_head$")))
+    if leave == "removed":
+        model.model.layers = model.model.layers[:1]
+        gone = "model.layers.1.self_attn.q_proj"
+    else:
+        model.resize_token_embeddings(80)
+        gone = "lm_head"
+    (text,) = warned(lambda: model(token_ids(), labels=token_ids()).loss.backward())
+    assert f"no longer part of the model: {gone}" in text
+    assert {row.layer for row in ll.diagnose(model).rows if row.idle == "left the model"} == {gone}
+    (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
+    assert gone in text
+    ll.detach(model)
+
+
+class Mixture(nn.Module):
+    """Experts in a ModuleList; a batch is routed to some, by the sign of its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0 if x.mean() < 0 else 1](self.router(x))
+
+
+def test_experts_that_were_not_chosen_are_no_news(tmp_path: Path) -> None:
+    model, x = Mixture(), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+    assert not warned(lambda: model(x).sum().backward())
+    assert not warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
+    assert len(ll.verify(model, x)) == 2
+    ll.detach(model)
+    ll.attach(model, L(r=2, target_roles=()))
+    (text,) = warned(lambda: model.router(x).sum().backward())
+    assert "experts.* ×4" in text, "a whole kind is"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_looks_idle_to_nobody(reentrant: bool) -> None:
+    """Reentrant checkpointing ends a backward for each block; no block is idle because its turn has not come."""
+    model: Any = llama().train()
+    model.enable_input_require_grads()
+    ll.attach(model, L(r=4))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for _ in range(2):
+        assert not warned(lambda: model(token_ids(), labels=token_ids()).loss.backward())
+    ll.detach(model)
+    ll.attach(model, L(r=4, target_names=("q_proj", "lm_head")))
+
+    def step() -> None:
+        model.model(token_ids()).last_hidden_state.square().mean().backward()
+
+    texts = [*warned(step), *warned(step)]
+    assert len(texts) == 1
+    assert "never ran" in texts[0]
+    assert "lm_head" in texts[0]
+
+
+def test_compiled_layers_are_not_idle() -> None:
+    torch._dynamo.reset()
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ll.attach(model, L(r=2))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert not warned(lambda: compiled(torch.randn(3, 8)).sum().backward())
+    ll.detach(model)
+    ll.attach(model, L(r=2))
+    head = torch.compile(model[0], fullgraph=True, backend="aot_eager")
+    (text,) = warned(lambda: head(torch.randn(3, 8)).sum().backward())
+    assert text.count("1") == 1
+
+
+class Frozen(nn.Module):
+    """A tower under no_grad, as people freeze it, and a part that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.tower(x)
+        return self.head(h)
+
+
+def test_a_part_under_no_grad() -> None:
+    model, x = Frozen(), torch.randn(3, 8)
+    ll.attach(model, L(r=2))
+    randomize(model)
+    with pytest.warns(UserWarning, match=r"without gradients, under no_grad.*: tower\."):
+        rows = ll.verify(model, x)
+    assert {row.layer for row in rows} == {"tower", "head"}
+    (text,) = warned(lambda: model(x).sum().backward())
+    assert "no gradient reached their adapters" in text
+    assert "tower" in text
+    assert "head" not in text
+    dead = {row.layer: row.dead for row in ll.diagnose(model).rows}
+    assert dead == {"tower": ("lora_A", "lora_B"), "head": ()}
+
+
+def test_what_is_switched_off_is_not_idle() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for name in ("a", "b"):
+        ll.attach(model, L(r=2), name=name)
+    ll.use(model, "b")
+    assert not warned(lambda: model(torch.randn(3, 8)).sum().backward())
+
+
+# ---- weights are what they seem ----
+
+
+def float8_layer(shape: tuple[int, int], block: tuple[int, int] | None) -> tuple[Any, Tensor]:
+    """transformers' FP8Linear of a random weight, and that weight."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    N, K = shape
+    W = torch.randn(N, K) * torch.rand(N, 1).exp()
+    n, k = block or (1, K)
+    scale = torch.stack([torch.stack([b.abs().max() / 448 for b in row.split(k, 1)]) for row in W.split(n, 0)])
+    layer = FP8Linear(K, N, block_size=block)
+    wide = scale.repeat_interleave(n, 0)[:N].repeat_interleave(k, 1)[:, :K]
+    layer.weight.data = (W / wide).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv = nn.Parameter(scale)
+    return layer, W
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"), [((64, 96), (32, 32)), ((70, 50), (32, 32)), ((70, 50), (16, 50)), ((64, 96), None)], ids=str
+)
+def test_float8_is_read_with_its_scales(shape: tuple[int, int], block: tuple[int, int] | None) -> None:
+    layer, W = float8_layer(shape, block)
+    assert rel_error(dense_weight(layer), W) < 0.05
+    if block is None:
+        layer.weight_scale_inv = nn.Parameter(layer.weight_scale_inv.flatten())
+        assert rel_error(dense_weight(layer), W) < 0.05
+    ll.attach(nn.ModuleDict({"fp8": layer}), ll.DoRAConfig(r=4, target_names=("fp8",)))
+    assert rel_error(layer.lora_lite["default"].lora_m, W.norm(dim=1)) < 0.05
+
+
+def test_float8_without_readable_scales_is_refused() -> None:
+    layer, _ = float8_layer((64, 96), (32, 32))
+    model = nn.ModuleDict({"fp8": layer})
+    layer.weight_scale_inv = nn.Parameter(torch.ones(5, 7))
+    refused(
+        model, ll.PiSSAConfig(r=4), r"fp8 \(96 → 64\): its weight_scale_inv of shape \(5, 7\) fits no rows or blocks"
+    )
+    del layer.weight_scale_inv
+    refused(model, ll.PiSSAConfig(r=4), r"float8_e4m3fn, whose values mean nothing without their scales")
+    plain = nn.Linear(8, 8)
+    plain.weight = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    refused(plain, ll.DoRAConfig(r=4), "whose values mean nothing without their scales")
+    attachment = ll.attach(model, L(r=4))  # needs no weight
+    assert "float8" not in str(attachment.backends())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("disk", [False, True], ids=["cpu", "disk"])
+@EACH_VARIANT
+def test_offloaded_by_accelerate(variant: str, disk: bool, tmp_path: Path) -> None:
+    """Attached, loaded, offloaded, saved, verified in whatever order."""
+    first = llama()
+    attach(first, variant, calibration_batches() if variant == "eva" else None)
+    randomize(first, by=0.2)
+    want, path = logits(first), tmp_path / "adapter.safetensors"
+    ll.save(first, path)
+
+    def offload(model: nn.Module, folder: str) -> None:
+        if disk:
+            accelerate.disk_offload(model, str(tmp_path / folder), execution_device=CPU)
+        else:
+            accelerate.cpu_offload(model, execution_device=CPU)
+
+    offload(first, "before")
+    assert all(p.is_meta for p in ll.parameters(first))
+    assert_close(logits(first), want, 1e-6)
+    ll.save(first, tmp_path / "again.safetensors")
+    for name, t in load_file(path).items():
+        assert torch.equal(load_file(tmp_path / "again.safetensors")[name], t), name
+
+    after = llama()
+    offload(after, "after")
+    loaded = ll.load(after, path)
+    assert not any(p.is_meta for p in ll.parameters(after))
+    assert_close(logits(after), want, 1e-6)
+    assert all(device != "meta" for device, _ in loaded.backends().values())
+    ll.verify(after, token_ids())
+    ll.detach(after)
+    attach(after, variant, calibration_batches() if variant == "eva" else None)
+    assert_close(logits(after), logits(llama()), 1e-5)  # the start, from the offloaded weights
+
+
+def test_offloaded_as_a_whole_block_takes_no_adapter_afterwards() -> None:
+    model: Any = llama()
+    accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=["LlamaDecoderLayer"])
+    message = r"q_proj \(32 → 32\): accelerate offloads its weight with the whole of model.layers.0.*attach before"
+    with pytest.raises(ll.AttachError, match=message):
+        ll.attach(model, L(r=4))
+    adapted: Any = llama()
+    ll.attach(adapted, L(r=4))
+    randomize(adapted)
+    want = logits(adapted)
+    accelerate.cpu_offload(adapted, execution_device=CPU, preload_module_classes=["LlamaDecoderLayer"])
+    assert_close(logits(adapted), want, 1e-6)
+
+
+@EACH_VARIANT
+def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path) -> None:
+    if variant in ("pissa", "dora", "delora", "antipasto", "eva"):
+        pytest.skip("refused at attach: test_misuse.py") if variant != "eva" else pytest.skip("needs data")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, config(variant, target_names=()))
+    model(torch.randn(2, 8, device="meta"))
+    weights = {"0.weight": torch.randn(8, 8), "0.bias": torch.randn(8)}
+    model.load_state_dict(weights, assign=True, strict=False)
+    with pytest.raises(ll.AttachError, match="0: its adapter is on the meta device"):
+        model(torch.randn(2, 8))
+    with pytest.raises(ll.CheckpointError, match=r"save: 0: lora_. holds no values"):
+        ll.save(model, tmp_path / "adapter.safetensors")
+    model.to_empty(device="cpu")
+    with pytest.raises(ll.AttachError, match="given memory there and no values"):
+        model(torch.randn(2, 8))
+    with pytest.raises(ll.CheckpointError, match="holds no values"):
+        ll.save(model, tmp_path / "adapter.safetensors")
+    assert not (tmp_path / "adapter.safetensors").exists()
+    other = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(other, config(variant, target_names=()))
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), other(x))
+
+
+def test_empty_shards_of_zero3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without DeepSpeed they are refused; with it they are gathered, those of the base too."""
+    model, path = nn.Sequential(nn.Linear(8, 6)), tmp_path / "adapter.safetensors"
+    ll.attach(model, L(r=2))
+    randomize(model)
+    whole = {name: t.clone() for name, t in ll.state_dict(model).items()}
+
+    def partition(p: Any) -> None:
+        p.ds_id, p.kept = 3, p.data
+        p.data = torch.empty(0)
+
+    for p in ll.parameters(model):
+        partition(p)
+    for call in (lambda: ll.save(model, path), lambda: ll.export_peft(model, tmp_path / "peft")):
+        with pytest.raises(ll.CheckpointError, match=r"0: it is an empty shard of ZeRO-3 \(it has a ds_id\)"):
+            call()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+    class GatheredParameters:
+        def __init__(self, parameters: list[Any]) -> None:
+            self.parameters = parameters
+
+        def __enter__(self) -> None:
+            for p in self.parameters:
+                p.data = p.kept
+
+        def __exit__(self, *_: Any) -> None:
+            for p in self.parameters:
+                p.data = torch.empty(0)
+
+    fake = type("zero", (), {"GatheredParameters": GatheredParameters})
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed", type("deepspeed", (), {"zero": fake}))
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed.zero", fake)
+    ll.save(model, path)
+    assert all(torch.equal(load_file(path)[name], t) for name, t in whole.items())
+    ll.export_peft(model, tmp_path / "peft")
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    base: Any = nn.Linear(8, 6)
+    W = base.weight.detach().clone()
+    partition(base.weight)
+    assert torch.equal(dense_weight(base), W)
+
+
+def test_a_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    ll.attach(model, L(r=2))
+    adapter = model[0].lora_lite["default"]  # type: ignore[index,union-attr]
+    adapter.lora_A.data = torch.zeros(3, 8)
+    for call in (lambda: ll.save(model, tmp_path / "a"), lambda: ll.export_peft(model, tmp_path / "b")):
+        with pytest.raises(ll.CheckpointError, match=r"0: lora_A has shape \(3, 8\), not \(2, 8\)"):
+            call()
+    assert not any(tmp_path.iterdir())
+
+
+class Inference(nn.Module):
+    """A quantised layer whose kernel has no backward."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.in_features, self.out_features = size, size
+        self.weight = nn.Parameter(torch.randint(-127, 127, (size, size), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return nn.functional.linear(x, self.weight.to(x.dtype) / 100)
+
+
+def test_a_base_that_passes_no_gradient(tmp_path: Path) -> None:
+    """Refused to train on; a trained adapter still runs there."""
+    dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ll.attach(dense, L(r=2))
+    ll.save(dense, tmp_path / "adapter.safetensors")
+    model = nn.Sequential(nn.Linear(8, 8), Inference())
+    refused(model, L(r=2), r"1 \(8 → 8\): its Inference passes no gradient to its input")
+    refused(model, L(r=2, target_names=("1",)), r"1 \(8 → 8\): its Inference passes no gradient")
+    ll.load(model, tmp_path / "adapter.safetensors")
+    model(torch.randn(3, 8))
+
+
+def test_a_wrong_weight_does_not_excuse_itself() -> None:
+    """A layer whose dense weight is read wrongly is far off by the reference too; that allows it nothing."""
+
+    class Rescaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(1000 * input)
+
+    model = nn.Sequential(Rescaled(8, 8))
+    ll.attach(model, L(r=2, target_roles=()))
+    with pytest.raises(ll.KernelMismatchError, match=r"0 \(reference\): .*allowed 1.0e-01"):
+        ll.verify(model, torch.randn(3, 8))
+
+
+@EACH_VARIANT
+def test_vectors_stay_in_float32(variant: str) -> None:
+    """After `model.to(bfloat16)` too; their values, to the bit, and gains move at a rate of 1e-3."""
+    model = llama()
+    attach(model, variant, calibration_batches() if variant == "eva" else None)
+    randomize(model)
+    for convert in (lambda: model.to(torch.bfloat16), model.half, model.bfloat16):
+        before = {name: t.clone() for name, t in ll.state_dict(model).items()}
+        convert()
+        for name, t in ll.state_dict(model).items():
+            if t.ndim < 2 or name.endswith("rot_T"):
+                assert t.dtype == torch.float32
+                assert torch.equal(t, before[name])
+            else:
+                assert t.dtype in (torch.bfloat16, torch.float16)
+    model.float()
+    assert {t.dtype for t in ll.state_dict(model).values()} == {torch.float32}
+    model.double()
+    assert {t.dtype for t in ll.state_dict(model).values()} == {torch.float64}
+
+
+def test_gains_of_a_bfloat16_model_move() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, ll.IA3Config(target_names=()))
+    model.to(torch.bfloat16)
+    (gain,) = ll.parameters(model)
+    optimizer = torch.optim.SGD([gain], lr=1e-3)
+    gain.grad = torch.ones_like(gain)
+    optimizer.step()
+    assert_close(gain, torch.full((8,), 1 - 1e-3), 1e-6)
+
+
+# ---- other libraries' adapters and files ----
+
+
+def test_a_model_that_peft_adapts_is_refused() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    for names in (("q_proj",), ("k_proj",), ()):
+        refused(model, L(r=2, target_names=names), r"q_proj is a Linear around a base_layer: PEFT.*unload\(\)")
+    ll.attach(model.unload(), L(r=2, target_names=("q_proj",)))
+
+
+@pytest.mark.parametrize("kind", ["list", "regex"])
+def test_a_peft_file_that_lacks_a_layer(kind: str, tmp_path: Path) -> None:
+    names: Any = ["q_proj", "v_proj"] if kind == "list" else r".*\.(q_proj|v_proj)"
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=names))
+    theirs.save_pretrained(tmp_path)
+    ll.import_peft(llama(), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "layers.1.self_attn.v_proj" not in name}, file)
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError, match=r"match 4 layers.*no tensors for model.layers.1.self_attn.v_proj"):
+        ll.import_peft(model, tmp_path)
+    assert_same(model, before)
+    text = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "layers_to_transform": [0]}))
+    assert len(ll.import_peft(model, tmp_path).adapters) == 3  # type: ignore[union-attr]
+
+
+# ---- what trained beside the adapter ----
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+        self.classifier = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.body(x))
+
+
+def test_what_the_file_does_not_hold_is_said(tmp_path: Path) -> None:
+    model, x = Classifier(), torch.randn(9, 16)
+    ll.attach(model, L(r=4, target_names=("body",)))
+    model.eval()
+    model(x).sum().backward()
+    assert not warned(lambda: ll.save(model, tmp_path / "a"))
+    model.to(torch.bfloat16).to(torch.float32)  # rounding is no change
+    assert not warned(lambda: ll.save(model, tmp_path / "a"))
+    model.classifier.requires_grad_(True)
+    (text,) = warned(lambda: ll.save(model, tmp_path / "a"))
+    assert "parameters of the base that train (classifier.weight, classifier.bias)" in text
+    assert "running" not in text
+    model.train()
+    model(x)
+    for call in (lambda: ll.save(model, tmp_path / "a"), lambda: ll.export_peft(model, tmp_path / "b")):
+        (text,) = warned(call)
+        assert "body.1.running_mean, body.1.running_var" in text
+        assert "classifier.weight" in text
+
+
+def test_transformers_of_the_zoo_save_without_a_word(tmp_path: Path) -> None:
+    """Nothing that a forward leaves behind (caches, rotary tables) is taken for training."""
+    for name in ("qwen3_next", "whisper", "swin", "rwkv"):
+        make, batch = ZOO[name]
+        model = make().train()
+        ll.attach(model, L(r=4))
+        model(**batch()).loss.backward()
+        assert not warned(lambda model=model: ll.save(model, tmp_path / "a")), name
