@@ -42,7 +42,13 @@ class Adapter(Params):
         return self._primitive(layer, self.cfg if self.training else self._cfg_at_rest)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
-        with running(self), reference.without_autocast(self.device):
+        if is_managed(self):
+            with running(self):
+                return self._outside_autocast(layer, cfg)
+        return self._outside_autocast(layer, cfg)
+
+    def _outside_autocast(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
+        with reference.without_autocast(self.device):
             return self.variant.primitive(self, layer, cfg)
 
     @property
@@ -53,7 +59,10 @@ class Adapter(Params):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return getattr(self, next(iter(self.specs))).device
+        for t in self._parameters.values():
+            if t is not None:
+                return t.device
+        return getattr(self, next(iter(self.specs))).device  # a DataParallel replica's parameters are attributes
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:

@@ -89,7 +89,7 @@ class Site(nn.ModuleDict):
             waiting.pop()()
         calls.append(Call(layer, None if compiling else _frame_of_call(), running := []))
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
-        site: Site = getattr(layer, SITE, self)
+        site = cast(Site, layer._modules.get(SITE, self))
         if not compiling and not site.ran:
             site.ran = True
         acting = site.acting()
@@ -110,7 +110,7 @@ class Site(nn.ModuleDict):
         running = _end(layer)
         if y is None:
             return None
-        site: Site = getattr(layer, SITE, self)
+        site = cast(Site, layer._modules.get(SITE, self))
         if running is None:
             if site.acting():
                 raise AttachError(
@@ -142,52 +142,52 @@ class Site(nn.ModuleDict):
         for name, adapter in acting:
             piece = self._piece(adapter, layer, x)
             if self.rows is not None and name in self.rows:
+                if not by_row:
+                    together.append([])  # their place
                 by_row[name] = piece
-            elif together and _adds_up(together[-1][0]) and _adds_up(piece) and together[-1][0].ops is piece.ops:
+            elif together and together[-1] and _add_up(together[-1][0], piece):
                 together[-1].append(piece)
             else:
                 together.append([piece])
-        return [*(_as_one(pieces) for pieces in together), *self._of_rows(by_row, x)]
+        found: list[Piece] = []
+        for pieces in together:
+            found += [_as_one(pieces)] if pieces else self._of_rows(by_row, x)
+        return found
 
     def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor) -> Piece:
-        primitive = adapter.primitive(layer)
-        if not x.is_meta and adapter.valueless:
+        if adapter.valueless and x.device.type != "meta":
             raise AttachError(
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        return Piece(primitive, select(adapter.backend, x.device, x.dtype)[0])
+        return Piece(adapter.primitive(layer), select(adapter.backend, x.device, x.dtype)[0])
 
     def _of_rows(self, by_row: dict[str, Piece], x: Tensor) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
         dropout, one grouped sum."""
-        rows = self.rows
-        if rows is None:
-            return []
+        rows = self.rows or ()
         if len(x) != len(rows):
             raise ValueError(
                 f"use(model, [...]) named the adapters of {len(rows)} entries, and a layer got {len(x)} ({self.name}); "
                 "name one for each entry of the batch, in layers whose input keeps the batch as its first dimension"
             )
-        names, pieces = list(by_row), list(by_row.values())
-        sums = [piece.primitive for piece in pieces if type(piece.primitive) is LowRankAdd]
-        if (
-            sums
-            and len(sums) == len(pieces)
-            and len({(each.dropout) for each in sums}) == 1 == len({id(p.ops) for p in pieces})
-        ):
+        pieces, ops = list(by_row.values()), next(iter(by_row.values())).ops
+        sums = [piece.primitive for piece in pieces if type(piece.primitive) is LowRankAdd and piece.ops is ops]
+        if len(sums) == len(pieces) and len({each.dropout for each in sums}) == 1:
+            names = list(by_row)
             group = [names.index(name) if name in by_row else -1 for name in rows]
-            return [Piece(GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device)), pieces[0].ops)]
-        own = {name: [i for i, each in enumerate(rows) if each == name] for name in names}
+            return [Piece(GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device)), ops)]
+        own = {name: [i for i, each in enumerate(rows) if each == name] for name in by_row}
         return [
             Piece(OfRows(piece.primitive, torch.tensor(own[name], device=x.device)), piece.ops)
             for name, piece in by_row.items()
         ]
 
 
-def _adds_up(piece: Piece) -> bool:
-    """Whether it may become one with its like. Dropout draws a mask of its own."""
-    return type(piece.primitive) is LowRankAdd and piece.primitive.dropout == 0
+def _add_up(first: Piece, second: Piece) -> bool:
+    """Whether they may become one. Dropout draws a mask for each."""
+    sums = (each.primitive for each in (first, second))
+    return first.ops is second.ops and all(type(each) is LowRankAdd and each.dropout == 0 for each in sums)
 
 
 def _as_one(pieces: list[Piece]) -> Piece:

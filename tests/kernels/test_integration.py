@@ -11,7 +11,11 @@ from typing import Any
 
 import launches
 import pytest
-from models import load_tests
+import torch
+from models import load_tests, randomize
+from torch import nn
+
+import lora_lite as ll
 
 runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
 dropout = load_tests("test_dropout")
@@ -48,3 +52,18 @@ def _on_the_kernels(request: Any) -> Iterator[None]:
     with launches.counted() as launched:
         yield
     assert launched or "float64" in request.node.name or "(0, " in request.node.name, "no kernel ran"
+
+
+def test_sums_that_act_together_launch_as_often_as_one() -> None:
+    """Two adapters of rank 4 and 6 are one sum of rank 10, forward and backward."""
+    x = torch.randn(7, 12)
+    counts = []
+    for ranks in ((10,), (4, 6)):
+        layer = nn.Linear(12, 11)
+        for i, r in enumerate(ranks):
+            ll.attach(layer, ll.LoRAConfig(r=r, target_roles=()), name=f"a{i}", backend="triton")
+        randomize(layer)
+        with launches.counted() as launched:
+            layer(x.clone().requires_grad_()).sum().backward()
+        counts.append(sorted(launched))
+    assert counts[0] == counts[1]
