@@ -10,7 +10,7 @@ _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would c
 
 class Beside:
     """The base's parameters with their `requires_grad` as they were before the first adapter, and a copy of its small
-    floating-point buffers: BatchNorm's running statistics are among them."""
+    buffers: BatchNorm's running statistics are among them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.flags: list[tuple[nn.Parameter, bool]] = [(p, p.requires_grad) for p in model.parameters()]
@@ -42,7 +42,7 @@ class Beside:
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The small floating-point buffers of the base that a state dict holds."""
+    """The small buffers of the base that a state dict holds."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, Params):
@@ -50,8 +50,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         for key, t in module.named_buffers(recurse=False):
             if t is None or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
                 continue
-            if t.is_floating_point() and t.dtype.itemsize > 1:
-                found[f"{path}.{key}" if path else key] = t
+            found[f"{path}.{key}" if path else key] = t
     return found
 
 
@@ -60,7 +59,7 @@ def _differs(before: Tensor | None, now: Tensor) -> bool:
     if before is None or before.shape != now.shape:
         return True
     before = before.to(now.device)
-    if before.dtype == now.dtype:
+    if before.dtype == now.dtype or not (before.is_floating_point() and now.is_floating_point()):
         return not torch.equal(before.nan_to_num(), now.nan_to_num())
     coarse = max(torch.finfo(before.dtype).eps, torch.finfo(now.dtype).eps)
     return not torch.allclose(before.double(), now.detach().double(), rtol=2 * coarse, atol=coarse, equal_nan=True)

@@ -60,9 +60,8 @@ class Watch:
         """Layers that never ran, that no gradient reached in the first backward, and that have left the model."""
         if not (self.done or any(site.ran for site in self.sites.values())):
             return [], [], []
-        present = {id(module) for module in model.modules()}
-        gone = [t.name for t in self.targets if id(t.layer) not in present]
-        here = [t.name for t in self.targets if id(t.layer) in present and self.name not in self.sites[t.name].off]
+        gone = gone_from(model, self.targets)
+        here = [t.name for t in self.targets if t.name not in gone and self.name not in self.sites[t.name].off]
         trains = {name for name in here if any(p.requires_grad for p in self.adapters[name].parameters())}
         ran = {name for name in here if self.sites[name].ran or name in self.reached}
         without = trains - self.reached if self.done else set()
@@ -99,6 +98,12 @@ class Watch:
         return {**vars(self), "_handles": []}
 
 
+def gone_from(model: nn.Module, targets: list[Target]) -> list[str]:
+    """Targets that are no longer part of the model."""
+    present = {id(module) for module in model.modules()}
+    return [target.name for target in targets if id(target.layer) not in present]
+
+
 def whole_kinds(model: nn.Module, layers: list[str], wanted: set[str]) -> list[str]:
     """Of the wanted layers those whose whole kind is wanted. Linear layers in an nn.Sequential, which runs all of them,
     are a kind each; in a ModuleList they are experts of one."""
@@ -115,7 +120,7 @@ def listing(layers: list[str]) -> str:
     """The layers by kind, with how many there are of each."""
     kinds: dict[str, list[str]] = {}
     for name in layers:
-        kinds.setdefault(fold(name), []).append(name)
+        kinds.setdefault(fold(name), []).append(name or "the model itself")
     names = [f"{kind} ×{len(alike)}" if len(alike) > 1 else alike[0] for kind, alike in kinds.items()]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more kinds" if len(names) > 8 else "")
 

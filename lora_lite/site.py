@@ -97,8 +97,8 @@ class Site(nn.ModuleDict):
             return None
         key = "" if args else _input_of(site.name, kwargs)
         x: Tensor = args[0] if args else cast(dict[str, Any], kwargs)[key]
-        if is_managed(layer):
-            x = x.to(execution_device(layer))
+        if is_managed(layer) and (device := execution_device(layer)) is not None:
+            x = x.to(device)
         for piece in site.pieces(acting, layer, x):
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
-from .idle import listing, whole_kinds
+from .idle import gone_from, listing, whole_kinds
 from .selection import only
 from .targets import Target
 
@@ -94,7 +94,9 @@ def _require_all(
     if not calls:
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
     ran = {target.name for target, _, _ in calls}
-    idle = whole_kinds(model, [t.name for t in targets], {t.name for t in targets} - ran)
+    gone = gone_from(model, targets)
+    here = [t.name for t in targets if t.name not in gone]
+    idle = whole_kinds(model, here, set(here) - ran) + gone
     if idle and not partial:
         raise AttachError(
             f"verify: the batch did not run these adapted layers: {listing(idle)}. Their adapters do nothing if "

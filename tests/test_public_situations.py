@@ -169,6 +169,8 @@ def test_layers_that_left_the_model(leave: str, tmp_path: Path) -> None:
     (text,) = warned(lambda: model(token_ids(), labels=token_ids()).loss.backward())
     assert f"no longer part of the model: {gone}" in text
     assert {row.layer for row in ll.diagnose(model).rows if row.idle == "left the model"} == {gone}
+    with pytest.raises(ll.AttachError, match=f"did not run these adapted layers: {gone}"):
+        ll.verify(model, token_ids())
     (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
     assert gone in text
     ll.detach(model)
@@ -572,7 +574,7 @@ def test_what_the_file_does_not_hold_is_said(tmp_path: Path) -> None:
     model(x)
     for call in (lambda: ll.save(model, tmp_path / "a"), lambda: ll.export_peft(model, tmp_path / "b")):
         (text,) = warned(call)
-        assert "body.1.running_mean, body.1.running_var" in text
+        assert "body.1.running_mean, body.1.running_var, body.1.num_batches_tracked" in text
         assert "classifier.weight" in text
 
 
