@@ -19,6 +19,7 @@ from .errors import (
 )
 from .interchange import export_peft, import_peft
 from .left_out import LeftOut
+from .merging import merged_state_dict, save_merged
 from .params import Params, ParamSpec
 from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
 from .selection import disabled, use
@@ -80,10 +81,12 @@ __all__ = [
     "export_peft",
     "import_peft",
     "load",
+    "merged_state_dict",
     "param_groups",
     "parameters",
     "register",
     "save",
+    "save_merged",
     "state_dict",
     "use",
     "verify",

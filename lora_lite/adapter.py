@@ -41,6 +41,10 @@ class Adapter(Params):
         """What the adapter computes around the layer, with dropout in training."""
         return self._primitive(layer, self.cfg if self.training else self._cfg_at_rest)
 
+    def at_rest(self, layer: nn.Module) -> Primitive:
+        """What it computes in evaluation."""
+        return self._primitive(layer, self._cfg_at_rest)
+
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         if is_managed(self):
             with running(self):
@@ -67,7 +71,7 @@ class Adapter(Params):
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:
         around the dense weight or, with dense=False, around the layer as it computes by itself."""
-        primitive = self._primitive(layer, self._cfg_at_rest)
+        primitive = self.at_rest(layer)
         x, carry = primitive.on_input(x, reference)
         if not dense:
             return primitive.on_output(layer.forward(x), carry, reference)  # forward: without the hooks

@@ -1,0 +1,167 @@
+"""merged_state_dict and save_merged: the adapted model as a plain one, in new tensors. The base in memory stays.
+
+Every method is a linear map around its layer, x ↦ W'x + b', so W' and b' follow from what its primitive makes of the
+identity's rows: no method has a merge of its own.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import reference
+from .attachment import chosen, unwrap
+from .errors import AttachError
+from .params import Params
+from .placement import brought, whole
+from .quantized import bias_of, dense_weight, token_dtype, weight_of
+from .site import SITE, Site
+from .targets import is_linear
+
+_ROWS = 1024  # of the identity at a time
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state dict of a plain model that computes what this one does now, with the adapters that act, in evaluation.
+
+    Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
+    quantised layers, made dense. The rest are the base's own, in whose memory nothing changes.
+
+    Args:
+        model: with adapters attached.
+        dtype: of all floating-point tensors. By default each has the base's; what is quantised there has the dtype in
+            which it computes.
+
+    Raises:
+        AttachError: nothing is attached, `use` has given each entry of a batch an adapter of its own, or a method adds
+            a bias to a layer that has none.
+    """
+    model = unwrap(model)
+    chosen(model, None)
+    found: dict[str, Tensor] = {}
+    of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Params | Site):
+            continue
+        if id(module) not in of_module:
+            of_module[id(module)] = _linear(module, dtype) if is_linear(module) else _own(module, dtype)
+        found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
+    return found
+
+
+def save_merged(
+    model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any
+) -> None:
+    """Write the merged model as a plain checkpoint: of a transformers model what its `save_pretrained` writes, config
+    and tied weights and shards included, without the quantisation; of any other module a `model.safetensors`.
+
+    Args:
+        model, dtype: as in `merged_state_dict`.
+        folder: made where it is missing.
+        options: for `save_pretrained`, such as max_shard_size.
+
+    Raises:
+        AttachError: as `merged_state_dict` does.
+    """
+    model, folder = unwrap(model), Path(folder)
+    tensors = merged_state_dict(model, dtype=dtype)
+    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        folder.mkdir(parents=True, exist_ok=True)
+        alone = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file has no two names for one tensor
+        save_file(alone, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    plain = _skeleton(model, tensors)
+    type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
+
+
+def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
+    """A model of the same class and config without values and without quantisation, for its `save_pretrained`."""
+    config = copy.deepcopy(model.config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if SITE in getattr(head, "_modules", {}):  # it was tied, and is not any more
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        plain = type(model)(config)
+    if getattr(model, "generation_config", None) is not None:
+        plain.generation_config = model.generation_config
+    return plain.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+
+
+def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A module's own parameters and persistent buffers."""
+    names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
+    names += [
+        name
+        for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    found = {}
+    for name in names:
+        t = brought(module, name)
+        assert t is not None
+        t = whole(t.detach()) if not hasattr(t, "ds_id") else whole(t)
+        found[name] = t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
+    return found
+
+
+def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A linear layer's weight and bias, dense, with what its site makes of them."""
+    weight: Any = weight_of(layer)
+    site = layer._modules.get(SITE)
+    dense = weight.is_floating_point() and weight.dtype.itemsize > 1 and type(weight) in (Tensor, nn.Parameter)
+    if site is None and (dense or hasattr(weight, "full_tensor")):
+        return _own(layer, dtype)
+    dtype = dtype or token_dtype(layer)
+    W, bias = dense_weight(layer), bias_of(layer)
+    if site is not None:
+        W, bias = _through(site, layer, W, bias)
+    others = _own(layer, dtype) if dense else {}
+    found = {**others, "weight": W.to(dtype)}
+    return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
+
+
+def _through(
+    site: Site, layer: Any, W: Float[Tensor, "N K"], bias: Tensor | None
+) -> tuple[Float[Tensor, "N K"], Tensor | None]:
+    """W' and b', in float64, of a layer with its adapters as they act in evaluation."""
+    if site.rows is not None:
+        raise AttachError(
+            f"{site.name}: each entry of a batch has an adapter of its own, and a merged model has one set of weights; "
+            "call use(model, name) first"
+        )
+    primitives = [adapter.at_rest(layer) for _, adapter in site.acting()]
+    wide, N, K = torch.float64, *W.shape
+    b = W.new_zeros(N, dtype=wide) if bias is None else bias.to(wide)
+
+    def run(x: Tensor, of_identity: slice | None) -> Tensor:
+        carries, given = [], x
+        for primitive in primitives:
+            x, carry = primitive.on_input(x, reference)
+            carries.append(carry)
+        untouched = x is given and of_identity is not None
+        y = (W[:, of_identity].t().to(wide) if untouched else x @ W.t().to(wide)) + b
+        for primitive, carry in zip(primitives, carries, strict=True):
+            y = primitive.on_output(y, carry, reference)
+        return y
+
+    new_bias = run(W.new_zeros(1, K, dtype=wide), None)[0]
+    merged = W.new_empty(N, K, dtype=wide)
+    for first in range(0, K, _ROWS):
+        part = slice(first, min(first + _ROWS, K))
+        rows = W.new_zeros(part.stop - first, K, dtype=wide)
+        rows[:, part].fill_diagonal_(1)
+        merged[:, part] = (run(rows, part) - new_bias).t()
+    if bias is None and new_bias.any():
+        raise AttachError(
+            f"{site.name}: its adapter adds a bias, and the layer has none to hold it; it can't be merged"
+        )
+    return merged, None if bias is None else new_bias

@@ -1,0 +1,182 @@
+"""Merged weights: a plain model that computes what the adapted one does, from new tensors, on disk and in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    bert,
+    calibration_batches,
+    config,
+    gpt_neox,
+    llama,
+    load_tests,
+    qwen3,
+    randomize,
+    snapshot,
+    token_ids,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+quantized = load_tests("test_quantized")
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(input_ids=token_ids()).logits
+
+
+def adapted(model: nn.Module, variant: str, **fields: Any) -> nn.Module:
+    attach(model, variant, calibration_batches() if variant == "eva" else None, **fields)
+    randomize(model, by=0.3)
+    return model
+
+
+@EACH_VARIANT
+@pytest.mark.parametrize("make", [llama, gpt_neox, bert], ids=lambda make: make.__name__)
+def test_a_plain_model_computes_the_same(variant: str, make: Any, tmp_path: Path) -> None:
+    """gpt_neox and bert have biases, which DoRA leaves out of its scale and IA3 scales."""
+    model: Any = adapted(make(), variant, dropout=0.0 if variant in ("ia3", "ia3_ff", "hra") else 0.1).train()
+    want, before = logits(model), snapshot(model)
+    with ll.disabled(model):
+        base = logits(model)
+    ll.save_merged(model, tmp_path)
+    assert_same(model, before)
+    plain = type(model).from_pretrained(tmp_path)
+    assert [name for name, _ in plain.named_modules() if "lora" in name] == []
+    assert_close(logits(plain), want, 1e-5)
+    assert (want - base).norm() > 1e-2 * base.norm()
+    merged = ll.merged_state_dict(model)
+    memory: Any = make()
+    memory.load_state_dict(merged)
+    assert_close(logits(memory), want, 1e-5)
+    own = {name: t for name, t in model.state_dict().items() if ".lora_lite." not in name}
+    assert merged.keys() == own.keys()
+    changed = {name for name, t in own.items() if not torch.equal(merged[name], t)}
+    targets = {target.name for target in ll.attachment.require_attachment(model).targets}
+    assert {name.rpartition(".")[0] for name in changed} == targets
+    assert all(merged[name].dtype == t.dtype for name, t in own.items())
+
+
+@EACH_VARIANT
+def test_rounded_once(variant: str) -> None:
+    """Of a bfloat16 base: the float64 result, rounded to the nearest; not one rounding more."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 24).bfloat16()
+    ll.attach(
+        layer,
+        config(variant, target_names=()),
+        calibration_data=[torch.randn(64, 40).bfloat16()] if variant == "eva" else None,
+    )
+    randomize(layer)
+    merged = ll.merged_state_dict(layer)
+    assert merged["weight"].dtype == torch.bfloat16
+    adapter: Any = layer.lora_lite["default"]  # type: ignore[index,union-attr]
+    eye = torch.eye(40, dtype=torch.float64)
+    constant = adapter.by_reference(layer, torch.zeros_like(eye[:1]))
+    exact = (adapter.by_reference(layer, eye) - constant).t()
+    assert (merged["weight"].double() - exact).abs().le(2**-8 * exact.abs() + 1e-12).all()
+    wide = ll.merged_state_dict(layer, dtype=torch.float32)
+    assert {t.dtype for t in wide.values()} == {torch.float32}
+    assert_close(wide["weight"], exact, 1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
+def test_quantised_bases(variant: str, kind: str, tmp_path: Path) -> None:
+    """Dense in the dtype given, adapted layers and others; bitsandbytes' 8-bit rounds its tokens too, and we don't."""
+    folder = tmp_path / "base"
+    llama(**quantized.SIZES).save_pretrained(folder)  # type: ignore[operator]
+    model = quantized.quantised(folder, kind)
+    attach(model, variant, target_names=("q_proj", "down_proj"))
+    randomize(model, by=0.3)
+    bytes_before = quantized.base_bytes(model)
+    want = logits(model.train())
+    ll.save_merged(model, tmp_path / "merged", dtype=torch.float32)
+    after = quantized.base_bytes(model)
+    assert all(torch.equal(after[name], t) for name, t in bytes_before.items())
+    text = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in text
+    assert text["dtype"] == "float32"
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(type(m) is nn.Linear for m in plain.modules() if hasattr(m, "in_features"))
+    assert_close(logits(plain), want, 1e-5 if kind == "4bit" else 5e-2)
+
+
+def test_tied_weights_and_shards(tmp_path: Path) -> None:
+    model: Any = adapted(qwen3(), "lora")
+    ll.save_merged(model, tmp_path / "tied", max_shard_size="20KB")
+    assert (tmp_path / "tied" / "model.safetensors.index.json").exists()
+    names = json.loads((tmp_path / "tied" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "lm_head.weight" not in names
+    plain: Any = type(model).from_pretrained(tmp_path / "tied")
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert_close(logits(plain), logits(model), 1e-5)
+
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=4, target_names=("q_proj", "lm_head")))  # now it is another than the embedding
+    randomize(model, by=0.3)
+    ll.save_merged(model, tmp_path / "untied")
+    untied = type(model).from_pretrained(tmp_path / "untied")
+    assert not untied.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings
+    assert_close(logits(untied), logits(model), 1e-5)
+
+
+def test_several_adapters_and_who_acts(tmp_path: Path) -> None:
+    model: Any = llama()
+    for name, variant in (("turn", "hra"), ("add", "lora"), ("gain", "ia3"), ("more", "dora")):
+        attach_as = config(variant, target_names=("k_proj", "v_proj", "down_proj"))
+        ll.attach(model, attach_as, name=name)
+    randomize(model, by=0.3)
+    for names in (("turn", "add", "gain", "more"), ("add", "more"), ("gain",)):
+        ll.use(model, *names)
+        memory: Any = llama()
+        memory.load_state_dict(ll.merged_state_dict(model))
+        assert_close(logits(memory), logits(model), 1e-5)
+    with ll.disabled(model):
+        assert all(torch.equal(t, llama().state_dict()[name]) for name, t in ll.merged_state_dict(model).items())
+    ll.use(model, ["add", None])
+    with pytest.raises(
+        ll.AttachError, match=r"k_proj: each entry of a batch has an adapter of its own.*use\(model, name\)"
+    ):
+        ll.save_merged(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_any_module(tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second = self.first
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.second(torch.tanh(self.first(x))))
+
+    model = Shared().eval()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    randomize(model)
+    ll.save_merged(model, tmp_path)
+    plain = Shared().eval()
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = torch.randn(5, 6)
+    assert_close(plain(x), model(x), 1e-6)
+
+
+def test_refuses() -> None:
+    with pytest.raises(ll.AttachError, match="no adapter is attached"):
+        ll.merged_state_dict(llama())
