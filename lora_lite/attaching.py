@@ -225,7 +225,7 @@ def install(
     beside = others[0].beside if others else Beside(model)
     without = left_out(model, reasons, adapters)
     if not others:
-        beside.freeze()
+        beside.freeze(model)
     sites = {target.name: Site.of(target.layer, target.name) for target in targets}
     for target in targets:
         adapter, site = adapters[target.name].train(target.layer.training), sites[target.name]
@@ -255,4 +255,4 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             attachment.sites[target.name].leave(target.layer, attachment.name)
         forget(model, attachment)
         if not attachments(model):
-            attachment.beside.restore()
+            attachment.beside.restore(model)

@@ -1,5 +1,8 @@
 """What a model has beside its adapters: the flags to restore, and what changed that no adapter's file will hold."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,15 +19,20 @@ class Beside:
         self.flags: list[tuple[nn.Parameter, bool]] = [(p, p.requires_grad) for p in model.parameters()]
         self.buffers = {name: t.detach().clone() for name, t in _buffers(model).items()}
 
-    def freeze(self) -> None:
-        """Nothing of the base trains."""
+    def freeze(self, model: Any) -> None:
+        """Nothing of the base trains. transformers' Trainer, which takes a quantised model only with adapters that it
+        knows, is told that this one can be trained."""
         for p, _ in self.flags:
             p.requires_grad_(False)
+        if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+            model.hf_quantizer = _trainable(quantizer)
 
-    def restore(self) -> None:
+    def restore(self, model: Any) -> None:
         """The flags as they were."""
         for p, flag in self.flags:
             p.requires_grad_(flag)
+        if (quantizer := getattr(getattr(model, "hf_quantizer", None), "of_the_base", None)) is not None:
+            model.hf_quantizer = quantizer
 
     def lost(self, model: nn.Module) -> str:
         """What an adapter's file does not hold although it trains or has changed; empty: nothing."""
@@ -39,6 +47,20 @@ class Beside:
         if not parts:
             return ""
         return f"the file holds the adapter alone, and not {' nor '.join(parts)}: save those too, or they are lost"
+
+
+def _trainable(quantizer: Any) -> Any:
+    """The same quantizer of transformers, which says of its model that it can be trained."""
+    adapted = copy.copy(quantizer)
+    adapted.of_the_base = quantizer
+    overridden = {"is_qat_trainable": True, "is_trainable": True, "__reduce__": _rebuild}
+    adapted.__class__ = type(type(quantizer).__name__, (type(quantizer),), overridden)
+    return adapted
+
+
+def _rebuild(adapted: Any) -> Any:
+    """How to copy and pickle one: its class has no name that could be looked up."""
+    return _trainable, (adapted.of_the_base,)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

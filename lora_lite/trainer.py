@@ -43,7 +43,12 @@ def _save_pretrained(
         return
     tensors = model.state_dict() if state_dict is None else state_dict
     own = {name: t for name, t in tensors.items() if f".{SITE}." in name}
-    type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
+    quantizer = vars(model).pop("hf_quantizer", None)  # it would write the whole base instead
+    try:
+        type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
+    finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
     for each in found:
         save(
             model,

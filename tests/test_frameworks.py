@@ -10,7 +10,7 @@ import torch
 from models import attach, llama, randomize, token_ids
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import lora_lite as ll
 from lora_lite.trainer import AdapterCallback
@@ -185,3 +185,64 @@ def test_accelerate(variant: str, tmp_path: Path) -> None:
                 seen.append(loss.item())
     assert sum(seen[-4:]) < sum(seen[:4])
     ll.save(accelerator.unwrap_model(wrapped), tmp_path / "adapter.safetensors")
+
+
+# ---- QLoRA ----
+
+QUANTISED: dict[str, Any] = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "8bit": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def quantised(folder: Path, kind: str) -> Any:
+    config = BitsAndBytesConfig(**QUANTISED[kind])
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return model.train()  # in evaluation some CPUs pack 4-bit weights so that no gradient passes
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_in_a_trainer(kind: str, base_folder: Path, tmp_path: Path) -> None:
+    """Trains, saves the adapter alone, resumes to the bit, goes back to the best; and detach leaves no trace."""
+    found = []
+    for resumed in (False, True):
+        model = quantised(base_folder, kind)
+        quantizer = model.hf_quantizer
+        torch.manual_seed(0)
+        attach(model, "lora")
+        randomize(model, by=0.1)
+        folder = tmp_path / str(resumed)
+        for steps in (2, 4) if resumed else (4,):
+            if resumed and steps == 4:
+                randomize(model, seed=9)
+            trainer = Trainer(
+                model, saving(folder, max_steps=steps, load_best_model_at_end=not resumed, greater_is_better=True),
+                train_dataset=examples(), eval_dataset=examples(4), callbacks=[AdapterCallback()],
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=resumed and steps == 4)
+        if not resumed:
+            best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+            assert all(torch.equal(model.state_dict()[name], t) for name, t in best.items())
+        last = load_file(folder / "checkpoint-4" / "model.safetensors")
+        assert last
+        assert all(".lora_lite." in name for name in last)
+        found.append(last)
+        ll.load(quantised(base_folder, kind), folder / "checkpoint-4" / "adapter.safetensors")
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+
+    for twin in (copy.deepcopy(model), model):
+        assert twin.hf_quantizer.is_qat_trainable
+        ll.detach(twin)
+        assert type(twin.hf_quantizer) is type(quantizer)
+    assert model.hf_quantizer is quantizer
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, arguments(tmp_path), train_dataset=examples())
