@@ -47,6 +47,11 @@ class Adapter(Params):
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         if is_managed(self):
+            if self.training and torch.is_grad_enabled() and self.device.type == "meta":
+                raise AttachError(
+                    "accelerate offloads this adapter with the model: it runs, but can't be trained; attach, or load "
+                    "its file, after the model is offloaded"
+                )
             with running(self):
                 return self._outside_autocast(layer, cfg)
         return self._outside_autocast(layer, cfg)

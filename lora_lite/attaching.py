@@ -1,6 +1,7 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
@@ -9,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .attachment import DEFAULT, Attachment, attachments, chosen, forget, naming, record, unwrap
+from .attachment import (
+    DEFAULT,
+    Attachment,
+    attachments,
+    chosen,
+    forget,
+    in_force,
+    naming,
+    record,
+    settle_modules,
+    unwrap,
+)
 from .backend import check_backend
 from .beside import Beside
 from .calibration import CalibrationData, gather
@@ -18,11 +30,13 @@ from .errors import AttachError, RankError, UnfitError
 from .fitness import require_gradient, unfit
 from .idle import Watch
 from .left_out import left_out
+from .params import SITE
 from .placement import replicate
 from .quantized import weight_of
-from .site import SITE, Site
+from .site import Site
 from .targets import Target, choose
 from .variant import Variant, variant_of
+from .whole_modules import WholeModules, inside, matched, settle
 
 
 @overload
@@ -75,6 +89,10 @@ def attach(
     check_backend(backend)
     variant = variant_of(cfg)
     check_free(model, name)
+    if torch.is_inference_mode_enabled():
+        raise AttachError(
+            "attach: tensors that are made in torch.inference_mode can't be trained; attach outside of it"
+        )
     targets, adapters, reasons = _built(model, variant, cfg, backend)
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
         statistics = {}
@@ -91,7 +109,8 @@ def attach(
     else:
         init(targets, adapters)
     derive(targets, adapters)
-    return install(model, name, cfg, backend, targets, adapters, reasons)
+    whole = whole_modules(model, matched(model, cfg.modules_to_save))
+    return install(model, name, cfg, backend, targets, adapters, reasons, whole)
 
 
 def _attach_all(
@@ -133,11 +152,19 @@ def check_free(model: nn.Module, name: str) -> None:
                 f"{path or type(module).__name__} carries an adapter already; call detach on the model it was attached "
                 "through"
             )
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            raise AttachError(
-                f"{path or type(module).__name__} is a {type(module).__name__} around a base_layer: PEFT adapts this "
-                "model already. Call its unload() or merge_and_unload() first, or bring PEFT's adapter by import_peft"
-            )
+    if (path := _peft_in(model)) is not None:
+        kind = type(model.get_submodule(path)).__name__
+        raise AttachError(
+            f"{path or type(model).__name__} is PEFT's {kind}: PEFT adapts this model already. Call its unload() or "
+            "merge_and_unload() first, or bring PEFT's adapter by import_peft"
+        )
+
+
+def _peft_in(model: nn.Module) -> str | None:
+    """A layer that PEFT has adapted, or else a module of its own (prompts, wrappers), by name; None: there is none."""
+    layers = [path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
+    others = [path for path, m in model.named_modules() if type(m).__module__.startswith("peft.")]
+    return next(iter([*layers, *others]), None)
 
 
 def _built(
@@ -154,6 +181,8 @@ def _built(
         why = ""
         try:
             with naming(target.name, target.layer):
+                if holder := [each.name for each in attachments(model) if inside(target.name, each.whole.names)]:
+                    raise UnfitError(f"it trains in full with the adapter {holder[0]!r} (modules_to_save)")
                 if why := unfit(model, target):
                     raise UnfitError(f"{why}; adapt the layers around it instead")
                 require_gradient(target.layer)
@@ -163,7 +192,7 @@ def _built(
             if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
                 raise
             narrow = f"narrower than r={cfg.for_layer(target.name).r}"
-            reasons[target.name], problem = narrow if isinstance(error, RankError) else why, error
+            reasons[target.name], problem = narrow if isinstance(error, RankError) else why or "trains in full", error
     if not targets and problem is not None:
         raise problem
     return targets, adapters, reasons
@@ -211,6 +240,15 @@ def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
             adapters[t.name].variant.derive(adapters[t.name], t.layer, adapters[t.name].cfg)
 
 
+def whole_modules(model: nn.Module, names: list[str]) -> WholeModules:
+    """The modules of these names, to train in full, with copies of their tensors.
+
+    Raises:
+        AttachError: one carries an adapter, is quantised, sharded or on the meta device.
+    """
+    return WholeModules(model, names, [each.whole for each in attachments(model)])
+
+
 def install(
     model: nn.Module,
     name: str,
@@ -219,8 +257,11 @@ def install(
     targets: list[Target],
     adapters: dict[str, Adapter],
     reasons: dict[str, str],
+    whole: WholeModules,
 ) -> Attachment:
-    """Freeze the base and put the adapters on their layers' sites. Nothing in here can fail half-way."""
+    """Freeze the base, put the adapters on their layers' sites, and the modules that train in full in their places.
+    Nothing in here can fail half-way."""
+    in_force(targets, backend)  # warns now, and not in the middle of a forward, where "triton" has to fall back
     others = attachments(model)
     beside = others[0].beside if others else Beside(model)
     without = left_out(model, reasons, adapters)
@@ -234,10 +275,16 @@ def install(
         site[name] = adapter
         site.off -= {name}
     watch = Watch(name, targets, adapters, sites)
-    attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside)
+    attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside, whole)
+    if both := [each.name for each in others if each.whole.entries.keys() & whole.entries.keys()]:
+        warnings.warn(
+            f"attach: modules that train in full with {name!r} do so with {', '.join(both)} too; the last attached "
+            "that acts counts: use(model, name) says which",
+            stacklevel=3,
+        )
     record(model, attachment)
+    settle_modules(model)
     watch.start(model)
-    attachment.backends()  # warns now, and not in the middle of a forward, where "triton" has to fall back
     return attachment
 
 
@@ -250,9 +297,16 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     model = unwrap(model)
     for attachment in chosen(model, name):
+        settle([(each.whole, each.acts and each is not attachment) for each in attachments(model)])
         attachment.watch.stop()
         for target in attachment.targets:
             attachment.sites[target.name].leave(target.layer, attachment.name)
         forget(model, attachment)
         if not attachments(model):
             attachment.beside.restore(model)
+    if (left := attachments(model)) and not any(each.acts for each in left):
+        warnings.warn(
+            f"detach: what is left ({', '.join(each.name for each in left)}) does not act, since `use` named only what "
+            "was detached; call use(model, name)",
+            stacklevel=2,
+        )

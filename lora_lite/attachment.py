@@ -20,6 +20,7 @@ from .placement import execution_device
 from .quantized import token_dtype, weight_of
 from .site import Site
 from .targets import Target
+from .whole_modules import WholeModules, settle
 
 _ATTACHMENTS = "_lora_lite"  # attribute of the model: its attachments by name
 DEFAULT = "default"
@@ -46,26 +47,31 @@ class Attachment:
     sites: dict[str, Site] = field(repr=False)
     watch: Watch = field(repr=False)
     beside: Beside = field(repr=False)  # shared by all attachments of a model
+    whole: WholeModules = field(repr=False)
 
     @property
     def trainable(self) -> int:
-        """Number of trainable adapter parameters."""
-        return sum(p.numel() for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad)
+        """Number of trainable parameters, those of modules that train in full among them."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def acts(self) -> bool:
+        """Whether `use` and `disabled` let it act."""
+        return any(self.name not in site.off for site in self.sites.values())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those for an optimiser."""
+        own = [p for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad]
+        return [*own, *self.whole.parameters()]
 
     def backends(self) -> dict[str, tuple[str, str]]:
         """For each layer the backend in force, for tokens of its weight's dtype, and why."""
-        in_force = {}
-        for target in self.targets:
-            weight = weight_of(target.layer)
-            assert weight is not None
-            device = execution_device(target.layer) or weight.device
-            in_force[target.name] = select(self.backend, device, token_dtype(target.layer))[1:]
-        return in_force
+        return in_force(self.targets, self.backend)
 
     def summary(self) -> str:
         """A table with a row a layer: shape, role, trainable parameters, backend in force and why. Below it what is
         left out, largest part first."""
-        base = sum(p.numel() for p, _ in self.beside.flags)
+        base = self.beside.size
         table = Table(
             title=f"{self.name}, {self.cfg.variant}: {self.trainable:,} trainable parameters on {len(self.targets)} "
             f"layers ({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
@@ -86,7 +92,8 @@ class Attachment:
         console = Console(width=160, no_color=True)
         with console.capture() as capture:
             console.print(table)
-        return capture.get() + self._what_is_left_out()
+        in_full = f"Trained in full: {self.whole}\n" if self.whole.names else ""
+        return capture.get() + in_full + self._what_is_left_out()
 
     def _what_is_left_out(self) -> str:
         if not self.left_out:
@@ -99,6 +106,17 @@ class Attachment:
         if more := len(self.left_out) - _SHOWN:
             lines += [f"  and {more} more kinds: Attachment.left_out has them all"] if more > 0 else []
         return "\n".join(lines) + "\n"
+
+
+def in_force(targets: list[Target], backend: str) -> dict[str, tuple[str, str]]:
+    """Of each layer the backend that runs there, for tokens of its weight's dtype, and why."""
+    found = {}
+    for target in targets:
+        weight = weight_of(target.layer)
+        assert weight is not None
+        device = execution_device(target.layer) or weight.device
+        found[target.name] = select(backend, device, token_dtype(target.layer))[1:]
+    return found
 
 
 # ---- looking it up ---------------------------------------------------------------------------------------------------
@@ -135,6 +153,11 @@ def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
     return found[name or next(iter(found))]
 
 
+def settle_modules(model: nn.Module) -> None:
+    """Put the modules that train in full, or the base's, in their places."""
+    settle([(each.whole, each.acts) for each in attachments(model)])
+
+
 def chosen(model: nn.Module, name: str | None) -> list[Attachment]:
     """The attachment of that name, or all where it is None; an AttachError where there is none."""
     if name is None and attachments(model):
@@ -154,7 +177,7 @@ def sites_of(model: nn.Module) -> list[Site]:
 
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of the adapter of that name, or of all, for an optimiser."""
-    return [p for adapter in adapters_of(unwrap(model), name) for p in adapter.parameters() if p.requires_grad]
+    return [p for each in chosen(unwrap(model), name) for p in each.parameters()]
 
 
 def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
@@ -176,6 +199,7 @@ def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str 
     if not fast:
         variants = ", ".join(each.cfg.variant for each in found)
         raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; use parameters(model)")
+    slow += [p for each in found for p in each.whole.parameters()]
     return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
 
 
@@ -185,8 +209,9 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     Raises:
         AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
     """
-    adapters = require_attachment(unwrap(model), name).adapters
-    return {f"{layer}.{key}": t for layer, adapter in adapters.items() for key, t in adapter.state_dict().items()}
+    attachment = require_attachment(unwrap(model), name)
+    own = {f"{layer}.{key}": t for layer, a in attachment.adapters.items() for key, t in a.state_dict().items()}
+    return own | {name: t.detach() for name, t in attachment.whole.tensors().items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -200,4 +225,5 @@ def naming(name: str, layer: Any) -> Iterator[None]:
     try:
         yield
     except AttachError as error:
-        raise type(error)(f"{name} ({layer.in_features} → {layer.out_features}): {error}") from None
+        where = f"{name} ({layer.in_features} → {layer.out_features}): "
+        raise type(error)(f"{where}{str(error).removeprefix(where)}") from None

@@ -1,6 +1,7 @@
 """What a model has beside its adapters: the flags to restore, and what changed that no adapter's file will hold."""
 
 import copy
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,48 +13,67 @@ _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would c
 
 
 class Beside:
-    """The base's parameters with their `requires_grad` as they were before the first adapter, and a copy of its small
-    buffers: BatchNorm's running statistics are among them."""
+    """Of the base as it was before the first adapter: its parameters' `requires_grad`, a few of their elements, and a
+    copy of its small buffers, BatchNorm's running statistics among them. No tensor of the base is kept alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.flags: list[tuple[nn.Parameter, bool]] = [(p, p.requires_grad) for p in model.parameters()]
+        self.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+        self.size = sum(p.numel() for p in model.parameters())
+        self.samples = {name: _sample(p) for name, p in model.named_parameters() if _readable(p)}
         self.buffers = {name: t.detach().clone() for name, t in _buffers(model).items()}
 
     def freeze(self, model: Any) -> None:
         """Nothing of the base trains. transformers' Trainer, which takes a quantised model only with adapters that it
         knows, is told that this one can be trained."""
-        for p, _ in self.flags:
+        for p in model.parameters():
             p.requires_grad_(False)
         if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
             model.hf_quantizer = _trainable(quantizer)
 
     def restore(self, model: Any) -> None:
-        """The flags as they were."""
-        for p, flag in self.flags:
-            p.requires_grad_(flag)
+        """The flags as they were, by name: tensors may have been replaced meanwhile. One under a new name gets the flag
+        that most had."""
+        most = sum(self.flags.values()) * 2 > len(self.flags)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            if p.is_floating_point() or p.is_complex():
+                p.requires_grad_(self.flags.get(name, most))
         if (quantizer := getattr(getattr(model, "hf_quantizer", None), "of_the_base", None)) is not None:
             model.hf_quantizer = quantizer
 
-    def lost(self, model: nn.Module) -> str:
-        """What an adapter's file does not hold although it trains or has changed; empty: nothing."""
+    def lost(self, model: nn.Module, held: Container[str] = ()) -> str:
+        """What an adapter's file does not hold although it trains or has changed; empty: nothing. `held`: names of
+        the base's tensors that some adapter's file holds."""
         own = {id(p) for module in model.modules() if isinstance(module, Params) for p in module.parameters()}
         trains = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
         changed = [name for name, t in _buffers(model).items() if _differs(self.buffers.get(name), t)]
+        moved = [
+            name
+            for name, p in model.named_parameters()
+            if name in self.samples and name not in trains and _readable(p) and self._is_another(name, _sample(p))
+        ]
+        trains, changed, moved = ([name for name in names if name not in held] for names in (trains, changed, moved))
         parts = []
         if trains:
             parts.append(f"parameters of the base that train ({_first(trains)})")
+        if moved:
+            parts.append(f"parameters of the base that have changed since attach ({_first(moved)})")
         if changed:
             parts.append(f"buffers that have changed since attach ({_first(changed)}), such as BatchNorm's statistics")
         if not parts:
             return ""
-        return f"the file holds the adapter alone, and not {' nor '.join(parts)}: save those too, or they are lost"
+        lost = " nor ".join(parts)
+        return f"the file holds the adapter alone, and not {lost}; modules_to_save in the config saves whole modules"
+
+    def _is_another(self, name: str, now: Tensor) -> bool:
+        """Whether a weight is none of those that there were: a block may have moved."""
+        return _trained(self.samples[name], now) and all(_trained(before, now) for before in self.samples.values())
 
 
 def _trainable(quantizer: Any) -> Any:
     """The same quantizer of transformers, which says of its model that it can be trained."""
     adapted = copy.copy(quantizer)
     adapted.of_the_base = quantizer
-    overridden = {"is_qat_trainable": True, "is_trainable": True, "__reduce__": _rebuild}
+    overridden = {"is_qat_trainable": True, "__reduce__": _rebuild}
     adapted.__class__ = type(type(quantizer).__name__, (type(quantizer),), overridden)
     return adapted
 
@@ -76,15 +96,34 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def _readable(p: Tensor) -> bool:
+    return (
+        type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1 and p.device.type != "meta"
+    )
+
+
+def _sample(p: Tensor, count: int = 64) -> Tensor:
+    """A few elements, spread over the tensor: what trains changes all, and a copy of all would cost its size."""
+    flat = p.detach().reshape(-1) if p.is_contiguous() else p.detach().flatten()
+    return flat[:: max(1, flat.numel() // count)].clone()
+
+
 def _differs(before: Tensor | None, now: Tensor) -> bool:
     """Whether a buffer holds other values, apart from the rounding of a change of dtype."""
-    if before is None or before.shape != now.shape:
+    if before is None:
+        return False  # it was not there, or held no values
+    if before.shape != now.shape:
         return True
     before = before.to(now.device)
     if before.dtype == now.dtype or not (before.is_floating_point() and now.is_floating_point()):
         return not torch.equal(before.nan_to_num(), now.nan_to_num())
     coarse = max(torch.finfo(before.dtype).eps, torch.finfo(now.dtype).eps)
     return not torch.allclose(before.double(), now.detach().double(), rtol=2 * coarse, atol=coarse, equal_nan=True)
+
+
+def _trained(before: Tensor, now: Tensor) -> bool:
+    """Whether elements of a weight are others, apart from what a detour by way of bfloat16 does to them."""
+    return before.shape == now.shape and not torch.allclose(before.to(now), now, rtol=2**-7, atol=0, equal_nan=True)
 
 
 def _first(names: list[str], shown: int = 3) -> str:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .errors import CalibrationError
+from .layer_input import input_of
 from .linalg import top_svd
 
 CalibrationData = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor]
@@ -123,7 +124,7 @@ def gather(
     def watch(name: str, statistic: Statistic) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal previous
-            x = args[0] if args else kwargs["input"]
+            x = input_of(name, args, kwargs)
             if not sharing_settled and previous is not None and previous[1] is x and statistic.key is not None:
                 other = leader[previous[0]]
                 if wanted[other][1].key == statistic.key:

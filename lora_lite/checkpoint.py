@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
@@ -16,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .attaching import build, check_free, derive, install
-from .attachment import DEFAULT, Attachment, naming, require_attachment, unwrap
+from .attaching import build, check_free, derive, install, whole_modules
+from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
+from .idle import current_names, describe
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
+from .whole_modules import WholeModules
 
 FORMAT_VERSION = 1
 
@@ -45,7 +48,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
 
     model, path = unwrap(model), Path(path)
     attachment = require_attachment(model, name)
-    shapes = {t.name: _shape(t.layer) for t in attachment.targets}
+    names = names_now(model, attachment, "save")
+    shapes = {names[t.name]: _shape(t.layer) for t in attachment.targets}
     metadata = {
         "format": "lora-lite",
         "format_version": str(FORMAT_VERSION),
@@ -55,9 +59,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
-    sharded = any(adapter.sharded for adapter in attachment.adapters.values()) and torch.distributed.is_initialized()
+    sharded = (
+        any(each.sharded for each in (*attachment.adapters.values(), attachment.whole))
+        and torch.distributed.is_initialized()
+    )
     alone = standalone(attachment, "save")
-    tensors = {f"{layer}.{key}": t.cpu() for layer, adapter in alone.items() for key, t in adapter.state_dict().items()}
+    tensors = {
+        f"{names[layer]}.{key}": t.cpu() for layer, adapter in alone.items() for key, t in adapter.state_dict().items()
+    }
+    tensors |= attachment.whole.stored()
+    if attachment.whole.names:
+        metadata["whole_modules"] = json.dumps(attachment.whole.names)
+        metadata["whole_tensors"] = json.dumps(list(attachment.whole.entries))
     warn_of_losses(model, attachment, "save")
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
@@ -69,6 +82,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     finally:
         if sharded:
             torch.distributed.barrier()
+
+
+def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:
+    """Under which name a file holds each layer: the one that it has in the model now, where blocks have moved."""
+    names = current_names(model, attachment.targets)
+    if len(set(names.values())) < len(names):
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        raise CheckpointError(
+            f"{what}: another layer now has the name of one that has left the model: {first_of(twice)}; detach, and "
+            "attach again"
+        )
+    return names
 
 
 def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
@@ -85,7 +110,8 @@ def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
 
 def warn_of_losses(model: nn.Module, attachment: Attachment, what: str) -> None:
     """One warning of what a file of the adapter alone leaves behind, and of adapters that do nothing."""
-    texts = [attachment.beside.lost(model), attachment.watch.describe(model)]
+    held = {name for each in attachments(model) for name in each.whole.entries}
+    texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
     if found := ". ".join(text for text in texts if text):
         warnings.warn(f"{what}: {found}", stacklevel=3)
 
@@ -119,13 +145,43 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
     try:
         metadata, tensors = read_tensors(path)
         cfg, variant = _config(metadata)
+        whole = _whole_modules(model, metadata, tensors)
         targets = named_targets(model, metadata, tensors)
         adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
         fill(adapters, tensors)
         derive(targets, adapters)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
-    return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters))
+    return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters), whole)
+
+
+def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> WholeModules:
+    """The modules that the file holds in full, filled; their tensors are taken out of `tensors`."""
+    try:
+        names = json.loads(metadata.get("whole_modules", "[]"))
+        found = {name: tensors.pop(name) for name in json.loads(metadata.get("whole_tensors", "[]"))}
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"its modules that train in full are not readable, or {error} is missing") from error
+    return filled(model, names, found)
+
+
+def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
+    """Modules that train in full, with these tensors; a CheckpointError where they are not the model's."""
+    if strange := [name for name in names if name not in dict(model.named_modules())]:
+        raise CheckpointError(f"the model has no module {first_of(strange)}, which the file holds in full")
+    whole = whole_modules(model, names)
+    mine = whole.tensors()
+    problems = [f"{name} is missing" for name in mine if name not in tensors]
+    problems += [f"{name} is unexpected" for name in tensors if name not in mine]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
+        for name, t in mine.items()
+        if name in tensors and tensors[name].shape != t.shape
+    ]
+    if problems:
+        raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
+    whole.fill(tensors)
+    return whole
 
 
 def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:

@@ -40,6 +40,8 @@ class AdapterConfig:
             what belongs to embeddings; nothing, where `target_names` is given. Output heads, whatever their name, stay
             out unless this is empty or `target_names` names them.
         layers: indices of the transformer blocks to adapt. None: all.
+        modules_to_save: regular expressions; modules in whose name one is found train in full beside the adapter
+            (heads, embeddings, norms), on copies, and are saved in its file. Each must find a module.
 
     Raises:
         ConfigError: a field's value is out of range; the message names the field.
@@ -58,9 +60,10 @@ class AdapterConfig:
     dropout: float = 0.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("target_roles", "target_names", "exclude_names", "layers"):
+        for name in ("target_roles", "target_names", "exclude_names", "layers", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (str, int)):
                 value = (value,)
@@ -85,7 +88,7 @@ class AdapterConfig:
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
         for name in ("rank_pattern", "alpha_pattern"):
             self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
-        for name in ("target_names", "exclude_names", "rank_pattern", "alpha_pattern"):
+        for name in ("target_names", "exclude_names", "rank_pattern", "alpha_pattern", "modules_to_save"):
             for pattern in getattr(self, name):
                 self.require(isinstance(pattern, str), name, "regular expressions")
                 try:
@@ -146,6 +149,8 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values; `from_dict` of the variant's config class reads it back."""
         values = dataclasses.asdict(self)
+        if not self.modules_to_save:
+            del values["modules_to_save"]  # earlier versions don't know it
         return {"variant": self.variant, **values, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod

@@ -105,8 +105,8 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
     """
     model = unwrap(model)
     attachment = require_attachment(model, name)
-    never, _, gone = attachment.watch.idle(model)
-    idle = dict.fromkeys(never, "never ran") | dict.fromkeys(gone, "left the model")
+    found = attachment.watch.idle(model)
+    idle = dict.fromkeys(found.get("never", []), "never ran") | dict.fromkeys(found["gone"], "left the model")
     trained = any(p.grad is not None for adapter in attachment.adapters.values() for p in adapter.parameters())
     rows = []
     for target in attachment.targets:
@@ -118,7 +118,8 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
         }
         size = dense_weight(target.layer, torch.float32).norm().item()
         S = _singular_values(adapter, target.layer)
-        change, why = S.norm().item() / size, idle.get(target.name, "")
+        change, why = S.norm().item(), idle.get(target.name, "")
+        change = change / size if size else math.inf if change else 0.0
         rows.append(LayerDiagnosis(target.name, gradients, change, _effective_rank(S), trained, why))
     return Diagnosis(rows)
 
@@ -129,9 +130,10 @@ def _singular_values(adapter: Adapter, layer: Any) -> Float[Tensor, "S"]:
     if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
         return primitive.scale * torch.linalg.svdvals(left @ right.t())
-    eye = torch.eye(layer.in_features, device=next(adapter.parameters()).device)
+    W = dense_weight(layer, torch.float32)
+    eye = torch.eye(layer.in_features, device=W.device)
     constant = adapter.by_reference(layer, torch.zeros_like(eye[:1]))
-    return torch.linalg.svdvals((adapter.by_reference(layer, eye) - constant).t() - dense_weight(layer, torch.float32))
+    return torch.linalg.svdvals((adapter.by_reference(layer, eye) - constant).t() - W)
 
 
 def _effective_rank(S: Float[Tensor, "S"]) -> float:

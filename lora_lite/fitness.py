@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .errors import AttachError
 from .placement import is_managed, is_sharded
 from .quantized import token_dtype, weight_of
-from .targets import Target
+from .targets import Target, parent_of
 
 
 def unfit(model: nn.Module, target: Target) -> str:
@@ -17,8 +17,8 @@ def unfit(model: nn.Module, target: Target) -> str:
     Raises:
         AttachError: the layer could only be adapted before the model was offloaded.
     """
-    parent = model.get_submodule(target.name.rpartition(".")[0]) if target.name else None
-    if isinstance(parent, nn.MultiheadAttention):
+    parent = parent_of(model, target.name)
+    if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return "nn.MultiheadAttention reads its weight without calling it"
     weight: Any = weight_of(target.layer)
     if weight.is_meta and not is_managed(target.layer) and (above := _offloaded_above(model, target.name)):
@@ -67,6 +67,17 @@ def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
     if plain or type(weight).__name__ in ("Params4bit", "Int8Params") or is_sharded(weight) or weight.is_meta:
         return None, None
     cuda = [weight.device] if weight.is_cuda else []
+    notes = {name: t.clone() for name, t in (*layer.named_buffers(), *layer.named_parameters()) if t is not weight}
+    try:
+        return _tried(layer, weight, cuda)
+    finally:
+        with torch.no_grad():
+            for name, t in (*layer.named_buffers(), *layer.named_parameters()):
+                if name in notes and not torch.equal(t, notes[name]):  # an observer's range, a power iteration's vector
+                    t.copy_(notes[name])
+
+
+def _tried(layer: Any, weight: Tensor, cuda: list[torch.device]) -> tuple[Tensor | None, Any]:
     for dtype in dict.fromkeys((token_dtype(layer), torch.float32)):
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
             x = torch.ones(1, layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)

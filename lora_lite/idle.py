@@ -1,49 +1,74 @@
 """Adapters that do nothing although they are attached: their layer never runs, or no gradient reaches them.
 
-After the first backward of a model one warning names them. A layer counts as idle where its whole kind is: experts to
-which a batch was not routed are not, a layer that has left the model is.
+A warning names them once: at the end of the first backward that reaches the attachment, or else after an optimiser's
+first step over the model. Experts to which a batch was not routed are no news, nor are blocks that chance leaves out
+(LayerDrop): those count only if they have not run after some more steps. A layer that has left the model does.
 """
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
 from .site import Site, waiting
-from .targets import Target, fold
+from .targets import Target, fold, plain_name
 
 _READERS = (
     "nn.MultiheadAttention, fused attention or state-space kernels, or a loss that multiplies by its weight, such as "
     "lm_head.weight, read a layer's weight without calling it; an encoder may also have been skipped or removed"
 )
+_PATIENCE = 20  # steps after which a block that has never run has not been left out by chance
+
+_watching: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 
 
 class Watch:
-    """Looks at the first backward of an attachment: which of its adapters got a gradient, and which layers ran."""
+    """Looks at the first steps of an attachment: which layers run, and which of its adapters get gradients.
+
+    Nothing in it keeps a model alive: hooks of parameters are out of the garbage collector's sight.
+    """
 
     def __init__(
         self, name: str, targets: list[Target], adapters: Mapping[str, Adapter], sites: Mapping[str, Site]
     ) -> None:
         self.name, self.targets, self.adapters, self.sites = name, targets, adapters, sites
         self.reached: set[str] = set()  # layers whose adapters got a gradient
-        self.done = self._queued = False
+        self.steps = self.backwards = 0
+        self._said: set[str] = set()
+        self._model: Any = lambda: None
         self._handles: list[Any] = []
 
     def start(self, model: nn.Module) -> None:
-        """Wait for the first backward."""
+        """Wait for the first backward, and for optimisers' steps."""
+        me, queued = weakref.ref(self), [False]
+        self._model = weakref.ref(model)
+        _watching.add(self)
 
-        def reached(layer: str) -> Any:
+        def reached(layer: str) -> Callable[[Any], None]:
             def hook(p: Any) -> None:
-                self.reached.add(layer)
-                if not self._queued:
-                    self._queued = True
-                    _at_the_end_of_backward(lambda: self._report(model))
+                watch = me()
+                if watch is None:
+                    return
+                watch.reached.add(layer)
+                if not queued[0]:
+                    queued[0] = True
+                    _at_the_end_of_backward(ended)
 
             return hook
+
+        def ended() -> None:
+            queued[0] = False
+            if (watch := me()) is not None:
+                watch._report("after the first backward", watch.never_trained())
+                watch.backwards += 1
+                if watch.backwards >= _PATIENCE:
+                    watch._unhook()
 
         for layer, adapter in self.adapters.items():
             for p in adapter.parameters():
@@ -52,68 +77,104 @@ class Watch:
 
     def stop(self) -> None:
         """Look no further."""
+        _watching.discard(self)
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def idle(self, model: nn.Module) -> tuple[list[str], list[str], list[str]]:
-        """Layers that never ran, that no gradient reached in the first backward, and that have left the model."""
-        if not (self.done or any(site.ran for site in self.sites.values())):
-            return [], [], []
-        gone = gone_from(model, self.targets)
-        here = [t.name for t in self.targets if t.name not in gone and self.name not in self.sites[t.name].off]
-        trains = {name for name in here if any(p.requires_grad for p in self.adapters[name].parameters())}
-        ran = {name for name in here if self.sites[name].ran or name in self.reached}
-        without = trains - self.reached if self.done else set()
-        never = whole_kinds(model, here, set(here) - ran)
-        return never, whole_kinds(model, [name for name in here if name in ran], without & ran), gone
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step of an optimiser."""
+        model = self._model()
+        if model is None:
+            return self.stop()
+        mine = {id(p) for p in model.parameters()}
+        if not self._acts() or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return None
+        self.steps += 1
+        if self.steps == 1:
+            self._report("after the first step", self.idle(model))
+        elif self.steps >= _PATIENCE:
+            self._report(f"after {self.steps} steps", self.idle(model))
+            self.stop()
+        return None
 
-    def _report(self, model: nn.Module) -> None:
-        if self.done:
-            return
-        self.stop()
-        self.done = True
-        if text := self.describe(model):
-            warnings.warn(f"after the first backward: {text}", stacklevel=2)
+    def _acts(self) -> bool:
+        return any(self.name not in site.off for site in self.sites.values())
 
-    def describe(self, model: nn.Module) -> str:
-        """What is idle, and what to do; empty: nothing."""
-        never, unreached, gone = self.idle(model)
-        parts = []
-        if never:
-            parts.append(f"these adapted layers never ran, and their adapters do nothing: {listing(never)}. {_READERS}")
-        if unreached:
-            parts.append(
-                f"these ran, but no gradient reached their adapters (a part under no_grad, or detached?): "
-                f"{listing(unreached)}"
-            )
-        if gone:
-            parts.append(f"these are no longer part of the model: {listing(gone)}")
-        if not parts:
-            return ""
-        return f"{'; '.join(parts)}. Leave such layers out by exclude_names, or detach and attach again"
+    # ---- what is idle ----
+
+    def never_trained(self) -> dict[str, list[str]]:
+        """What a single backward can tell; another one may belong to the same step."""
+        model = self._model()
+        found = self.idle(model) if model is not None else {}
+        alone = [name for name in found.get("unreached", []) if not self.sites[name].ran_with_grad]
+        return {**found, "unreached": alone, "frozen": []}
+
+    def idle(self, model: nn.Module) -> dict[str, list[str]]:
+        """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", "gone" from the model.
+
+        The first needs that some layer has run, the second and third a backward or an optimiser's step.
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        gone = [t.name for t in self.targets if id(t.layer) not in paths]
+        here = [t for t in self.targets if id(t.layer) in paths and self.name not in self.sites[t.name].off]
+        trained = bool(self.reached) or self.steps > 0
+        if not (trained or any(site.ran for site in self.sites.values())):
+            return {"gone": gone}
+        ran = {t.name for t in here if self.sites[t.name].ran or t.name in self.reached}
+        frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
+        reached = self.reached if trained else ran
+        patient = self.steps >= _PATIENCE
+        without = ran - reached - frozen
+        return {
+            "never": whole_kinds(here, {t.name for t in here} - ran, blocks=patient),
+            "unreached": whole_kinds([t for t in here if t.name in ran - frozen], without, blocks=True),
+            # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
+            "frozen": sorted(frozen) if trained and len(frozen) < len(here) else [],
+            "gone": gone,
+        }
+
+    def _report(self, when: str, found: dict[str, list[str]]) -> None:
+        news = {kind: [name for name in names if name not in self._said] for kind, names in found.items()}
+        self._said |= {name for names in news.values() for name in names}
+        if text := describe(news):
+            warnings.warn(f"{when}: {text}", stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.
-        return {**vars(self), "_handles": []}
+        return {**vars(self), "_handles": [], "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = lambda: None
 
 
-def gone_from(model: nn.Module, targets: list[Target]) -> list[str]:
-    """Targets that are no longer part of the model."""
-    present = {id(module) for module in model.modules()}
-    return [target.name for target in targets if id(target.layer) not in present]
+def describe(idle: Mapping[str, list[str]]) -> str:
+    """What is idle, and what to do; empty: nothing."""
+    texts = {
+        "never": f"these adapted layers never ran, and their adapters do nothing: {{}}. {_READERS}",
+        "unreached": "these ran, but no gradient reached their adapters (a part under no_grad, or detached?): {}",
+        "frozen": "these adapters do not train, since requires_grad was switched off after attach: {}",
+        "gone": "these are no longer part of the model: {}",
+    }
+    parts = [texts[kind].format(listing(idle[kind])) for kind in texts if idle.get(kind)]
+    return f"{'; '.join(parts)}. Leave such layers out by exclude_names, or detach and attach again" if parts else ""
 
 
-def whole_kinds(model: nn.Module, layers: list[str], wanted: set[str]) -> list[str]:
-    """Of the wanted layers those whose whole kind is wanted. Linear layers in an nn.Sequential, which runs all of them,
-    are a kind each; in a ModuleList they are experts of one."""
+def whole_kinds(targets: list[Target], wanted: set[str], blocks: bool) -> list[str]:
+    """Of the wanted layers those whose whole kind is wanted: a name apart from its numbers, but those of the layers in
+    an nn.Sequential, which runs all of them. With `blocks`, layers of two blocks are of two kinds."""
 
-    def kind(name: str) -> str:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        return name if isinstance(parent, nn.Sequential) else fold(name)
+    def kind(target: Target) -> str:
+        above, _, last = target.name.rpartition(".")
+        kept = f"{fold(above)}.{last}" if target.in_sequence else fold(target.name)
+        return f"{kept} of {target.block}" if blocks else kept
 
-    others = {kind(name) for name in layers if name not in wanted}
-    return [name for name in layers if name in wanted and kind(name) not in others]
+    others = {kind(target) for target in targets if target.name not in wanted}
+    return [target.name for target in targets if target.name in wanted and kind(target) not in others]
 
 
 def listing(layers: list[str]) -> str:
@@ -123,6 +184,25 @@ def listing(layers: list[str]) -> str:
         kinds.setdefault(fold(name), []).append(name or "the model itself")
     names = [f"{kind} ×{len(alike)}" if len(alike) > 1 else alike[0] for kind, alike in kinds.items()]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more kinds" if len(names) > 8 else "")
+
+
+def current_names(model: nn.Module, targets: list[Target]) -> dict[str, str]:
+    """Each target's name in the model as it is now, by the name that it had; a layer that has left keeps its own."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {t.name: plain_name(paths[id(t.layer)]) if id(t.layer) in paths else t.name for t in targets}
+
+
+def _is_frozen(adapter: Adapter) -> bool:
+    trains = [name for name, _ in adapter.named_parameters() if adapter.specs[name].trainable]
+    return bool(trains) and not any(getattr(adapter, name).requires_grad for name in trains)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in list(_watching):
+        watch.step(optimizer)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def _at_the_end_of_backward(callback: Callable[[], None]) -> None:

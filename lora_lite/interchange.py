@@ -18,13 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .attaching import build, check_free, derive, init, install
+from .attaching import build, check_free, derive, init, install, whole_modules
 from .attachment import DEFAULT, Attachment, require_attachment, unwrap
 from .backend import check_backend
 from .checkpoint import (
     fill,
+    filled,
     first_of,
     named_targets,
+    names_now,
     not_in_file,
     read_tensors,
     replace_file,
@@ -36,6 +38,7 @@ from .errors import AttachError, CheckpointError, LoraLiteError
 from .primitives import LowRankAdd
 from .targets import Target, candidates
 from .variant import REGISTRY
+from .whole_modules import WholeModules, inside
 
 _PREFIX = "base_model.model."  # PEFT's wrapper around the model
 
@@ -59,7 +62,7 @@ _HARMLESS = {
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
-    "fan_in_fan_out",
+    "fan_in_fan_out", "modules_to_save",
 }  # fmt: skip
 _DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}
 # Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
@@ -84,7 +87,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
         require_attachment(model, each) for each in ([name] if name is None or isinstance(name, str) else name)
     ]
     variants = {each.cfg.variant for each in attachments}
-    layers = [layer for each in attachments for layer in each.adapters]
+    layers = [layer for each in attachments for layer in names_now(model, each, "export_peft").values()]
     if len(attachments) > 1 and not (variants <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)):
         raise AttachError(
             f"export_peft: {', '.join(each.name for each in attachments)}: a PEFT file holds several adapters only "
@@ -93,11 +96,23 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for attachment in attachments:
-        adapters = standalone(attachment, "export_peft")
+        names = names_now(model, attachment, "export_peft")
+        adapters = {names[layer]: adapter for layer, adapter in standalone(attachment, "export_peft").items()}
         warn_of_losses(model, attachment, "export_peft")
-        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(attachment, adapters)
+        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(
+            attachment, adapters, names
+        )
         config |= of_one
         tensors |= its_tensors
+    in_full: set[str] = set()
+    for attachment in attachments:
+        stored = attachment.whole.stored()
+        in_full |= set(attachment.whole.names)
+        for first, names in attachment.whole.names_in(model).items():
+            tensors |= {_PREFIX + alias: stored[first].clone() for alias in names}
+            in_full |= {alias.rpartition(".")[0] for alias in names if not inside(alias, attachment.whole.names)}
+    if in_full:
+        config["modules_to_save"] = sorted(in_full)
     config |= {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "bias": "none",
@@ -110,7 +125,10 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     if config["peft_type"] == "IA3":
         del config["bias"]
         config["feedforward_modules"] = [
-            layer for each in attachments if each.cfg.variant == "ia3_ff" for layer in each.adapters
+            layer
+            for each in attachments
+            if each.cfg.variant == "ia3_ff"
+            for layer in names_now(model, each, "export_peft").values()
         ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +162,9 @@ def import_peft(
     try:
         config = _read_config(folder)
         named = _variant(config)
-        tensors = _ours(named, read_tensors(_tensor_file(folder))[1])
+        stored = read_tensors(_tensor_file(folder))[1]
+        whole = _whole_modules(model, config.get("modules_to_save") or [], stored)
+        tensors = _ours(named, stored)
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors})
         for variant, of_variant in _by_variant(named, tensors).items():
             own = f"{name}_ff" if ready else name
@@ -155,17 +175,23 @@ def import_peft(
     for own in ready:
         check_free(model, own)
     without = not_in_file(model, {layer for _, _, _, adapters in ready.values() for layer in adapters})
-    attached = {own: install(model, own, *parts, without) for own, parts in ready.items()}
+    no_modules = whole_modules(model, [])
+    attached = {
+        own: install(model, own, *parts, without, whole if own == name else no_modules) for own, parts in ready.items()
+    }
     return attached if len(attached) > 1 else attached[name]
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def _as_lora(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_lora(
+    attachment: Attachment, adapters: dict[str, Adapter], names: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, ranks, alphas = {}, {}, {}
     for target in attachment.targets:
-        adapter = adapters[target.name]
+        name = names[target.name]
+        adapter = adapters[name]
         with torch.no_grad():
             primitive = adapter.primitive(target.layer)
         if not isinstance(primitive, LowRankAdd):
@@ -173,14 +199,16 @@ def _as_lora(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[dict
                 f"export_peft: {target.name}: PEFT has nothing that computes {attachment.cfg.variant}'s "
                 f"{type(primitive).__name__}; use save(model, path)"
             )
-        tensors[f"{_PREFIX}{target.name}.lora_A.weight"] = _stored(primitive.A)
-        tensors[f"{_PREFIX}{target.name}.lora_B.weight"] = _stored(primitive.B)
-        ranks[target.name] = len(primitive.A)
-        alphas[target.name] = _whole(primitive.scale * len(primitive.A))
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _stored(primitive.A)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _stored(primitive.B)
+        ranks[name] = len(primitive.A)
+        alphas[name] = _whole(primitive.scale * len(primitive.A))
     return {"peft_type": "LORA", **_patterns(ranks, alphas)}, tensors
 
 
-def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_its_own(
+    attachment: Attachment, adapters: dict[str, Adapter], _: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = attachment.cfg.variant
     kind, names = _TENSORS[name]
     tensors = {
@@ -290,8 +318,26 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor]) -> WholeModules:
+    """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
+    modules = [path for path, _ in model.named_modules() if path and _peft_matches(names, path)]
+    if missing := [name for name in names if not any(_peft_matches([name], path) for path in modules)]:
+        raise CheckpointError(f"the model has no module {first_of(missing)}, which it trains in full (modules_to_save)")
+    found = {}
+    for first, aliases in whole_modules(model, modules).names_in(model).items():
+        mine = {alias: stored.pop(_PREFIX + alias) for alias in aliases if _PREFIX + alias in stored}
+        if len(mine) < len(aliases) or any(not torch.equal(t, next(iter(mine.values()))) for t in mine.values()):
+            raise CheckpointError(
+                f"this model ties {' and '.join(aliases)}, and it trains {' and '.join(mine) or 'none of them'} apart"
+                if len(aliases) > 1
+                else f"{first} is missing, of a module that it trains in full"
+            )
+        found[first] = next(iter(mine.values()))
+    return filled(model, modules, found)
+
+
 def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str]) -> None:
-    """Raise where the file has no tensors for a layer that its `target_modules` matches as PEFT matches them."""
+    """Raise where the file's layers are not those that its `target_modules` match, as PEFT matches them."""
     wanted, left = config.get("target_modules") or [], config.get("exclude_modules") or []
     blocks = config.get("layers_to_transform")
     blocks = {blocks} if isinstance(blocks, int) else set(blocks or ())
@@ -303,6 +349,8 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str])
         and not (t.is_head and wanted == "all-linear")
         and (not blocks or t.block in blocks)
     ]
+    if wanted and (extra := [name for name in sorted(layers) if not _peft_matches(wanted, name)]):
+        raise CheckpointError(f"its target_modules do not match {first_of(extra)}, for which it has tensors")
     if missing := [name for name in names if name not in layers]:
         raise CheckpointError(
             f"its target_modules match {len(names)} layers of this model, and it has no tensors for "

@@ -78,7 +78,7 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
-    packed = [(key, t) for key, t in module.named_buffers(recurse=False) if key == "qweight"]
+    packed = [(key, t) for key, t in module.named_buffers(recurse=False) if key in ("qweight", "weight", "W_q")]
     return [*module.named_parameters(recurse=False), *packed]
 
 

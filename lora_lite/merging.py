@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from . import reference
 from .attachment import chosen, unwrap
 from .errors import AttachError
-from .params import Params
+from .params import SITE, Params
 from .placement import brought, whole
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
-from .site import SITE, Site
+from .site import Site
 from .targets import is_linear
 
 _ROWS = 1024  # of the identity at a time

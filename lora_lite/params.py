@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+SITE = "lora_lite"  # attribute of a layer, under which its adapters' tensors stand
 Init = Literal["zeros", "ones", "near_zero", "near_one", "kaiming"]
 
 
@@ -66,7 +67,7 @@ class Params(nn.Module):
     """The tensors of one layer's adapter, as attributes under the names of their specs.
 
     `model.to(dtype)` converts them as their specs would have made them under a config of that dtype: vectors and
-    scalars stay in float32.
+    scalars stay in float32. 8-bit dtypes convert nothing.
     """
 
     if TYPE_CHECKING:
@@ -99,9 +100,13 @@ class Params(nn.Module):
 
         def by_spec(t: Tensor) -> Tensor:
             moved, spec = fn(t), specs.get(id(t))
+            self.hollow |= t.is_meta and not moved.is_meta
             if spec is None or moved.dtype == t.dtype:
-                self.hollow |= t.is_meta and not moved.is_meta
                 return moved
+            if (
+                moved.dtype.itemsize == 1
+            ):  # a base that is stored in 8 bits (layerwise casting) is no adapter's business
+                return t.to(moved.device)
             return t.to(moved.device, spec.resolve_dtype(moved.dtype))
 
         return super()._apply(by_spec, recurse)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import AttachError
 from .placement import brought, whole
@@ -82,11 +83,30 @@ class FourBitWeight:
 
 
 def weight_of(layer: Any) -> Tensor | None:
-    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none."""
+    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none.
+
+    Of a parametrised weight (weight_norm, spectral_norm) one of those that it is made from: to ask for the weight
+    itself would run the parametrisation, which may change its state.
+    """
+    if is_parametrized(layer, "weight"):
+        made_from = layer.parametrizations.weight
+        return made_from.original if hasattr(made_from, "original") else made_from.original0
     for name in ("weight", "W_q"):
         if isinstance(found := getattr(layer, name, None), Tensor):
             return found
     return None
+
+
+def _of_parametrisation(layer: Any) -> Float[Tensor, "N K"]:
+    """A parametrised weight as it is in evaluation."""
+    made = layer.parametrizations.weight
+    training = [(module, module.training) for module in made.modules()]
+    try:
+        made.eval()
+        return made().detach()
+    finally:
+        for module, flag in training:
+            module.training = flag
 
 
 def bias_of(layer: Any) -> Float[Tensor, "N"] | None:
@@ -118,6 +138,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     kind = type(weight).__name__
     if weight.device.type == "meta":
         weight = brought(layer, "weight")
+    elif is_parametrized(layer, "weight"):
+        weight = _of_parametrisation(layer)
     elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
     elif weight is not getattr(layer, "weight", None):

@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from .attachment import attachments, chosen, require_attachment, sites_of, unwrap
+from .attachment import attachments, chosen, require_attachment, settle_modules, sites_of, unwrap
 
 
 def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
@@ -18,7 +18,7 @@ def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
 
     Raises:
         AttachError: one of them is not attached.
-        ValueError: no name is given.
+        ValueError: no name is given, or an entry of a batch would need modules that train in full for itself.
     """
     by_row = len(names) == 1 and not isinstance(names[0], str)
     of_rows = tuple(names[0] if by_row else names)
@@ -27,8 +27,13 @@ def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
     model = unwrap(model)
     wanted = {require_attachment(model, cast(str, name)).name for name in of_rows if not (by_row and name is None)}
     off = frozenset(each.name for each in attachments(model)) - wanted
+    if by_row and (whole := [each.name for each in attachments(model) if each.whole.names and each.name in wanted]):
+        raise ValueError(
+            f"use: {', '.join(whole)} trains whole modules (modules_to_save), which no entry has for itself"
+        )
     for site in sites_of(model):
         site.off, site.rows = off, cast("tuple[str | None, ...]", of_rows) if by_row else None
+    settle_modules(model)
 
 
 @contextmanager
@@ -37,6 +42,7 @@ def only(model: nn.Module, name: str) -> Iterator[None]:
     with _restored(model):
         for site in sites_of(model):
             site.off, site.rows = frozenset(site) - {name}, None
+        settle_modules(model)
         yield
 
 
@@ -52,6 +58,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     with _restored(model):
         for site in sites_of(model):
             site.off |= off
+        settle_modules(model)
         yield
 
 
@@ -64,3 +71,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
     finally:
         for site, off, rows in before:
             site.off, site.rows = off, rows
+        settle_modules(model)

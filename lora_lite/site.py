@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from .adapter import Adapter
 from .backend import select
 from .errors import AttachError
+from .layer_input import input_key
+from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
-
-SITE = "lora_lite"  # attribute of a layer: its site
 
 
 class Piece(NamedTuple):
@@ -56,7 +56,7 @@ class Site(nn.ModuleDict):
         self.name = name or type(layer).__name__  # of the layer in its model
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: tuple[str | None, ...] | None = None  # of each entry of a batch the adapter, where they share it
-        self.ran = False  # whether the layer has been called. A compiled call leaves no trace
+        self.ran = self.ran_with_grad = False  # whether the layer has been called. A compiled call leaves no trace
         self.handles: list[RemovableHandle] = []
         self.train(layer.training)
         layer.add_module(SITE, self)
@@ -76,6 +76,7 @@ class Site(nn.ModuleDict):
             for handle in self.handles:
                 handle.remove()
             delattr(layer, SITE)
+            _thread.calls[:] = [call for call in _thread.calls if call.layer is not layer]
 
     # ---- the hooks ----
 
@@ -85,24 +86,27 @@ class Site(nn.ModuleDict):
         if calls:
             _drop_interrupted(calls)
         compiling = torch.compiler.is_compiling()
-        while not compiling and waiting:
-            waiting.pop()()
+        while waiting and not compiling and torch._C._current_graph_task_id() == -1:
+            waiting.pop()()  # but not while a backward computes a block again
         calls.append(Call(layer, None if compiling else _frame_of_call(), running := []))
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
         site = cast(Site, layer._modules.get(SITE, self))
-        if not compiling and not site.ran:
-            site.ran = True
+        if not compiling and not site.ran_with_grad:
+            site.ran, site.ran_with_grad = True, torch.is_grad_enabled()
         acting = site.acting()
         if not acting:
             return None
-        key = "" if args else _input_of(site.name, kwargs)
-        x: Tensor = args[0] if args else cast(dict[str, Any], kwargs)[key]
+        key = None if args else input_key(site.name, kwargs)
+        x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
         for piece in site.pieces(acting, layer, x):
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))
-        args, kwargs = ((x, *args[1:]), kwargs) if args else (args, {**cast(dict[str, Any], kwargs), key: x})
+        if key is None:
+            args = (x, *args[1:])
+        else:
+            kwargs = {**cast(dict[str, Any], kwargs), key: x}
         return args if kwargs is None else (args, kwargs)
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
@@ -225,16 +229,3 @@ def _drop_interrupted(calls: list[Call]) -> None:
         live.add(id(frame))
         frame = frame.f_back
     calls[:] = [call for call in calls if id(call.frame) in live]
-
-
-def _input_of(name: str, kwargs: dict[str, Any] | None) -> str:
-    """Under which keyword the layer gets its input."""
-    tensors = [key for key, value in (kwargs or {}).items() if isinstance(value, Tensor)]
-    if "input" in tensors:
-        return "input"
-    if len(tensors) != 1:
-        raise AttachError(
-            f"{name}: called without a positional argument and with the tensors {tensors}: which is its input? pass "
-            "that first, or as input="
-        )
-    return tensors[0]

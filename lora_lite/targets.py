@@ -12,24 +12,31 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
+from .whole_modules import inside, matched
 
 # Names of square layers that write into the residual stream; any other square layer reads from it.
 _WRITERS = re.compile(
     r"(^|\.)(o|out|output|proj)$"
-    r"|(^|[._])(o_proj|out_proj|down_proj|c_proj|to_out\.0|out_lin|lin2|fc2|fc_out|wo|w2|dense|dense_4h_to_h)$",
+    r"|(^|[._])(o_proj|out_proj|down_proj|c_proj|to_out\.0|out_lin|lin2|fc2|fc_out|linear_out|to_add_out|post_proj"
+    r"|wo|w2|dense|dense2|dense_4h_to_h)$",
     re.IGNORECASE,
 )
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 @dataclass(frozen=True)
 class Target:
     """A layer to adapt: its name in the model, the module, its place beside the residual stream, the device mesh that
-    FSDP2 has sharded it over, if any, the number of its block, if it is in one, and whether it is an output head."""
+    FSDP2 has sharded it over, if any, the number of its block, if it is in one, whether it is an output head, and
+    whether it is a part of an nn.Sequential."""
 
     name: str
     layer: nn.Module
@@ -37,20 +44,26 @@ class Target:
     mesh: Any = None
     block: int | None = None
     is_head: bool = False
+    in_sequence: bool = False
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and for whatever has its shape: quantised layers are no subclasses that we import."""
+    """True for nn.Linear and for whatever has its shape: quantised layers are no subclasses that we import. A wrapper
+    that passes for what it wraps (torch.compile's) is none, nor is a layer that has not got its shape yet."""
     return (
         isinstance(getattr(module, "in_features", None), int)
         and isinstance(getattr(module, "out_features", None), int)
-        and weight_of(module) is not None
+        and not any(wrapped in module._modules for wrapped in _WRAPPED)
+        and (weight := weight_of(module)) is not None
+        and not is_lazy(weight)
     )
 
 
 def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in its order."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+    outer = {name for name, layer in linears.items() if _wraps_another(name, layer, linears)}
+    linears = {name: layer for name, layer in linears.items() if name not in outer}
     widths, blocks, heads = _Widths(model, linears), _Blocks(model, linears), _heads(model)
     return [
         Target(
@@ -60,9 +73,27 @@ def candidates(model: nn.Module) -> list[Target]:
             mesh_of(model, name, weight_of(layer)),
             blocks.of(name),
             id(layer) in heads or id(weight_of(layer)) in heads,
+            isinstance(parent_of(model, name), nn.Sequential),
         )
         for name, layer in linears.items()
     ]
+
+
+def parent_of(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that holds the layer of that name; None where the layer is the model."""
+    return model.get_submodule(name.rpartition(".")[0]) if name else None
+
+
+def plain_name(name: str) -> str:
+    """The name without the wrappers that torch.compile and checkpointing put around modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def _wraps_another(name: str, layer: nn.Module, linears: dict[str, nn.Module]) -> bool:
+    """Whether a layer only passes on what a layer inside of it has."""
+    weight = weight_of(layer)
+    within = [other for path, other in linears.items() if path.startswith(f"{name}.") or (name == "" and path)]
+    return any(weight_of(other) is weight for other in within)
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
@@ -76,8 +107,11 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
 
 def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str, str]]:
     """The layers that `cfg` selects, and of each other linear layer why it is left out."""
-    found = candidates(model)
-    why = {target.name: _why_not(target, cfg) for target in found}
+    found, in_full = candidates(model), matched(model, cfg.modules_to_save)
+    why = {
+        target.name: "trained in full (modules_to_save)" if inside(target.name, in_full) else _why_not(target, cfg)
+        for target in found
+    }
     targets = [target for target in found if not why[target.name]]
     _keep_promises(model, cfg, found, targets)
     if not targets:
@@ -151,7 +185,7 @@ def _heads(model: nn.Module) -> set[int]:
         if callable(of_module):
             try:
                 found.add(id(of_module()))
-            except (AttributeError, NotImplementedError):
+            except Exception:  # it is the model's own code, and only asked
                 continue
     return found - {id(None)}
 
@@ -166,7 +200,7 @@ def _numbered(name: str) -> Iterator[tuple[str, int]]:
 
 def fold(name: str) -> str:
     """The name with its numbers left out: the kind of the layer."""
-    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name)
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])|(?<=expert_)[0-9]+(?![^.])", "*", name)
 
 
 class _Blocks:

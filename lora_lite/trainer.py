@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from .attachment import attachments, chosen, unwrap
 from .checkpoint import save
-from .site import SITE
+from .params import SITE
 
 
 class AdapterCallback(TrainerCallback):
@@ -42,7 +42,8 @@ def _save_pretrained(
         model.save_pretrained(folder, *args, state_dict=state_dict, **kwargs)
         return
     tensors = model.state_dict() if state_dict is None else state_dict
-    own = {name: t for name, t in tensors.items() if f".{SITE}." in name}
+    whole = {name for each in found for name in each.whole.entries}
+    own = {name: t for name, t in tensors.items() if f".{SITE}." in name or name in whole}
     quantizer = vars(model).pop("hf_quantizer", None)  # it would write the whole base instead
     try:
         type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
@@ -52,6 +53,11 @@ def _save_pretrained(
     for each in found:
         save(
             model,
-            Path(folder) / ("adapter.safetensors" if len(found) == 1 else f"{each.name}.safetensors"),
+            Path(folder) / _file_of(each.name, len(found)),
             name=each.name,
         )
+
+
+def _file_of(name: str, count: int) -> str:
+    """One adapter's file has a name that is known; several have their own, but that of the model's weights is taken."""
+    return "adapter.safetensors" if count == 1 else f"{'adapter_' if name == 'model' else ''}{name}.safetensors"

@@ -1,20 +1,23 @@
 """verify: does the backend in force compute, on a real batch, what the float32 reference computes?"""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .adapter import Adapter
 from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
-from .idle import gone_from, listing, whole_kinds
+from .idle import listing, whole_kinds
+from .layer_input import input_of
 from .selection import only
+from .site import Site
 from .targets import Target
 
 _CEILING = 0.1  # no rounding explains a larger relative error, however wrong the layer's own weight is
@@ -74,7 +77,7 @@ def verify(
     if rtol is not None and not rtol > 0:
         raise ValueError(f"verify: rtol must be above 0, or None for the layer's own rounding; got {rtol}")
     attachment = require_attachment(unwrap(model), name)
-    with only(unwrap(model), attachment.name):
+    with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)
         rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
@@ -88,15 +91,27 @@ def verify(
     return rows
 
 
+@contextmanager
+def _unseen(sites: Iterable[Site]) -> Iterator[None]:
+    """What runs in here does not count as the layers' having run in training."""
+    before = [(site, site.ran, site.ran_with_grad) for site in sites]
+    try:
+        yield
+    finally:
+        for site, ran, with_grad in before:
+            site.ran, site.ran_with_grad = ran, with_grad
+
+
 def _require_all(
     model: nn.Module, calls: list[tuple[Target, Tensor, Tensor]], targets: list[Target], partial: bool
 ) -> None:
     if not calls:
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
     ran = {target.name for target, _, _ in calls}
-    gone = gone_from(model, targets)
-    here = [t.name for t in targets if t.name not in gone]
-    idle = whole_kinds(model, here, set(here) - ran) + gone
+    present = {id(module) for module in model.modules()}
+    here = [t for t in targets if id(t.layer) in present]
+    gone = [t.name for t in targets if id(t.layer) not in present]
+    idle = whole_kinds(here, {t.name for t in here} - ran, blocks=True) + gone
     if idle and not partial:
         raise AttachError(
             f"verify: the batch did not run these adapted layers: {listing(idle)}. Their adapters do nothing if "
@@ -110,7 +125,7 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
     outputs: list[Tensor] = []
 
     def before(target: Target) -> Callable[..., None]:
-        return lambda module, args, kwargs: seen.append((target, (args[0] if args else kwargs["input"]).detach()))
+        return lambda module, args, kwargs: seen.append((target, input_of(target.name, args, kwargs).detach()))
 
     def after(module: nn.Module, args: Any, y: Tensor) -> None:
         outputs.append(y)
@@ -120,7 +135,7 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
         handles.append(target.layer.register_forward_pre_hook(before(target), with_kwargs=True, prepend=True))
         handles.append(target.layer.register_forward_hook(after))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_checkpointing(model):
             loss = _loss(run_batch(model, batch))
     finally:
         for handle in handles:
@@ -145,8 +160,26 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
 def _loss(output: Any) -> Tensor:
     if isinstance(loss := getattr(output, "loss", None), Tensor):
         return loss
-    tensors = [output] if isinstance(output, Tensor) else list(output.values() if hasattr(output, "values") else output)
-    return next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()).float().square().mean()
+    found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not found:
+        raise AttachError(
+            f"verify: the model's output, a {type(output).__name__}, has no floating-point tensor to start a backward "
+            "from; pass a batch with labels, or verify the part of the model that has one"
+        )
+    return found[0].float().square().mean()
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Reentrant checkpointing runs a block without gradients first, and again in the backward."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
+    try:
+        for module in on:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: float | None) -> Comparison:

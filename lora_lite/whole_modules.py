@@ -1,0 +1,169 @@
+"""Modules that train in full beside an adapter (`modules_to_save`): heads, embeddings, norms.
+
+Copies of their tensors stand in the originals' places while the adapter acts. The base's own tensors are never written
+to: `detach` and `disabled` put them back. A tensor that several modules hold (tied embeddings) has one copy in all.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import AttachError
+from .params import SITE, Params
+from .placement import is_sharded, whole
+
+
+@dataclass
+class _Entry:
+    """A parameter or buffer: the places in which it stands, the base's tensor, and the one that trains instead."""
+
+    places: list[tuple[dict[str, Any], str]]  # a module's _parameters or _buffers, and the key
+    original: Any
+    trained: Any
+    in_place: bool = False
+
+    @property
+    def current(self) -> Any:
+        """The one that trains; sharding may have put another in its place."""
+        held, key = self.places[0]
+        return held[key] if self.in_place else self.trained
+
+    def put(self, arriving: Any) -> None:
+        """Into its places, on the device and in the dtype of what was there."""
+        held, key = self.places[0]
+        leaving = held[key]
+        if hasattr(leaving, "full_tensor"):
+            raise AttachError(
+                f"{key} of modules_to_save is sharded: it can't be switched or taken off; load a fresh model"
+            )
+        if (arriving.device, arriving.dtype) != (leaving.device, leaving.dtype):
+            arriving.data = arriving.data.to(leaving.device, leaving.dtype)
+        for held, key in self.places:
+            held[key] = arriving
+
+
+class WholeModules:
+    """The modules of one attachment that train in full, by name. `others`: those of the model's other attachments."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str], others: Iterable["WholeModules"] = ()) -> None:
+        self.names = tuple(names)
+        self.entries: dict[str, _Entry] = {}
+        originals = {id(e.current): e.original for other in others for e in other.entries.values() if e.in_place}
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        first_name: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for held, key, t in _held(module):
+                places.setdefault(id(t), []).append((held, key))
+                first_name.setdefault(id(t), f"{path}.{key}" if path else key)
+        for name in self.names:
+            for path, module in model.get_submodule(name).named_modules():
+                place = f"{name}.{path}".strip(".")
+                if SITE in module._modules or isinstance(module, Params):
+                    raise AttachError(
+                        f"modules_to_save: {place} carries an adapter and can't train in full too; detach that, or "
+                        "leave it out"
+                    )
+                for _, key, t in _held(module):
+                    original = originals.get(id(t), t)
+                    self.entries[first_name[id(t)]] = _Entry(places[id(t)], original, _copy(f"{place}.{key}", original))
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that train or change, by their first name in the model."""
+        return {name: entry.current for name, entry in self.entries.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those for an optimiser."""
+        return [t for t in self.tensors().values() if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file holds, whole and on the CPU; every process that has a part must call it."""
+        return {name: whole(t).detach().cpu().contiguous() for name, t in self.tensors().items()}
+
+    def names_in(self, model: nn.Module) -> dict[str, list[str]]:
+        """Of each tensor, by its first name, all the names that it has in the model."""
+        by_id = {id(t): name for name, t in self.tensors().items()} | {
+            id(e.original): n for n, e in self.entries.items()
+        }
+        found: dict[str, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for _, key, t in _held(module):
+                if id(t) in by_id:
+                    found.setdefault(by_id[id(t)], []).append(f"{path}.{key}" if path else key)
+        return found
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds only parts of its tensors."""
+        return any(is_sharded(t) for t in self.tensors().values())
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the copies, which don't act yet."""
+        with torch.no_grad():
+            for name, entry in self.entries.items():
+                entry.current.copy_(tensors[name])
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} ({sum(p.numel() for p in self.parameters()):,} parameters)"
+
+
+def settle(groups: list[tuple[WholeModules, bool]]) -> None:
+    """Put in each place the copy of the last attachment that acts, or the base's tensor. `groups`: all of a model's,
+    each with whether it acts."""
+    for name in {name for group, _ in groups for name in group.entries}:
+        here = [(group.entries[name], acts) for group, acts in groups if name in group.entries]
+        wanted = next((entry for entry, acts in reversed(here) if acts), None)
+        before = next((entry for entry, _ in here if entry.in_place), None)
+        if wanted is before:
+            continue
+        if before is not None:
+            before.trained, before.in_place = before.current, False
+        here[0][0].put(here[0][0].original if wanted is None else wanted.trained)
+        if wanted is not None:
+            wanted.in_place = True
+
+
+def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """A module's own parameters and persistent buffers: (where, key, tensor)."""
+    for held in (module._parameters, module._buffers):
+        for key, t in held.items():
+            if t is not None and key not in module._non_persistent_buffers_set:
+                yield held, key, t
+
+
+def _copy(name: str, t: Tensor) -> Tensor:
+    if is_sharded(t) or t.is_meta:
+        raise AttachError(f"modules_to_save: {name} is sharded or on the meta device; attach before that")
+    if not isinstance(t, nn.Parameter):
+        return t.detach().clone()
+    if not t.is_floating_point() or t.dtype.itemsize == 1 or type(t) is not nn.Parameter:
+        raise AttachError(
+            f"modules_to_save: {name} is quantised ({type(t).__name__} of {t.dtype}) and can't be trained"
+        )
+    return nn.Parameter(t.detach().clone())
+
+
+def matched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """The outermost modules in whose names a pattern is found.
+
+    Raises:
+        AttachError: a pattern finds none.
+    """
+    found: list[str] = []
+    named = [name for name, module in model.named_modules() if name and SITE not in name.split(".")]
+    for pattern in patterns:
+        mine = [name for name in named if re.search(pattern, name)]
+        if not mine:
+            raise AttachError(
+                f"modules_to_save: {pattern!r} matches no module of the model; correct it or leave it out"
+            )
+        found += mine
+    return [name for name in dict.fromkeys(found) if not inside(name, [other for other in found if other != name])]
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a layer is one of the modules, or in one."""
+    return any(name == each or name.startswith(f"{each}.") for each in modules)

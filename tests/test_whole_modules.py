@@ -1,0 +1,315 @@
+"""`modules_to_save`: heads, embeddings and norms that train in full beside an adapter, on copies."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from models import (
+    SIZES,
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    build,
+    calibration_batches,
+    config,
+    llama,
+    qwen3,
+    randomize,
+    snapshot,
+    token_ids,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import lora_lite as ll
+from lora_lite.trainer import AdapterCallback
+
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
+LABELS = torch.tensor([0, 2])
+
+
+def classifier(seed: int = 0) -> Any:
+    made = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, num_labels=3)
+    return build(transformers.LlamaForSequenceClassification, made, seed)
+
+
+class Normed(nn.Module):
+    """A norm with running statistics, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(x)))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model.eval()(input_ids=token_ids()).logits
+
+
+def train(model: Any, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=token_ids(), labels=LABELS).loss.backward()
+        optimizer.step()
+
+
+@EACH_VARIANT
+def test_a_whole_life(variant: str, tmp_path: Path) -> None:
+    model, path = classifier(), tmp_path / "adapter.safetensors"
+    before, base = snapshot(model), logits(model)
+    held = model.score.weight
+    attachment = attach(model, variant, calibration_batches() if variant == "eva" else None, modules_to_save=("score",))
+    assert_close(logits(model), base, 1e-5)
+    assert model.score.weight.requires_grad
+    assert any(p is model.score.weight for p in ll.parameters(model))
+    assert not any(t.name == "score" for t in attachment.targets)
+    assert f"Trained in full: score ({3 * 32} parameters)" in attachment.summary()
+    assert attachment.trainable == sum(p.numel() for p in ll.parameters(model))
+    train(model)
+    trained = logits(model)
+    assert not torch.equal(model.score.weight, before["tensors"]["score.weight"])
+    assert torch.equal(held, before["tensors"]["score.weight"]), "the base's own tensor is left alone"
+    with ll.disabled(model):
+        assert model.score.weight is held
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), trained)
+    ll.save(model, path)
+    assert torch.equal(load_file(path)["score.weight"], model.score.weight)
+    assert "score.weight" in ll.state_dict(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), trained)
+        ll.detach(twin)
+        assert torch.equal(logits(twin), base)
+    model.zero_grad()
+    ll.detach(model)
+    assert model.score.weight is held
+    assert_same(model, before)
+    ll.load(model, path)
+    assert torch.equal(logits(model), trained)
+    ll.detach(model)
+    assert_same(model, before)
+
+
+def test_merged(tmp_path: Path) -> None:
+    model = classifier()
+    attach(model, "lora", modules_to_save=("score", r"model\.norm$"))
+    train(model)
+    ll.save_merged(model, tmp_path)
+    assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model), 1e-5)
+
+
+def test_tied_weights_train_once(tmp_path: Path) -> None:
+    model: Any = qwen3()
+    before, base = snapshot(model), logits(model)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("lm_head",)))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p is model.lm_head.weight for p in ll.parameters(model)) == 1
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+    trained = logits(model)
+    ll.save(model, tmp_path / "a")
+    model.zero_grad()
+    ll.detach(model)
+    assert_same(model, before)
+    ll.load(model, tmp_path / "a")
+    assert torch.equal(logits(model), trained)
+    with ll.disabled(model):
+        assert torch.equal(logits(model), base)
+    ll.export_peft(model, tmp_path / "peft")
+    theirs = peft.PeftModel.from_pretrained(qwen3(), tmp_path / "peft").eval()
+    assert_close(logits(theirs), trained, 1e-5)
+
+
+def test_new_tokens() -> None:
+    model: Any = llama()
+    model.resize_token_embeddings(70)
+    ids = torch.full((1, 5), 66)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens", "lm_head")))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.model.embed_tokens.weight.grad[66].any()
+    assert model.lm_head.weight.grad.any()
+
+
+def test_buffers_train_and_come_back(tmp_path: Path) -> None:
+    model = Normed()
+    before = snapshot(model)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",), modules_to_save=("norm", "head")))
+    randomize(model)
+    for _ in range(3):
+        model(torch.randn(9, 8)).square().sum().backward()
+    x = torch.randn(4, 8)
+    want = model.eval()(x)
+    model.train()
+    assert not torch.equal(model.norm.running_mean, torch.zeros(8))  # type: ignore[arg-type]
+    ll.save(model, tmp_path / "a")  # no warning: pyproject.toml makes it an error
+    model.zero_grad()
+    ll.detach(model)
+    assert_same(model, before)
+    ll.load(model, tmp_path / "a")
+    assert torch.equal(model.eval()(x), want)
+
+
+def test_moved_meanwhile() -> None:
+    """`model.to` reaches what stands in the model; what does not follows when it comes back."""
+    model = Normed()
+    base = copy.deepcopy(model).double()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",), modules_to_save=("head",)))
+    randomize(model)
+    x = torch.randn(4, 8).double()
+    model.eval().double()
+    want = model(x)
+    with ll.disabled(model):
+        assert_close(model(x), base.eval()(x), 1e-6)
+        model.float()
+        model.double()
+    assert_close(model(x), want, 1e-6)
+    ll.detach(model)
+    assert model.head.weight.dtype == torch.float64
+
+
+def test_two_adapters_with_a_head_each() -> None:
+    model, x = Normed().eval(), torch.randn(4, 8)
+    before, base = snapshot(model), model(x)
+    fields: dict[str, Any] = {"target_names": ("body",), "modules_to_save": ("head",)}
+    ll.attach(model, config("lora", **fields), name="a")
+    randomize(model, seed=1)
+    of_a = model(x)
+    with pytest.warns(UserWarning, match="'b' do so with a too"):
+        ll.attach(model, config("ia3", **fields), name="b")
+    ll.use(model, "b")
+    assert torch.equal(model(x), base), "its head starts as the base's, not as a's"
+    for p in ll.parameters(model, "b"):
+        p.data.mul_(1.5)
+    of_b = model(x)
+    for _ in range(2):
+        ll.use(model, "a")
+        assert torch.equal(model(x), of_a)
+        ll.use(model, "b")
+        assert torch.equal(model(x), of_b)
+    with ll.disabled(model):
+        assert torch.equal(model(x), base)
+    with pytest.raises(ValueError, match="a, b trains whole modules"):
+        ll.use(model, ["a", "b", None, None])
+    ll.detach(model, "b")
+    ll.use(model, "a")
+    assert torch.equal(model(x), of_a)
+    ll.detach(model)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": ("clasifier",)}, "modules_to_save: 'clasifier' matches no module"),
+        ({"modules_to_save": ("score",), "target_names": ("q_proj", "score")}, "no layer matches 'score' of"),
+        ({"modules_to_save": ("layers.0",), "layers": (0,)}, "no layer matches"),
+    ],
+)
+def test_refuses(fields: dict[str, Any], message: str) -> None:
+    model = classifier()
+    before = snapshot(model)
+    with pytest.raises(ll.AttachError, match=message):
+        ll.attach(model, ll.LoRAConfig(r=2, **fields))
+    assert_same(model, before)
+
+
+def test_adapters_and_whole_modules_exclude_each_other() -> None:
+    model = classifier()
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("score",)), name="a")
+    with pytest.raises(ll.AttachError, match="modules_to_save: score carries an adapter"):
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("q_proj",), modules_to_save=("score",)), name="b")
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=2, modules_to_save=("score",)), name="a")
+    with pytest.raises(ll.AttachError, match=r"score .*trains in full with the adapter 'a'"):
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("score",)), name="b")
+
+
+def test_a_file_of_another_head(tmp_path: Path) -> None:
+    model = classifier()
+    attach(model, "lora", modules_to_save=("score",))
+    ll.save(model, tmp_path / "a")
+    other: Any = build(
+        transformers.LlamaForSequenceClassification,
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, num_labels=5),
+    )
+    before = snapshot(other)
+    with pytest.raises(ll.CheckpointError, match=r"score.weight has shape \(3, 32\), not \(5, 32\)"):
+        ll.load(other, tmp_path / "a")
+    with pytest.raises(ll.CheckpointError, match="the model has no module score"):
+        ll.load(llama(), tmp_path / "a")
+    assert_same(other, before)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
+def test_pefts_files_both_ways(variant: str, tmp_path: Path) -> None:
+    ours = classifier()
+    attach(ours, variant, modules_to_save=("score",))
+    train(ours)
+    ll.export_peft(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours").eval()
+    assert_close(logits(theirs), logits(ours), 1e-5)
+
+    kind = {"lora": peft.LoraConfig, "dora": peft.LoraConfig, "hra": peft.HRAConfig}[variant]
+    options: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"]}
+    options |= {"use_dora": True} if variant == "dora" else {}
+    saved = peft.get_peft_model(classifier(), kind(**options)).eval()
+    randomize(saved, by=0.3)
+    saved.save_pretrained(tmp_path / "theirs")
+    again = classifier()
+    before = snapshot(again)
+    ll.import_peft(again, tmp_path / "theirs")
+    assert_close(logits(again), logits(saved), 1e-5)
+    ll.detach(again)
+    assert_same(again, before)
+
+
+def test_peft_trains_a_tied_head_apart(tmp_path: Path) -> None:
+    saved = peft.get_peft_model(qwen3(), peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"ties model.embed_tokens.weight and lm_head.weight"):
+        ll.import_peft(qwen3(), tmp_path)
+
+
+def test_in_a_trainer(tmp_path: Path) -> None:
+    """Checkpoints hold the head too; the best one comes back with it; a run resumes with it."""
+    ids = token_ids(8, 12)
+    data = [{"input_ids": row, "labels": torch.tensor(i % 3)} for i, row in enumerate(ids)]
+    found = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = classifier()
+        attach(model, "lora", modules_to_save=("score",))
+        for steps in (2, 4) if resumed else (4,):
+            if resumed and steps == 4:
+                randomize(model, seed=9)
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path / str(resumed)), max_steps=steps, per_device_train_batch_size=2, save_steps=2,
+                eval_strategy="steps", eval_steps=2, save_strategy="steps", use_cpu=True, report_to=[],
+                load_best_model_at_end=not resumed, greater_is_better=True, disable_tqdm=True, learning_rate=1e-2,
+                lr_scheduler_type="constant",
+            )  # fmt: skip
+            trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[AdapterCallback()])
+            trainer.train(resume_from_checkpoint=resumed and steps == 4)
+        if not resumed:
+            best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+            assert "score.weight" in best
+            assert all(torch.equal(model.state_dict()[name], t) for name, t in best.items())
+        checkpoint = tmp_path / str(resumed) / "checkpoint-4"
+        found.append(load_file(checkpoint / "model.safetensors"))
+        other = classifier()
+        ll.load(other, checkpoint / "adapter.safetensors")
+        assert torch.equal(other.score.weight, found[-1]["score.weight"])
+    assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
+    assert not torch.equal(found[0]["score.weight"], classifier().score.weight)
