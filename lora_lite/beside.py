@@ -66,7 +66,7 @@ class Beside:
 
     def _is_another(self, name: str, now: Tensor) -> bool:
         """Whether a weight is none of those that there were: a block may have moved."""
-        return _trained(self.samples[name], now) and all(_trained(before, now) for before in self.samples.values())
+        return not _alike(self.samples[name], now) and not any(_alike(before, now) for before in self.samples.values())
 
 
 def _trainable(quantizer: Any) -> Any:
@@ -121,9 +121,9 @@ def _differs(before: Tensor | None, now: Tensor) -> bool:
     return not torch.allclose(before.double(), now.detach().double(), rtol=2 * coarse, atol=coarse, equal_nan=True)
 
 
-def _trained(before: Tensor, now: Tensor) -> bool:
-    """Whether elements of a weight are others, apart from what a detour by way of bfloat16 does to them."""
-    return before.shape == now.shape and not torch.allclose(before.to(now), now, rtol=2**-7, atol=0, equal_nan=True)
+def _alike(before: Tensor, now: Tensor) -> bool:
+    """Whether elements of a weight are the same, apart from what a detour by way of bfloat16 does to them."""
+    return before.shape == now.shape and torch.allclose(before.to(now), now, rtol=2**-7, atol=0, equal_nan=True)
 
 
 def _first(names: list[str], shown: int = 3) -> str:

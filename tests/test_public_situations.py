@@ -50,7 +50,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     return [
         str(w.message)
         for w in caught
-        if re.match("after the first backward|save:|export_peft:|verify:", str(w.message))
+        if re.match(r"after (the first (backward|step)|\d+ steps):|save:|export_peft:|verify:", str(w.message))
     ]
 
 
@@ -693,12 +693,8 @@ def test_layers_that_moved_within_the_model(tmp_path: Path) -> None:
     randomize(model)
     model.model.layers = model.model.layers[::-1]
     want = logits(model)
-    for call in (
-        lambda: ll.diagnose(model),
-        lambda: ll.verify(model, token_ids()),
-        lambda: ll.save(model, tmp_path / "a"),
-    ):
-        assert not warned(call)
+    for tool in (ll.diagnose, lambda m: ll.verify(m, token_ids()), lambda m: ll.save(m, tmp_path / "a")):
+        assert not warned(lambda tool=tool: tool(model))
     ll.export_peft(model, tmp_path / "peft")
     for load in (lambda m: ll.load(m, tmp_path / "a"), lambda m: ll.import_peft(m, tmp_path / "peft")):
         other: Any = llama()
@@ -710,7 +706,7 @@ def test_layers_that_moved_within_the_model(tmp_path: Path) -> None:
     ll.attach(model, L(r=4))
     del model.model.layers[0]
     texts = warned(lambda: model(token_ids(), labels=token_ids()).loss.backward())
-    assert any("no longer part of the model: model.layers.*" in text for text in texts)
+    assert any("no longer part of the model: model.layers.0." in text for text in texts)
     with pytest.raises(ll.CheckpointError, match="another layer now has the name of one that has left"):
         ll.save(model, tmp_path / "b")
 
@@ -821,7 +817,7 @@ def test_flags_of_tensors_that_were_replaced(how: str) -> None:
 @pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm", "orthogonal"])
 @pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
 def test_parametrised_weights(norm: str, variant: str) -> None:
-    """Asking leaves the power iteration where it was; methods that start from the weight take it as it is in evaluation."""
+    """Asking leaves the power iteration where it was; what starts from the weight takes it as in evaluation."""
     model = nn.Sequential(getattr(nn.utils.parametrizations, norm)(nn.Linear(8, 8)), nn.Linear(8, 8)).train()
     before = snapshot(model)
     ll.attach(model, config(variant, target_names=("0", "1")))
