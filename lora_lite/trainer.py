@@ -19,12 +19,16 @@ class AdapterCallback(TrainerCallback):
     model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads the
     best model. The base weights, which no method changes, are not written.
 
-    From the start of the training on, and after it, `model.save_pretrained` and so `trainer.save_model` write the
+    From the Trainer's start on, and after training, `model.save_pretrained` and so `trainer.save_model` write the
     adapter in the base's stead, until it is detached.
 
     Raises:
         AttachError: when training starts and nothing is attached.
     """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if attachments(unwrap(model)):  # what is attached later is seen when training starts
+            self.on_train_begin(args, state, control, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model = unwrap(model)

@@ -91,6 +91,8 @@ def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
     trainer = Trainer(
         model, saving(tmp_path), train_dataset=examples(), eval_dataset=examples(4), callbacks=[AdapterCallback()]
     )
+    trainer.save_model(str(tmp_path / "before"))
+    assert (tmp_path / "before" / "adapter.safetensors").exists()
     trainer.train()
     checkpoint = tmp_path / "checkpoint-4"
     tensors = load_file(checkpoint / "model.safetensors")
