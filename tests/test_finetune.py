@@ -292,6 +292,7 @@ def test_a_run_on_a_quantised_base(finetune: Any, tiny: Path, tmp_path: Path, ki
     assert (tmp_path / written.stem / "adapter.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_quantised_bases_smoke(
     bench: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
