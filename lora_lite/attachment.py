@@ -145,7 +145,11 @@ def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
     """The attachment of that name, or the only one; an AttachError where there is none, or no telling which."""
     found = {each.name: each for each in attachments(model)}
     if not found:
-        raise AttachError("no adapter is attached to this model; call attach(model, cfg) or load(model, path) first")
+        inside = next((path for path, module in model.named_modules() if path and attachments(module)), "")
+        raise AttachError(
+            "no adapter is attached to this model; call attach(model, cfg) or load(model, path) first"
+            + (f", or pass the module through which one is attached: {inside}" if inside else "")
+        )
     if name is None and len(found) > 1:
         raise AttachError(f"several adapters are attached ({', '.join(found)}); say which with name=")
     if name is not None and name not in found:
@@ -215,8 +219,12 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, so that layer names don't depend on compilation."""
-    return getattr(model, "_orig_mod", model)
+    """The module that torch.compile, DataParallel or DistributedDataParallel wraps, so that names don't depend on them."""
+    if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+        return unwrap(inner)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    return model
 
 
 @contextmanager

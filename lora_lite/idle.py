@@ -90,7 +90,7 @@ class Watch:
         model = self._model()
         if model is None:
             return self.stop()
-        mine = {id(p) for p in model.parameters()}
+        mine = {id(p) for module in (model, *self.adapters.values()) for p in module.parameters()}
         if not self._acts() or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             return None
         self.steps += 1

@@ -627,6 +627,22 @@ def test_no_adapter_gets_a_gradient(how: str, said: str, tmp_path: Path) -> None
     assert any(said in each for each in warned(lambda: ll.save(model, tmp_path / "a")))
 
 
+def test_all_adapted_layers_are_replaced() -> None:
+    """As a conversion to another kind of linear layer does it: no call, no gradient, and the optimiser steps on."""
+    model = Body()
+    ll.attach(model, L(r=2, target_names=("body",)))
+    model.head.requires_grad_(True)
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+    model.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def train() -> None:
+        model(torch.randn(3, 8)).sum().backward()
+        optimizer.step()
+
+    (text,) = warned(train)
+    assert "no longer part of the model: body.* ×2" in text
+
+
 def test_two_losses_in_one_step() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     ll.attach(model, L(r=2))
@@ -859,6 +875,20 @@ def test_wrappers_are_no_part_of_a_name(tmp_path: Path) -> None:
     peft.PeftModel.from_pretrained(llama(), tmp_path / "peft")
     small = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"))  # type: ignore[arg-type]
     assert [t.name for t in ll.attach(small, L(r=2)).targets] == ["0"]
+
+
+def test_wrapped_models(tmp_path: Path) -> None:
+    """In DataParallel, and within another module."""
+    model = nn.DataParallel(Body())
+    attachment = ll.attach(model, L(r=2))
+    assert list(attachment.adapters) == ["body.0", "body.1", "head"]
+    ll.save(model, tmp_path / "a")
+    ll.load(Body(), tmp_path / "a")
+    ll.detach(model)
+    outer = nn.ModuleDict({"encoder": Body()})
+    ll.attach(outer["encoder"], L(r=2))
+    with pytest.raises(ll.AttachError, match="pass the module through which one is attached: encoder"):
+        ll.save(outer, tmp_path / "b")
 
 
 def test_a_wrapper_that_passes_for_its_layer_is_not_adapted_twice() -> None:
