@@ -219,7 +219,7 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile, DataParallel or DistributedDataParallel wraps, so that names don't depend on them."""
+    """The module that torch.compile, DataParallel or DistributedDataParallel wraps: names don't depend on them."""
     if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
         return unwrap(inner)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .adapter import Adapter
 from .attaching import build, check_free, derive, init, install, whole_modules
@@ -35,6 +36,7 @@ from .checkpoint import (
 )
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
+from .idle import current_names
 from .primitives import LowRankAdd
 from .targets import Target, candidates
 from .variant import REGISTRY
@@ -69,7 +71,13 @@ _DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 
 
-def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str | Sequence[str] | None = None) -> None:
+def export_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | Sequence[str] | None = None,
+    uniform: bool = False,
+) -> None:
     """Write the attached adapter as `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
 
     `peft.PeftModel.from_pretrained(base, folder)` then computes the same. LoRA, EVA, PiSSA (as rank 2r), AntiPaSTO (as
@@ -77,59 +85,31 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str |
     PEFT's own. `name` says which adapter, where several are attached; an `ia3` and an `ia3_ff` may go into one file, as
     the paper has them: `name=("kv", "ff")`.
 
+    With `uniform`, all layers of a LoRA or DoRA get one rank, padded with zeros, and each one's scale goes into its B,
+    so that a reader of a single r and alpha is right: some pass over the patterns of layers that differ.
+
     Raises:
         AttachError: nothing is attached, PEFT has nothing that computes what this method does, or several names are not
             of an IA3 and an IA3-FF on different layers.
         CheckpointError: the folder can't be written, or a tensor has no values or not its shape.
     """
     model, folder = unwrap(model), Path(folder)
-    attachments = [
-        require_attachment(model, each) for each in ([name] if name is None or isinstance(name, str) else name)
-    ]
-    variants = {each.cfg.variant for each in attachments}
-    layers = [layer for each in attachments for layer in names_now(model, each, "export_peft").values()]
-    if len(attachments) > 1 and not (variants <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)):
-        raise AttachError(
-            f"export_peft: {', '.join(each.name for each in attachments)}: a PEFT file holds several adapters only "
-            "if they are an ia3 and an ia3_ff on different layers; export them one by one"
-        )
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    attachments = _of_one_file(model, name)
     for attachment in attachments:
         names = names_now(model, attachment, "export_peft")
         adapters = {names[layer]: adapter for layer, adapter in standalone(attachment, "export_peft").items()}
         warn_of_losses(model, attachment, "export_peft")
-        of_one, its_tensors = (_as_its_own if attachment.cfg.variant in _TENSORS else _as_lora)(
-            attachment, adapters, names
-        )
+        writer = _as_its_own if attachment.cfg.variant in _TENSORS else _as_lora
+        of_one, its_tensors = writer(attachment, adapters, names)
         config |= of_one
         tensors |= its_tensors
-    in_full: set[str] = set()
+    if uniform and config["peft_type"] == "LORA":
+        config |= _make_uniform(config, tensors)
+    config |= _other_fields(model, attachments, config["peft_type"])
     for attachment in attachments:
-        stored = attachment.whole.stored()
-        in_full |= set(attachment.whole.names)
-        for first, names in attachment.whole.names_in(model).items():
-            tensors |= {_PREFIX + alias: stored[first].clone() for alias in names}
-            in_full |= {alias.rpartition(".")[0] for alias in names if not inside(alias, attachment.whole.names)}
-    if in_full:
-        config["modules_to_save"] = sorted(in_full)
-    config |= {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": layers,
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-    }
-    if config["peft_type"] in _DROPOUT:
-        config[_DROPOUT[config["peft_type"]]] = attachments[0].cfg.dropout
-    if config["peft_type"] == "IA3":
-        del config["bias"]
-        config["feedforward_modules"] = [
-            layer
-            for each in attachments
-            if each.cfg.variant == "ia3_ff"
-            for layer in names_now(model, each, "export_peft").values()
-        ]
+        tensors |= _in_full(model, attachment, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(config, indent=2, sort_keys=True)
@@ -183,6 +163,50 @@ def import_peft(
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
+
+
+def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Attachment]:
+    """The attachments of these names, which PEFT can hold in one file."""
+    names = [name] if name is None or isinstance(name, str) else name
+    attachments = [require_attachment(model, each) for each in names]
+    layers = [layer for each in attachments for layer in each.adapters]
+    pair = {each.cfg.variant for each in attachments} <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)
+    if len(attachments) > 1 and not pair:
+        raise AttachError(
+            f"export_peft: {', '.join(each.name for each in attachments)}: a PEFT file holds several adapters only "
+            "if they are an ia3 and an ia3_ff on different layers; export them one by one"
+        )
+    return attachments
+
+
+def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[str, Any]:
+    """The fields of PEFT's config that are not of a method's own."""
+    layers = [
+        (each.cfg.variant, layer) for each in attachments for layer in current_names(model, each.targets).values()
+    ]
+    config = {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "inference_mode": True,
+        "target_modules": [layer for _, layer in layers],
+        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+    }
+    if kind in _DROPOUT:
+        config[_DROPOUT[kind]] = attachments[0].cfg.dropout
+    if kind == "IA3":
+        return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
+    return {**config, "bias": "none"}
+
+
+def _in_full(model: nn.Module, attachment: Attachment, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of modules that train in full, under all of their names; the modules go into the config."""
+    stored, whole, found = attachment.whole.stored(), attachment.whole.names, {}
+    modules = set(whole)
+    for first, names in attachment.whole.names_in(model).items():
+        found |= {_PREFIX + alias: stored[first].clone() for alias in names}
+        modules |= {alias.rpartition(".")[0] for alias in names if not inside(alias, whole)}
+    if modules:
+        config["modules_to_save"] = sorted({*config.get("modules_to_save", ()), *modules})
+    return found
 
 
 def _as_lora(
@@ -239,6 +263,23 @@ def _patterns(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]
             others = {f"^{re.escape(layer)}": value for layer, value in values.items() if value != usual}
             config |= {one: usual, pattern: others}
     return config
+
+
+def _make_uniform(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """All A and B of one rank, with the scale in B; and the fields of the config that say so."""
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    R = max(len(tensors[f"{layer}.lora_A.weight"]) for layer in layers)
+    for layer in layers:
+        A, B = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+        own = [
+            alpha
+            for pattern, alpha in config["alpha_pattern"].items()
+            if re.fullmatch(pattern, layer.removeprefix(_PREFIX))
+        ]
+        scale = (own[0] if own else config["lora_alpha"]) / len(A)
+        tensors[f"{layer}.lora_A.weight"] = pad(A, (0, 0, 0, R - len(A)))
+        tensors[f"{layer}.lora_B.weight"] = pad(scale * B, (0, R - len(A)))
+    return {"r": R, "lora_alpha": R, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def _like_peft(t: Tensor, name: str, variant: str) -> Tensor:

@@ -290,3 +290,29 @@ def test_import_on_an_attached_model(tmp_path: Path) -> None:
     attach(model, "lora")
     with pytest.raises(ll.AttachError, match="attached to this model already"):
         ll.import_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "antipasto"])
+def test_uniform_files(variant: str, tmp_path: Path) -> None:
+    """One rank and one alpha for all: a reader that knows no patterns computes the same, and PEFT does."""
+    model: Any = llama()
+    fields = {"rank_pattern": {"q_proj": 2 if variant != "antipasto" else 8}}
+    fields |= {"alpha_pattern": {r"1\.mlp": 11.0}, "rslora": True} if variant != "antipasto" else {}
+    attach(model, variant, **fields)
+    randomize(model, by=0.3)
+    ll.export_peft(model, tmp_path, uniform=True)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {len(t) for name, t in tensors.items() if name.endswith("lora_A.weight")} == {written["r"]}
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    with torch.no_grad():
+        assert_close(theirs(token_ids()).logits, model(token_ids()).logits, 1e-5)
+        if variant != "dora":
+            plain: Any = llama()
+            for name, layer in plain.named_modules():
+                A = tensors.get(f"base_model.model.{name}.lora_A.weight")
+                if A is not None:
+                    B = tensors[f"base_model.model.{name}.lora_B.weight"]
+                    layer.weight += written["lora_alpha"] / written["r"] * B @ A
+            assert_close(plain(token_ids()).logits, model(token_ids()).logits, 1e-5)
