@@ -1,9 +1,10 @@
 """Run by torchrun, two processes on gloo: trains two steps on halves of a batch and writes what one process can check.
 
-Arguments: how the model is spread and adapted, a variant, and a folder. Rank 0 writes losses and gradients; the adapter
-is saved by `ll.save`.
+Argument: a folder with cases.json, a list of [how the model is spread and adapted, a variant, its own folder]. Rank 0
+writes losses and gradients; the adapter is saved by `ll.save`. All cases in one run: starting takes longest.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ def whole(t: torch.Tensor) -> torch.Tensor:
 
 
 def main(kind: str, variant: str, folder: Path) -> None:
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)  # as the tests do
     model: Any = llama()
@@ -82,7 +82,6 @@ def main(kind: str, variant: str, folder: Path) -> None:
     assert (folder / "adapter.safetensors").exists()  # on every process, once save returns
     if rank == 0:
         torch.save({"losses": torch.stack(losses), "grads": grads}, folder / "seen.pt")
-    dist.destroy_process_group()
 
 
 def attached(model: Any, variant: str) -> None:
@@ -108,8 +107,11 @@ def refusals(model: Any) -> None:
         with pytest.raises(ll.AttachError, match=f"{layer}.*sharded over processes.*attach before"):
             ll.attach(sharded, ll.LoRAConfig(r=4, target_roles=(), target_names=(f"layers.1.*{layer}",)))
         assert list(dict(sharded.named_modules())) == modules
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    dist.init_process_group("gloo")
+    for kind, variant, folder in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
+        print("case:", kind, variant, file=sys.stderr)
+        main(kind, variant, Path(folder))
+    dist.destroy_process_group()
