@@ -88,41 +88,32 @@ class Adapter(Params):
         """The backend that runs for this input."""
         return select(self.backend, x.device, x.dtype)[1]
 
-    def stored(self) -> dict[str, Tensor]:
-        """Each tensor that a file holds, whole and with its values, on the CPU. Every process that has a part of a
-        sharded one must call it.
+    def alone(self) -> "Adapter":
+        """A twin apart from the model's, in which each tensor that a file holds is whole and has its values. Every
+        process that has a part of a sharded one must call it.
 
         Raises:
             AttachError: one has no values, or not the shape of its spec.
         """
-        found = {}
+        twin = copy.copy(self)
+        twin._parameters, twin._buffers = dict(self._parameters), dict(self._buffers)
         for name in self.state_dict():
             brought_here = brought(self, name)
             assert brought_here is not None
-            t = whole(brought_here)
-            wanted = self.specs[name].shape
+            t, wanted = whole(brought_here).detach(), tuple(self.specs[name].shape)
             if t.is_meta or self.hollow:
                 raise AttachError(
                     f"{name} holds no values (it was on the meta device); load or train the adapter first"
                 )
-            if tuple(t.shape) != tuple(wanted):
+            if tuple(t.shape) != wanted:
                 raise AttachError(
-                    f"{name} has shape {tuple(t.shape)}, not {tuple(wanted)}; if it is sharded, gather it first "
+                    f"{name} has shape {tuple(t.shape)}, not {wanted}; if it is sharded, gather it first "
                     "(ZeRO-3: save on every process, with DeepSpeed imported)"
                 )
-            found[name] = t.detach().cpu().contiguous()
-        return found
-
-    def alone(self) -> "Adapter":
-        """A twin with these tensors whole and with their values, apart from the model's; see `stored`."""
-        twin, whole_ones = copy.copy(self), self.stored()
-        device = torch.device("cpu") if self.device.type == "meta" else self.device
-        twin._parameters = {
-            name: nn.Parameter(whole_ones[name].to(device), requires_grad=False) for name in self._parameters
-        }
-        twin._buffers = {
-            name: whole_ones[name].to(device) if name in whole_ones else t for name, t in self._buffers.items()
-        }
+            if name in twin._parameters:
+                twin._parameters[name] = nn.Parameter(t, requires_grad=False)
+            else:
+                twin._buffers[name] = t
         vars(twin).pop("_hf_hook", None)
         return twin
 

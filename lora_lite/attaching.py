@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import Adapter
 from .attachment import (
@@ -26,13 +26,13 @@ from .backend import check_backend
 from .beside import Beside
 from .calibration import CalibrationData, gather
 from .config import AdapterConfig
-from .errors import AttachError, RankError, UnfitError
-from .fitness import require_gradient, unfit
+from .errors import AttachError, UnfitError
+from .fitness import unfit
 from .idle import Watch
 from .left_out import left_out
 from .params import SITE
 from .placement import replicate
-from .quantized import weight_of
+from .quantized import is_dense, weight_of
 from .site import Site
 from .targets import Target, choose
 from .variant import Variant, variant_of
@@ -97,7 +97,7 @@ def attach(
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
         statistics = {}
         for t in targets:
-            with naming(t.name, t.layer):
+            with naming(t):
                 statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
         gathered = gather(model, statistics, calibration_data)
         planned: AdapterConfig = variant.plan(gathered, cfg)
@@ -176,31 +176,38 @@ def _built(
     selected, reasons = choose(model, cfg)
     targets: list[Target] = []
     adapters: dict[str, Adapter] = {}
-    problem: AttachError | None = None
+    problem: UnfitError | None = None
     for target in selected:
-        why = ""
         try:
-            with naming(target.name, target.layer):
-                if holder := [each.name for each in attachments(model) if inside(target.name, each.whole.names)]:
-                    raise UnfitError(f"it trains in full with the adapter {holder[0]!r} (modules_to_save)")
-                if why := unfit(model, target):
-                    raise UnfitError(f"{why}; adapt the layers around it instead")
-                require_gradient(target.layer)
-                adapters[target.name] = build(target, variant, cfg, backend)
+            with naming(target):
+                require_fit(model, target)
+                adapters[target.name] = Adapter(target, variant, cfg.for_layer(target.name), backend)
                 targets.append(target)
         except UnfitError as error:
             if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
                 raise
-            narrow = f"narrower than r={cfg.for_layer(target.name).r}"
-            reasons[target.name], problem = narrow if isinstance(error, RankError) else why or "trains in full", error
+            reasons[target.name], problem = error.why, error
     if not targets and problem is not None:
         raise problem
     return targets, adapters, reasons
 
 
+def require_fit(model: nn.Module, target: Target) -> None:
+    """Raise where an adapter of the layer could not act, or could not be trained.
+
+    Raises:
+        UnfitError: it could not act, or the layer trains in full with another adapter.
+        AttachError: the layer passes no gradient to its input.
+    """
+    holder = [each.name for each in attachments(model) if inside(target.name, each.whole.names)]
+    why = f"it trains in full with the adapter {holder[0]!r} (modules_to_save)" if holder else ""
+    if why := why or unfit(model, target, to_train=True):
+        raise UnfitError(f"{why}; adapt the layers around it instead", why)
+
+
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
     """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
-    with naming(target.name, target.layer):
+    with naming(target):
         return Adapter(target, variant, cfg.for_layer(target.name), backend)
 
 
@@ -209,7 +216,7 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     at a time are done side by side, where the method allows it and the weights are dense already."""
 
     def of(t: Target) -> None:
-        with naming(t.name, t.layer):
+        with naming(t):
             adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
 
     threads = torch.get_num_threads()
@@ -229,14 +236,13 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
 
 def _dense_on_cpu(t: Target) -> bool:
     weight = weight_of(t.layer)
-    plain = type(weight) in (Tensor, nn.Parameter)  # neither quantised nor sharded
-    return weight is not None and plain and weight.is_floating_point() and weight.device.type == "cpu"
+    return weight is not None and is_dense(weight) and weight.device.type == "cpu"
 
 
 def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     """`Variant.derive` for each layer."""
     for t in targets:
-        with naming(t.name, t.layer):
+        with naming(t):
             adapters[t.name].variant.derive(adapters[t.name], t.layer, adapters[t.name].cfg)
 
 

@@ -103,8 +103,8 @@ class Attachment:
             f"Left out, {share:.1f} % of the model's parameters:",
             *(f"  {each}" for each in self.left_out[:_SHOWN]),
         ]
-        if more := len(self.left_out) - _SHOWN:
-            lines += [f"  and {more} more kinds: Attachment.left_out has them all"] if more > 0 else []
+        if len(self.left_out) > _SHOWN:
+            lines.append(f"  and {len(self.left_out) - _SHOWN} more kinds: Attachment.left_out has them all")
         return "\n".join(lines) + "\n"
 
 
@@ -228,10 +228,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def naming(name: str, layer: Any) -> Iterator[None]:
+def naming(target: Target) -> Iterator[None]:
     """Name the layer in what is raised about it."""
     try:
         yield
     except AttachError as error:
-        where = f"{name} ({layer.in_features} → {layer.out_features}): "
-        raise type(error)(f"{where}{str(error).removeprefix(where)}") from None
+        layer: Any = target.layer
+        error.args = (f"{target.name} ({layer.in_features} → {layer.out_features}): {error}",)
+        raise

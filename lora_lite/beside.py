@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .params import Params
+from .quantized import is_dense
 
 _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would cost their size again
 
@@ -97,9 +98,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _readable(p: Tensor) -> bool:
-    return (
-        type(p) in (Tensor, nn.Parameter) and p.is_floating_point() and p.dtype.itemsize > 1 and p.device.type != "meta"
-    )
+    return is_dense(p) and not p.is_meta
 
 
 def _sample(p: Tensor, count: int = 64) -> Tensor:

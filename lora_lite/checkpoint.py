@@ -65,7 +65,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     )
     alone = standalone(attachment, "save")
     tensors = {
-        f"{names[layer]}.{key}": t.cpu() for layer, adapter in alone.items() for key, t in adapter.state_dict().items()
+        f"{names[layer]}.{key}": t.cpu().contiguous()
+        for layer, adapter in alone.items()
+        for key, t in adapter.state_dict().items()
     }
     tensors |= attachment.whole.stored()
     if attachment.whole.names:
@@ -250,7 +252,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
         )
     for target in (targets := [layers[name] for name in shapes or names]):
-        with naming(target.name, target.layer):
+        with naming(target):
             if why := unfit(model, target):
                 raise CheckpointError(f"{target.name}: {why}")
     return targets

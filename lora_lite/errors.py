@@ -14,11 +14,12 @@ class AttachError(LoraLiteError, RuntimeError):
 
 
 class UnfitError(AttachError):
-    """A layer can't take this adapter. Where it was not asked for by name, `attach` leaves it out instead."""
+    """A layer can't take this adapter; `why` says it in short. Where it was not asked for by name, `attach` leaves it
+    out instead."""
 
-
-class RankError(UnfitError):
-    """r is larger than the layer allows."""
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class CalibrationError(LoraLiteError, ValueError):

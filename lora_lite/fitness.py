@@ -11,51 +11,44 @@ from .quantized import token_dtype, weight_of
 from .targets import Target, parent_of
 
 
-def unfit(model: nn.Module, target: Target) -> str:
+def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     """Why an adapter could not act around the layer; empty: nothing is known against it.
 
     Raises:
-        AttachError: the layer could only be adapted before the model was offloaded.
+        AttachError: the layer could only be adapted before the model was offloaded; or the adapter is to be trained,
+            and the layer passes no gradient to its input.
     """
     parent = parent_of(model, target.name)
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return "nn.MultiheadAttention reads its weight without calling it"
-    weight: Any = weight_of(target.layer)
-    if weight.is_meta and not is_managed(target.layer) and (above := _offloaded_above(model, target.name)):
+    layer: Any = target.layer
+    weight: Any = weight_of(layer)
+    if weight.is_meta and not is_managed(layer) and (above := _offloaded_above(model, target.name)):
         raise AttachError(
             f"accelerate offloads its weight with the whole of {above}, whose list of tensors would lack the "
             "adapter's; attach before the model is offloaded"
         )
-    layer: Any = target.layer
-    _, y = _run_one_row(layer)
+    x, y = _run_one_row(layer)
     if y is not None and not isinstance(y, Tensor):
         return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"
     if isinstance(y, Tensor) and y.shape[-1:] != (layer.out_features,):
         return f"its forward returns {tuple(y.shape)} for one row, not out_features={layer.out_features}"
-    return ""
-
-
-def require_gradient(layer: Any) -> None:
-    """Raise unless the layer passes a gradient to its input.
-
-    Raises:
-        AttachError: it does not: layers before it would train on a part of their gradient.
-    """
-    packed = getattr(getattr(weight_of(layer), "quant_state", None), "packing_format_for_cpu", False)
-    x, y = _run_one_row(layer)
-    passes = not packed
-    if x is not None and isinstance(y, Tensor):
-        try:
-            (grad,) = torch.autograd.grad(y.float().sum(), x)
-            passes = grad is not None
-        except (RuntimeError, NotImplementedError):
-            passes = False
-    if not passes:
+    packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+    if to_train and (packed or (x is not None and isinstance(y, Tensor) and not _passes_gradient(x, y))):
         raise AttachError(
             f"its {type(layer).__name__} passes no gradient to its input, so that adapters before it could not train; "
             "use a kind of quantisation that does, such as bitsandbytes' in training mode (to run a trained adapter, "
             "load its file)"
         )
+    return ""
+
+
+def _passes_gradient(x: Tensor, y: Tensor) -> bool:
+    try:
+        (grad,) = torch.autograd.grad(y.float().sum(), x)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return grad is not None
 
 
 def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:

@@ -118,9 +118,8 @@ class Watch:
 
         The first needs that some layer has run, the second and third a backward or an optimiser's step.
         """
-        paths = {id(module): path for path, module in model.named_modules()}
-        gone = [t.name for t in self.targets if id(t.layer) not in paths]
-        here = [t for t in self.targets if id(t.layer) in paths and self.name not in self.sites[t.name].off]
+        here, gone = here_and_gone(model, self.targets)
+        here = [t for t in here if self.name not in self.sites[t.name].off]
         trained = bool(self.reached) or self.steps > 0
         if not (trained or any(site.ran for site in self.sites.values())):
             return {"gone": gone}
@@ -162,6 +161,12 @@ def describe(idle: Mapping[str, list[str]]) -> str:
     }
     parts = [texts[kind].format(listing(idle[kind])) for kind in texts if idle.get(kind)]
     return f"{'; '.join(parts)}. Leave such layers out by exclude_names, or detach and attach again" if parts else ""
+
+
+def here_and_gone(model: nn.Module, targets: list[Target]) -> tuple[list[Target], list[str]]:
+    """The targets that are part of the model, and the names of those that are not any more."""
+    present = {id(module) for module in model.modules()}
+    return [t for t in targets if id(t.layer) in present], [t.name for t in targets if id(t.layer) not in present]
 
 
 def whole_kinds(targets: list[Target], wanted: set[str], blocks: bool) -> list[str]:

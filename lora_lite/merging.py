@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from . import reference
 from .attachment import chosen, unwrap
+from .checkpoint import replace_file
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import brought, whole
-from .quantized import bias_of, dense_weight, token_dtype, weight_of
+from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
 from .site import Site
 from .targets import is_linear
 
@@ -74,7 +75,7 @@ def save_merged(
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
         folder.mkdir(parents=True, exist_ok=True)
         alone = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file has no two names for one tensor
-        save_file(alone, folder / "model.safetensors", metadata={"format": "pt"})
+        replace_file(folder / "model.safetensors", lambda file: save_file(alone, file, metadata={"format": "pt"}))
         return
     plain = _skeleton(model, tensors)
     type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
@@ -108,8 +109,8 @@ def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     for name in names:
         t = brought(module, name)
         assert t is not None
-        t = whole(t.detach()) if not hasattr(t, "ds_id") else whole(t)
-        found[name] = t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
+        t = whole(t).detach()
+        found[name] = t.to(dtype) if dtype is not None and t.is_floating_point() else t
     return found
 
 
@@ -117,7 +118,7 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A linear layer's weight and bias, dense, with what its site makes of them."""
     weight: Any = weight_of(layer)
     site = layer._modules.get(SITE)
-    dense = weight.is_floating_point() and weight.dtype.itemsize > 1 and type(weight) in (Tensor, nn.Parameter)
+    dense = is_dense(weight)
     if site is None and (dense or hasattr(weight, "full_tensor")):
         return _own(layer, dtype)
     dtype = dtype or token_dtype(layer)

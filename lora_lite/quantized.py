@@ -109,6 +109,11 @@ def _of_parametrisation(layer: Any) -> Float[Tensor, "N K"]:
             module.training = flag
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether t holds plain floating-point values: not quantised, not in 8 bits, of no class of its own."""
+    return type(t) in (Tensor, torch.nn.Parameter) and t.is_floating_point() and t.dtype.itemsize > 1
+
+
 def bias_of(layer: Any) -> Float[Tensor, "N"] | None:
     """A layer's bias with its values, also where accelerate offloads it; None: it has none."""
     return brought(layer, "bias")

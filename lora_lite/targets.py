@@ -28,7 +28,6 @@ _WRITERS = re.compile(
     re.IGNORECASE,
 )
 
-
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -62,7 +61,10 @@ def is_linear(module: nn.Module) -> bool:
 def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, in its order."""
     linears = {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
-    outer = {name for name, layer in linears.items() if _wraps_another(name, layer, linears)}
+    by_weight: dict[int, list[str]] = {}
+    for name, layer in linears.items():
+        by_weight.setdefault(id(weight_of(layer)), []).append(name)
+    outer = {name for alike in by_weight.values() for name in alike if any(_is_within(other, name) for other in alike)}
     linears = {name: layer for name, layer in linears.items() if name not in outer}
     widths, blocks, heads = _Widths(model, linears), _Blocks(model, linears), _heads(model)
     return [
@@ -89,11 +91,9 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
-def _wraps_another(name: str, layer: nn.Module, linears: dict[str, nn.Module]) -> bool:
-    """Whether a layer only passes on what a layer inside of it has."""
-    weight = weight_of(layer)
-    within = [other for path, other in linears.items() if path.startswith(f"{name}.") or (name == "" and path)]
-    return any(weight_of(other) is weight for other in within)
+def _is_within(name: str, other: str) -> bool:
+    """Whether a module stands in another, which then only passes on a weight that both have."""
+    return name != other and (other == "" or name.startswith(f"{other}."))
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
@@ -121,7 +121,7 @@ def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str
 
 def _why_not(target: Target, cfg: AdapterConfig) -> str:
     """Why the layer is not selected; empty: it is."""
-    if cfg.target_names and not _matches(cfg.target_names, target.name):
+    if cfg.target_names and not any(re.search(pattern, target.name) for pattern in cfg.target_names):
         return "not in target_names"
     if target.is_head and cfg.exclude_names and not cfg.names_given:
         return "the output head"
@@ -135,29 +135,29 @@ def _why_not(target: Target, cfg: AdapterConfig) -> str:
     return ""
 
 
-def _matches(patterns: Iterable[str], name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
+def _finds(pattern: str, names: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], targets: list[Target]) -> None:
     chosen = [target.name for target in targets]
     if cfg.names_given:
         for pattern in cfg.target_names:
-            if not any(re.search(pattern, name) for name in chosen):
+            if not _finds(pattern, chosen):
                 raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg))
     for index in cfg.layers or ():
         if not any(target.block == index for target in targets):
             raise AttachError(_no_match(f"{index} of ", model, found, cfg))
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, field):
-            if targets and not any(re.search(pattern, name) for name in chosen):
+            if targets and not _finds(pattern, chosen):
                 raise AttachError(
                     f"{field}: {pattern!r} matches none of the {len(chosen)} layers that are adapted, such as "
                     f"{chosen[0]}{_nearest(pattern, chosen)}; correct it or leave it out"
                 )
     everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern in cfg.exclude_names:
-        if pattern not in USUALLY_LEFT_OUT and not any(re.search(pattern, name) for name in everything):
+        if pattern not in USUALLY_LEFT_OUT and not _finds(pattern, everything):
             raise AttachError(
                 f"exclude_names: {pattern!r} matches nothing in the model{_nearest(pattern, everything)}; correct it "
                 "or leave it out"

@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
-from .idle import listing, whole_kinds
+from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
 from .selection import only
 from .site import Site
@@ -108,9 +108,7 @@ def _require_all(
     if not calls:
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
     ran = {target.name for target, _, _ in calls}
-    present = {id(module) for module in model.modules()}
-    here = [t for t in targets if id(t.layer) in present]
-    gone = [t.name for t in targets if id(t.layer) not in present]
+    here, gone = here_and_gone(model, targets)
     idle = whole_kinds(here, {t.name for t in here} - ran, blocks=True) + gone
     if idle and not partial:
         raise AttachError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import attach, llama, randomize, token_ids
+from models import attach, llama, load_tests, randomize, token_ids
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import lora_lite as ll
 from lora_lite.trainer import AdapterCallback
@@ -191,32 +191,23 @@ def test_accelerate(variant: str, tmp_path: Path) -> None:
 
 # ---- QLoRA ----
 
-QUANTISED: dict[str, Any] = {
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-    "8bit": {"load_in_8bit": True},
-}
+quantized = load_tests("test_quantized")
 
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)  # type: ignore[operator]
+    llama(**quantized.SIZES).save_pretrained(folder)  # type: ignore[operator]
     return folder
 
 
-def quantised(folder: Path, kind: str) -> Any:
-    config = BitsAndBytesConfig(**QUANTISED[kind])
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    return model.train()  # in evaluation some CPUs pack 4-bit weights so that no gradient passes
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_a_quantised_base_in_a_trainer(kind: str, base_folder: Path, tmp_path: Path) -> None:
     """Trains, saves the adapter alone, resumes to the bit, goes back to the best; and detach leaves no trace."""
     found = []
     for resumed in (False, True):
-        model = quantised(base_folder, kind)
+        model = quantized.quantised(base_folder, kind)
         quantizer = model.hf_quantizer
         torch.manual_seed(0)
         attach(model, "lora")
@@ -237,7 +228,7 @@ def test_a_quantised_base_in_a_trainer(kind: str, base_folder: Path, tmp_path: P
         assert last
         assert all(".lora_lite." in name for name in last)
         found.append(last)
-        ll.load(quantised(base_folder, kind), folder / "checkpoint-4" / "adapter.safetensors")
+        ll.load(quantized.quantised(base_folder, kind), folder / "checkpoint-4" / "adapter.safetensors")
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], t) for name, t in found[1].items())
 

@@ -18,10 +18,10 @@ from models import (
     gpt_neox,
     llama,
     load_tests,
+    logits,
     qwen3,
     randomize,
     snapshot,
-    token_ids,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,11 +30,6 @@ import lora_lite as ll
 
 quantized = load_tests("test_quantized")
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=token_ids()).logits
 
 
 def adapted(model: nn.Module, variant: str, **fields: Any) -> nn.Module:

@@ -20,6 +20,7 @@ from models import (
     calibration_batches,
     config,
     llama,
+    logits,
     randomize,
     rel_error,
     snapshot,
@@ -35,11 +36,6 @@ from lora_lite.quantized import dense_weight
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 L = ll.LoRAConfig
 CPU = torch.device("cpu")
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(token_ids()).logits
 
 
 def warned(call: Callable[[], Any]) -> list[str]:

@@ -15,6 +15,7 @@ from models import (
     config,
     llama,
     load_tests,
+    logits,
     randomize,
     snapshot,
     token_ids,
@@ -25,11 +26,6 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 against_peft = load_tests("test_peft")
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(token_ids()).logits
 
 
 def alone(variant: str, seed: int, **fields: Any) -> Any:

@@ -19,6 +19,7 @@ from models import (
     calibration_batches,
     config,
     llama,
+    logits,
     qwen3,
     randomize,
     snapshot,
@@ -49,11 +50,6 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.body(x)))
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(input_ids=token_ids()).logits
 
 
 def train(model: Any, steps: int = 3) -> None:

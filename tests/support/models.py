@@ -125,6 +125,12 @@ def token_ids(batch: int = 2, length: int = 17, seed: int = 0, vocab: int = VOCA
     return torch.randint(1, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Of a language model or classifier, in evaluation, on `token_ids()`."""
+    return model.eval()(input_ids=token_ids()).logits
+
+
 def calibration_batches(count: int = 3, vocab: int = VOCAB) -> list[dict[str, Tensor]]:
     """Batches enough for any rank that the tiny models allow."""
     return [{"input_ids": token_ids(seed=100 + i, vocab=vocab)} for i in range(count)]
