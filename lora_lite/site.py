@@ -21,7 +21,8 @@ from .errors import AttachError
 from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
-from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
+from .primitives import LowRankAdd, OfRows, Primitive
+from .segments import Segments
 
 
 class Piece(NamedTuple):
@@ -180,7 +181,8 @@ class Site(nn.ModuleDict):
         if len(sums) == len(pieces) and len({each.dropout for each in sums}) == 1:
             names = list(by_row)
             group = [names.index(name) if name in by_row else -1 for name in rows]
-            return [Piece(GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device)), ops)]
+            segments = Segments.equal(torch.tensor(group, device=x.device), x[0].numel() // x.shape[-1])
+            return [Piece(LowRankAdd.stacked(sums, segments), ops)]
         own = {name: [i for i, each in enumerate(rows) if each == name] for name in by_row}
         return [
             Piece(OfRows(piece.primitive, torch.tensor(own[name], device=x.device)), piece.ops)

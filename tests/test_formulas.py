@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite.reference
+from lora_lite.segments import Segments
 from lora_lite.variants.antipasto import rotation
 
 R, ALPHA = 4, 6.0
@@ -360,8 +361,9 @@ def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> N
         return torch.stack(of_entries)
 
     def ours(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        _, h = lora_lite.reference.shrink(x, A, group=group)
-        return lora_lite.reference.expand_add(y, h, B, SCALE, group)
+        segments = Segments.equal(group, x.shape[1])
+        _, h = lora_lite.reference.shrink(x, A, segments=segments)
+        return lora_lite.reference.expand_add(y, h, B, SCALE, segments)
 
     with Products() as seen:
         got = run(dtype, torch.float32, ours)
