@@ -7,7 +7,7 @@ M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int

@@ -49,7 +49,7 @@ class Segments:
 
 
 def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments) -> Float[Tensor, "M P"]:
-    """Of each row its product with the transpose of its matrix; zeros where it has none. x and stack are of one dtype."""
+    """Of each row its product with its matrix's transpose; zeros where it has none. x and stack are of one dtype."""
     return _product(x, stack, segments.ends, segments.which)
 
 

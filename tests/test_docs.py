@@ -140,7 +140,7 @@ def test_the_guide_names_every_primitive_and_operation() -> None:
     text = (ROOT / "docs/developer_guide.md").read_text(encoding="utf-8")
     for primitive in ll.Primitive.__subclasses__():
         if primitive.__module__ == "lora_lite.primitives":
-            fields = ", ".join(primitive.__dataclass_fields__)  # type: ignore[attr-defined]
+            fields = ", ".join(name for name in primitive.__dataclass_fields__ if name != "segments")
             assert f"`{primitive.__name__}({fields})`" in text
     operations = {
         name
