@@ -380,18 +380,17 @@ def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype, cpu: str) -> None:
     """Over several draws: a gradient of four numbers is by chance twice as far off."""
-    squares: dict[str, list[tuple[float, float]]] = {}
-    for _ in range(6):
-        for name, errors in low_precision_errors(variant, dtype).items():
-            squares.setdefault(name, []).append(errors)
-    for name, pairs in squares.items():
-        error, eager_error = (math.sqrt(sum(e * e for e in each) / len(each)) for each in zip(*pairs, strict=True))
+    draws = [low_precision_results(variant, dtype) for _ in range(6)]
+    for name in draws[0]:
+        got, plain, want = (torch.stack(each) for each in zip(*(draw[name] for draw in draws), strict=True))
+        assert got.dtype == plain.dtype
+        error, eager_error = rel_error(got, want), rel_error(plain, want)
         assert eager_error < 0.03, f"{name}: the eager formula is no measure, it is off by {eager_error:.2e}"
         assert error <= 1.5 * eager_error, f"{name}: {error:.2e} against {eager_error:.2e}"
 
 
-def low_precision_errors(variant: str, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
-    """How far our output and gradients are from float64, and how far eager PyTorch's are."""
+def low_precision_results(variant: str, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Output and gradients by name: ours, eager PyTorch's, float64's."""
     model, layer, adapter, cfg = single(variant, 96, 80, True, dtype)
     x = torch.randn(2, 33, 96).to(dtype).requires_grad_()
     dy = torch.randn(2, 33, 80).to(dtype)
@@ -408,6 +407,4 @@ def low_precision_errors(variant: str, dtype: torch.dtype) -> dict[str, tuple[fl
     exact = run(FORMULAS[variant](exact_layer, exact_p, exact_x, cfg), exact_x, exact_p)
     plain = run(eager(variant, layer, adapter, x, cfg), x, adapter)
     got = run(model(x), x, adapter)
-    for name in exact:
-        assert got[name].dtype == plain[name].dtype
-    return {name: (rel_error(got[name], want), rel_error(plain[name], want)) for name, want in exact.items()}
+    return {name: (got[name], plain[name], want) for name, want in exact.items()}
