@@ -84,7 +84,7 @@ class Attachment:
             trainable = sum(p.numel() for p in self.adapters[target.name].parameters() if p.requires_grad)
             table.add_row(
                 target.name,
-                f"{layer.in_features} → {layer.out_features}",
+                shape_of(layer),
                 target.role,
                 f"{trainable:,}",
                 "{} ({})".format(*backends[target.name]),
@@ -227,6 +227,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def shape_of(layer: Any) -> str:
+    """A layer's shape for people; of a stack with the number of experts."""
+    experts = getattr(layer, "num_experts", None)
+    return f"{layer.in_features} → {layer.out_features}" + ("" if experts is None else f", {experts} experts")
+
+
 @contextmanager
 def naming(target: Target) -> Iterator[None]:
     """Name the layer in what is raised about it."""
@@ -234,5 +240,5 @@ def naming(target: Target) -> Iterator[None]:
         yield
     except AttachError as error:
         layer: Any = target.layer
-        error.args = (f"{target.name} ({layer.in_features} → {layer.out_features}): {error}",)
+        error.args = (f"{target.name} ({shape_of(layer)}): {error}",)
         raise

@@ -246,7 +246,9 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
         if target is None:
             problems.append(f"the model has no linear layer {name}")
         elif name in shapes and shapes[name] != _shape(target.layer):
-            problems.append(f"{name} is {shapes[name]} (in, out) in the file and {_shape(target.layer)} in the model")
+            problems.append(
+                f"{name} is {shapes[name]} (in, out, experts) in the file and {_shape(target.layer)} in the model"
+            )
     if problems:
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
@@ -275,7 +277,8 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
 
 
 def _shape(layer: Any) -> list[int]:
-    return [layer.in_features, layer.out_features]
+    experts = getattr(layer, "num_experts", None)
+    return [layer.in_features, layer.out_features, *([] if experts is None else [experts])]
 
 
 def _fingerprint(shapes: dict[str, list[int]]) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .errors import AttachError
 from .placement import is_managed, is_sharded
 from .quantized import token_dtype, weight_of
+from .stacks import Stack, unfit_stack
 from .targets import Target, parent_of
 
 
@@ -22,6 +23,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return "nn.MultiheadAttention reads its weight without calling it"
     layer: Any = target.layer
+    if isinstance(layer, Stack):
+        return unfit_stack(layer)
     weight: Any = weight_of(layer)
     if weight.is_meta and not is_managed(layer) and (above := _offloaded_above(model, target.name)):
         raise AttachError(

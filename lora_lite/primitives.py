@@ -6,8 +6,8 @@ M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,11 @@ class Primitive:
     """
 
     segments: Segments | None = field(default=None, kw_only=True)
+
+    def of(self, matrix: int) -> Self:
+        """Of a stack the primitive of one matrix."""
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, segments=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         """The x that the base layer gets, and whatever `on_output` will need of it."""

@@ -140,6 +140,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     """
     weight: Any = weight_of(layer)
     shape = (layer.out_features, layer.in_features)
+    if (experts := getattr(layer, "num_experts", None)) is not None:
+        shape = (experts, *shape)
     kind = type(weight).__name__
     if weight.device.type == "meta":
         weight = brought(layer, "weight")
@@ -155,7 +157,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
-        return FourBitWeight(weight.data, weight.quant_state, shape)
+        return FourBitWeight(weight.data, weight.quant_state, shape[-2:])
     if kind == "Int8Params":
         row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
         return Int8Weight(weight.data, row_absmax.float() / 127)

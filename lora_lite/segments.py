@@ -12,10 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-try:  # differentiable products of runs without a host sync, from torch 2.10
-    from torch.nn.functional import grouped_mm
-except ImportError:  # pragma: no cover
-    grouped_mm = None  # type: ignore[assignment]
+# Products of runs without a host sync, from torch 2.10.
+grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,12 @@ class Segments:
     Args:
         ends: the row after the last of each run: not decreasing, on the rows' device, of dtype int32.
         which: the matrix that each run takes; below 0: none. Without it run i takes matrix i.
+        whole: each row is known to take a matrix.
     """
 
     ends: Int[Tensor, "S"]
     which: Int[Tensor, "S"] | None = None
+    whole: bool = False
 
     @classmethod
     def equal(cls, which: Int[Tensor, "S"], rows: int) -> "Segments":
@@ -50,7 +50,7 @@ class Segments:
 
 def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments) -> Float[Tensor, "M P"]:
     """Of each row its product with its matrix's transpose; zeros where it has none. x and stack are of one dtype."""
-    return _product(x, stack, segments.ends, segments.which)
+    return _product(x, stack, segments.ends, segments.which, segments.whole)
 
 
 def _runs(ends: Tensor, which: Tensor | None) -> Iterator[tuple[int, slice]]:
@@ -64,9 +64,9 @@ def _runs(ends: Tensor, which: Tensor | None) -> Iterator[tuple[int, slice]]:
 
 
 @torch.library.custom_op("lora_lite::segment_product", mutates_args=())
-def _product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None) -> Tensor:
+def _product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool) -> Tensor:
     if by_device(x):
-        return _grouped_product(x, stack, ends, which)
+        return _grouped_product(x, stack, ends, which, whole)
     out = x.new_zeros(len(x), stack.shape[1])
     for matrix, rows in _runs(ends, which):
         torch.mm(x[rows], stack[matrix].t(), out=out[rows])
@@ -74,7 +74,7 @@ def _product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None) -> Te
 
 
 @_product.register_fake
-def _(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None) -> Tensor:
+def _(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool) -> Tensor:
     return x.new_empty(x.shape[0], stack.shape[1])
 
 
@@ -94,8 +94,8 @@ def _(dy: Tensor, x: Tensor, ends: Tensor, which: Tensor | None, G: int) -> Tens
     return x.new_empty(G, dy.shape[1], x.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    x, stack, ends, which = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    x, stack, ends, which, ctx.whole = inputs
     needs_x, needs_stack = ctx.needs_input_grad[:2]
     ctx.G = len(stack)
     ctx.save_for_backward(x if needs_stack else None, stack if needs_x else None, ends, which)
@@ -103,8 +103,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, stack, ends, which = ctx.saved_tensors
-    dx = None if stack is None else _product(dy, stack.mT, ends, which)
-    return dx, None if x is None else _outer(dy, x, ends, which, ctx.G), None, None
+    dx = None if stack is None else _product(dy, stack.mT, ends, which, ctx.whole)
+    return dx, None if x is None else _outer(dy, x, ends, which, ctx.G), None, None, None
 
 
 _product.register_autograd(_backward, setup_context=_save)
@@ -118,9 +118,11 @@ def by_device(x: Tensor) -> bool:
     return x.device.type != "cpu" and grouped_mm is not None and x.dtype != torch.float64
 
 
-def _grouped_product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None) -> Tensor:
+def _grouped_product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool) -> Tensor:
     each = stack if which is None else stack[which.clamp_min(0)]
     out = grouped_mm(_aligned(x), _aligned(each).mT, offs=ends)
+    if whole:
+        return out
     # What belongs to no run, grouped_mm leaves as it was.
     return out.masked_fill((Segments(ends, which).matrix_of_rows(len(x)) < 0)[:, None], 0.0)
 
@@ -135,6 +137,9 @@ def _grouped_outer(dy: Tensor, x: Tensor, ends: Tensor, which: Tensor | None, G:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """With a last dimension of whole 16 bytes, as grouped products want it."""
+    """With rows, or columns, of whole 16 bytes, as grouped products want it; a copy only where they are not."""
     step = 16 // t.element_size()
+    strides = sorted(t.stride()[-2:])
+    if strides[0] == 1 and all(stride % step == 0 for stride in (*t.stride()[:-2], strides[1])):
+        return t
     return torch.nn.functional.pad(t, (0, -t.shape[-1] % step)).contiguous()

@@ -23,6 +23,7 @@ from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive
 from .segments import Segments
+from .stacks import Stack
 
 
 class Piece(NamedTuple):
@@ -101,7 +102,8 @@ class Site(nn.ModuleDict):
         x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
-        for piece in site.pieces(acting, layer, x):
+        segments = kwargs.get("segments") if kwargs is not None and isinstance(layer, Stack) else None
+        for piece in site.pieces(acting, layer, x, segments):
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))
         if key is None:
@@ -138,14 +140,17 @@ class Site(nn.ModuleDict):
         adapters = cast("dict[str, Adapter]", self._modules)
         return [(name, adapter) for name, adapter in adapters.items() if name not in self.off]
 
-    def pieces(self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor) -> list[Piece]:
-        """What to run, in order. Low-rank sums that act together become one: on all rows with their ranks side by side,
-        on rows of their own as a grouped sum. The rest nests: each acts on the input that the one before it leaves, and
-        on the output likewise."""
+    def pieces(
+        self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor, segments: Segments | None = None
+    ) -> list[Piece]:
+        """What to run, in order; around a stack on the segments of its rows. Low-rank sums that act together become
+        one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
+        the input that the one before it leaves, and on the output likewise."""
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
             piece = self._piece(adapter, layer, x)
+            piece.primitive.segments = segments
             if self.rows is not None and name in self.rows:
                 if not by_row:
                     together.append([])  # their place
