@@ -149,7 +149,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         weight = _of_parametrisation(layer)
     elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
-    elif weight is not getattr(layer, "weight", None):
+    elif not isinstance(getattr(layer, "weight", None), Tensor):
         weight = layer.dequantize()  # HQQ
     weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
     if weight.is_floating_point() and weight.dtype.itemsize == 1:

@@ -65,15 +65,14 @@ class _ScaleLowPrecision(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dt = torch.addcmul(dy, dy, (g - 1).to(dy.dtype))
         if ctx.needs_input_grad[1]:
-            dims = tuple(range(dy.ndim - g.ndim))  # none where each row has a g of its own
-            dg = _summed(dy * t, dims, g.dtype)
-            if bias is not None:
-                dg = dg - bias * _summed(dy, dims, g.dtype)
+            if g.ndim > 1:  # each row has a g of its own
+                dg = dy.to(g.dtype) * (t if bias is None else t - bias)
+            else:
+                dims = tuple(range(dy.ndim - 1))
+                dg = (dy * t).sum(dims, dtype=g.dtype)
+                if bias is not None:
+                    dg = dg - bias * dy.sum(dims, dtype=g.dtype)
         return dt, dg, None
-
-
-def _summed(t: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return t.sum(dims, dtype=dtype) if dims else t.to(dtype)
 
 
 def _rows(t: Tensor) -> Tensor:
