@@ -81,8 +81,7 @@ class Adapter(Params):
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:
         around the dense weight or, with dense=False, around the layer as it computes by itself. Rows of a stack come
         with their segments."""
-        primitive = self.at_rest(layer)
-        primitive.segments = segments
+        primitive = self.at_rest(layer).on(segments)
         if dense:
             return around(primitive, layer, x)
         x, carry = primitive.on_input(x, reference)

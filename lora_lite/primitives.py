@@ -5,9 +5,9 @@ after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with 
 M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the method with a leading G.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,23 @@ class Primitive:
     With `segments`, which the runtime sets, its tensors are stacks with a leading G, and each row takes its own.
     """
 
+    takes_segments: ClassVar[bool] = True  # not in a subclass with its own on_input or on_output, unless it says so
     segments: Segments | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        if "takes_segments" not in vars(cls) and not {"on_input", "on_output"}.isdisjoint(vars(cls)):
+            cls.takes_segments = False
 
     def of(self, matrix: int) -> Self:
         """Of a stack the primitive of one matrix."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, segments=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
+
+    def on(self, segments: Segments | None) -> "Primitive":
+        """This primitive, whose tensors are stacks, on these segments; one that knows none on each run by itself."""
+        primitive = self if self.takes_segments or segments is None else OfRuns(self)
+        primitive.segments = segments
+        return primitive
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         """The x that the base layer gets, and whatever `on_output` will need of it."""
@@ -43,6 +54,8 @@ class Primitive:
 @dataclass
 class LowRankAdd(Primitive):
     """y + scale · (dropout(x) Aᵀ) Bᵀ"""
+
+    takes_segments = True
 
     A: Float[Tensor, "*G R K"]
     B: Float[Tensor, "*G N R"]
@@ -73,6 +86,31 @@ class LowRankAdd(Primitive):
 
 
 @dataclass
+class OfRuns(Primitive):
+    """Another primitive, which knows no segments, on each run of rows with the tensors of its own. A host sync."""
+
+    inner: Primitive
+    takes_segments = True
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        parts, carries = [], []
+        for matrix, rows in self._runs(x):
+            part = self.inner.of(matrix) if matrix is not None else Primitive()
+            out, carry = part.on_input(rows, ops)
+            parts.append(out)
+            carries.append((part, carry))
+        return torch.cat(parts), carries
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        rows = (rows for _, rows in self._runs(y))
+        return torch.cat([part.on_output(each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)])
+
+    def _runs(self, t: Tensor) -> Iterator[tuple[int | None, Tensor]]:
+        assert self.segments is not None
+        return ((matrix, t[rows]) for matrix, rows in self.segments.runs(len(t)))
+
+
+@dataclass
 class OfRows(Primitive):
     """Another primitive on some entries of the batch; the others pass."""
 
@@ -90,6 +128,8 @@ class OfRows(Primitive):
 @dataclass
 class LowRankAddRescale(Primitive):
     """g ∘ (y − bias + scale · (dropout(x) Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
+
+    takes_segments = True
 
     A: Float[Tensor, "*G R K"]
     B: Float[Tensor, "*G N R"]
@@ -112,6 +152,8 @@ class LowRankAddRescale(Primitive):
 class InputLowRankAdd(Primitive):
     """x + (x Aᵀ) Bᵀ, before the base layer"""
 
+    takes_segments = True
+
     A: Float[Tensor, "*G R K"]
     B: Float[Tensor, "*G K R"]
 
@@ -123,6 +165,8 @@ class InputLowRankAdd(Primitive):
 class ScaleOutput(Primitive):
     """y ∘ g"""
 
+    takes_segments = True
+
     g: Float[Tensor, "*G N"]
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
@@ -132,6 +176,8 @@ class ScaleOutput(Primitive):
 @dataclass
 class ScaleInput(Primitive):
     """x ∘ g, before the base layer"""
+
+    takes_segments = True
 
     g: Float[Tensor, "*G K"]
 

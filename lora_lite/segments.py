@@ -36,6 +36,16 @@ class Segments:
         S = len(which)
         return cls(torch.arange(rows, (S + 1) * rows, rows, device=which.device, dtype=torch.int32)[:S], which)
 
+    def runs(self, M: int) -> Iterator[tuple[int | None, slice]]:
+        """(matrix, rows) of each run that is not empty, what belongs to none at the end; no matrix: None. Asks the
+        device where the runs end."""
+        which = range(len(self.ends)) if self.which is None else self.which.tolist()
+        start = 0
+        for matrix, end in zip((*which, -1), (*self.ends.tolist(), M), strict=True):
+            if end > start:
+                yield (matrix if matrix >= 0 else None), slice(start, end)
+            start = max(start, end)
+
     def matrix_of_rows(self, M: int) -> Int[Tensor, "M"]:
         """The matrix of each of M rows; -1: none."""
         S = len(self.ends)
@@ -53,23 +63,14 @@ def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Se
     return _product(x, stack, segments.ends, segments.which, segments.whole)
 
 
-def _runs(ends: Tensor, which: Tensor | None) -> Iterator[tuple[int, slice]]:
-    """(matrix, rows) of each run that has both. Asks the device for the ends once."""
-    start = 0
-    for i, end in enumerate(ends.tolist()):
-        matrix = i if which is None else which.tolist()[i]
-        if end > start and matrix >= 0:
-            yield matrix, slice(start, end)
-        start = end
-
-
 @torch.library.custom_op("lora_lite::segment_product", mutates_args=())
 def _product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool) -> Tensor:
     if by_device(x):
         return _grouped_product(x, stack, ends, which, whole)
     out = x.new_zeros(len(x), stack.shape[1])
-    for matrix, rows in _runs(ends, which):
-        torch.mm(x[rows], stack[matrix].t(), out=out[rows])
+    for matrix, rows in Segments(ends, which).runs(len(x)):
+        if matrix is not None:
+            torch.mm(x[rows], stack[matrix].t(), out=out[rows])
     return out
 
 
@@ -84,8 +85,9 @@ def _outer(dy: Tensor, x: Tensor, ends: Tensor, which: Tensor | None, G: int) ->
     if by_device(x):
         return _grouped_outer(dy, x, ends, which, G)
     out = x.new_zeros(G, dy.shape[1], x.shape[1])
-    for matrix, rows in _runs(ends, which):
-        out[matrix].addmm_(dy[rows].t(), x[rows])
+    for matrix, rows in Segments(ends, which).runs(len(x)):
+        if matrix is not None:
+            out[matrix].addmm_(dy[rows].t(), x[rows])
     return out
 
 

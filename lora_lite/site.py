@@ -149,8 +149,7 @@ class Site(nn.ModuleDict):
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
-            piece = self._piece(adapter, layer, x)
-            piece.primitive.segments = segments
+            piece = self._piece(adapter, layer, x, segments)
             if self.rows is not None and name in self.rows:
                 if not by_row:
                     together.append([])  # their place
@@ -164,13 +163,13 @@ class Site(nn.ModuleDict):
             found += [_as_one(pieces)] if pieces else self._of_rows(by_row, x)
         return found
 
-    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor) -> Piece:
+    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor, segments: Segments | None) -> Piece:
         if adapter.valueless and x.device.type != "meta":
             raise AttachError(
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        return Piece(adapter.primitive(layer), select(adapter.backend, x.device, x.dtype)[0])
+        return Piece(adapter.primitive(layer).on(segments), select(adapter.backend, x.device, x.dtype)[0])
 
     def _of_rows(self, by_row: dict[str, Piece], x: Tensor) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same

@@ -1,5 +1,6 @@
 """The code in the documents is the code that runs, and what they name exists."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_the_guide_names_every_primitive_and_operation() -> None:
     text = (ROOT / "docs/developer_guide.md").read_text(encoding="utf-8")
     for primitive in ll.Primitive.__subclasses__():
         if primitive.__module__ == "lora_lite.primitives":
-            fields = ", ".join(name for name in primitive.__dataclass_fields__ if name != "segments")
+            fields = ", ".join(each.name for each in dataclasses.fields(primitive) if each.name != "segments")
             assert f"`{primitive.__name__}({fields})`" in text
     operations = {
         name

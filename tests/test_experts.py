@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ MIXTURES: dict[str, Callable[[], nn.Module]] = {
     ),
     "nemotron_h": of(
         "NemotronHForCausalLM", "NemotronHConfig", **TEXT, layers_block_type=["moe", "full_attention"],
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, moe_shared_expert_intermediate_size=24, head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, moe_shared_expert_intermediate_size=24,
+        head_dim=8,
     ),
 }  # fmt: skip
 
@@ -308,7 +310,7 @@ def test_refusals_name_the_experts() -> None:
         with pytest.raises(ll.AttachError, match=rf"layers.0.mlp.experts.down_proj .*{said}"):
             ll.attach(other, ll.LoRAConfig(target_names=(ON_EXPERTS,)))
     with pytest.raises(
-        ll.CalibrationError, match=r"gave 3 tokens to its expert \d \(\d of 4 experts lack some\), and .* 5"
+        ll.CalibrationError, match=r"gave \d tokens to its expert \d \(\d of 4 experts lack some\), and .* 5 are"
     ):
         attach(model, "eva", [{"input_ids": token_ids(1, 8)}], target_names=(ON_EXPERTS,))
     assert_same(model, untouched)
@@ -345,3 +347,25 @@ def test_eva_learns_from_the_rows_that_an_expert_got() -> None:
             pca.update(batch_rows)
         wanted = pca.components()
         assert_close(mine.mT @ mine, wanted.mT @ wanted, 1e-4)
+
+
+def test_a_primitive_that_knows_no_segments() -> None:
+    """It runs on each expert's rows with that expert's tensors; rows of none pass."""
+
+    @dataclass
+    class Shift(ll.Primitive):
+        b: Tensor
+
+        def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+            return 2 * x, len(x)
+
+        def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+            assert carry == len(y)
+            return y + self.b
+
+    segments = Segments(torch.tensor([2, 2, 5], dtype=torch.int32), torch.tensor([1, 0, -1]))
+    b, x, y = torch.randn(2, 3), torch.randn(6, 4), torch.randn(6, 3)
+    primitive = Shift(b).on(segments)
+    got, carry = primitive.on_input(x, None)
+    assert torch.equal(got, torch.cat([2 * x[:2], x[2:]]))
+    assert torch.equal(primitive.on_output(y, carry, None), torch.cat([y[:2] + b[1], y[2:]]))
