@@ -60,6 +60,13 @@ def qwen3(seed: int = 0, **sizes: Any) -> nn.Module:
     return build(transformers.Qwen3ForCausalLM, config, seed)
 
 
+def qwen3_moe(seed: int = 0, **sizes: Any) -> nn.Module:
+    """A mixture of four experts, of which a token visits two."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    config = transformers.Qwen3MoeConfig(**{**SIZES, **_GROUPED, "head_dim": 8, **experts, **sizes})
+    return build(transformers.Qwen3MoeForCausalLM, config, seed)
+
+
 def gemma(seed: int = 0, **sizes: Any) -> nn.Module:
     """Gains around zero, scaled and tied embeddings."""
     config = transformers.GemmaConfig(**{**SIZES, **_GROUPED, "head_dim": 8, "num_key_value_heads": 1, **sizes})
