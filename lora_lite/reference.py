@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .segments import Segments, product
+from . import segments as of_segments
+from .segments import Segments
 
 
 def _without_products() -> frozenset[torch.dtype]:
@@ -80,13 +81,6 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _linear(rows: Tensor, stack: Tensor, segments: Segments | None) -> Tensor:
-    """rows · stackᵀ, or of each row its own matrix."""
-    if (stack.ndim == 2) != (segments is None):
-        raise ValueError(f"a stack of matrices ({tuple(stack.shape)}) and the segments that say which go together")
-    return rows @ stack.t() if segments is None else product(rows, stack, segments)
-
-
 def shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
@@ -95,9 +89,19 @@ def shrink(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer."""
+    if segments is not None:
+        return _shrink_segments(x, A, dropout, segments)
     dtype = product_dtype(x.device, x.dtype)
     kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
-    return x, _linear(_rows(kept), A.to(dtype), segments)
+    return x, _rows(kept) @ A.to(dtype).t()
+
+
+def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)
+    if dropout:
+        return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments)[1]
+    rows, h = of_segments.shrink(rows, A, segments)
+    return rows.view(x.shape), h
 
 
 def expand_add(
@@ -108,10 +112,9 @@ def expand_add(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ."""
-    dtype = product_dtype(y.device, y.dtype)
     if segments is not None:
-        change = _linear(_rows(h).to(dtype), scale * B.to(dtype), segments)
-        return (_rows(y) + change).view(y.shape).to(y.dtype)
+        return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments).view(y.shape)
+    dtype = product_dtype(y.device, y.dtype)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
     return torch.addmm(_rows(y).to(dtype), _rows(h).to(dtype), Bt, alpha=scale).view(y.shape).to(y.dtype)

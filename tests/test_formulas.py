@@ -369,7 +369,7 @@ def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> N
 
     with Products() as seen:
         got = run(dtype, torch.float32, ours)
-    assert (seen.dtypes[dtype] > 0) == (cpu == "all products")
+    assert not seen.dtypes[dtype], "many small products start too slowly in 16 bits"
     plain, exact = run(dtype, torch.float32, eager), run(torch.float64, torch.float64, eager)
     for mine, theirs, want in zip(got, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype
