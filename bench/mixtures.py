@@ -1,8 +1,8 @@
 """A training step of a mixture of experts with LoRA on its stacks, beside PEFT's on the same parameters.
 
 `just bench-adapters --models qwen3_moe`. A random Qwen3-MoE. CPU seconds of the process on one thread, which hold still
-where wall time does not: the base, ours and PEFT's take turns, each round gives an overhead from neighbouring steps, and
-the median counts. Memory: bytes that autograd holds for the backward beyond the base's, each storage once.
+where wall time does not: the base, ours and PEFT's take turns, each round gives an overhead from neighbouring steps,
+and the median counts. Memory: bytes that autograd holds for the backward beyond the base's, each storage once.
 """
 
 import statistics

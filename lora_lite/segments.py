@@ -172,6 +172,8 @@ def _grouped(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P
                 torch.mm(xs, stack[matrix].t(), out=outs)
         return out
     each = stack if segments.which is None else stack[segments.which.clamp_min(0)]
+    if pad := -x.shape[1] % (16 // x.element_size()):
+        x, each = (torch.nn.functional.pad(t, (0, pad)) for t in (x, each))
     out = grouped_mm(_aligned(x), _aligned(each).mT, offs=segments.ends)
     if segments.whole:
         return out
