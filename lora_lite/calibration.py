@@ -160,7 +160,7 @@ def gather(
             x = input_of(name, args, kwargs)
             if isinstance(statistic, OfExperts):
                 of_tokens = mask.flatten() if mask is not None else None
-                kept = None if of_tokens is None else of_tokens[kwargs["tokens"]]
+                kept = None if of_tokens is None else of_tokens[kwargs["tokens"].of_rows]
                 return statistic.update_runs(x.detach(), kept, kwargs["segments"])
             if not sharing_settled and previous is not None and previous[1] is x and statistic.key is not None:
                 other = leader[previous[0]]

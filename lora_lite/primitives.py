@@ -112,17 +112,25 @@ class OfRuns(Primitive):
 
 @dataclass
 class OfRows(Primitive):
-    """Another primitive on some entries of the batch; the others pass."""
+    """Another primitive on some entries of the batch, or some rows of all; the others pass."""
 
     inner: Primitive
     rows: Int[Tensor, "some"]
+    batch_dim: int = 0
+    packed: bool = False  # `rows` counts tokens, whatever the dimensions before the last
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        part, carry = self.inner.on_input(x[self.rows], ops)
-        return x.index_copy(0, self.rows, part), carry
+        flat = self._flat(x)
+        part, carry = self.inner.on_input(flat.index_select(self.batch_dim, self.rows), ops)
+        return flat.index_copy(self.batch_dim, self.rows, part).view(x.shape), carry
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return y.index_copy(0, self.rows, self.inner.on_output(y[self.rows], carry, ops))
+        flat = self._flat(y)
+        part = self.inner.on_output(flat.index_select(self.batch_dim, self.rows), carry, ops)
+        return flat.index_copy(self.batch_dim, self.rows, part).view(y.shape)
+
+    def _flat(self, t: Tensor) -> Tensor:
+        return t.reshape(-1, t.shape[-1]) if self.packed else t
 
 
 @dataclass

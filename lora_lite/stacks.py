@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .errors import AttachError
 from .params import SITE
+from .rows import Tokens
 from .segments import Segments, product
 
 STACKS = "lora_lite_stacks"  # attribute of an experts module, under which its projections stand as layers
@@ -71,9 +72,9 @@ class Stack(nn.Module):
         raise AttachError("the model's config does not say how many experts a token visits; give r by rank_pattern")
 
     def forward(
-        self, x: Float[Tensor, "M K"], segments: Segments, tokens: Int[Tensor, "M"] | None = None
+        self, x: Float[Tensor, "M K"], segments: Segments, tokens: Tokens | None = None
     ) -> Float[Tensor, "M N"]:
-        """The base's product of each row with its expert's weight. `tokens`, each row's token, is for hooks."""
+        """The base's product of each row with its expert's weight. `tokens` is for hooks."""
         return grouped_linear(x.to(self.weight.dtype), self.weight, self.bias, segments)
 
     def expert(self, i: int) -> nn.Linear:
@@ -192,8 +193,8 @@ def experts_forward(
     experts_sorted, order = torch.sort(top_k_index.reshape(-1), stable=True)
     after = torch.arange(1, experts.num_experts + 1, device=order.device)
     segments = Segments(torch.searchsorted(experts_sorted, after, out_int32=True), whole=True)
-    tokens = order // k
-    hidden = up(hidden_states[tokens], segments=segments, tokens=tokens)
+    tokens = Tokens(order // k, T)
+    hidden = up(hidden_states[tokens.of_rows], segments=segments, tokens=tokens)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     hidden = down(hidden, segments=segments, tokens=tokens)
     if experts.has_post_expert_norm:
