@@ -7,13 +7,15 @@ On a CPU each run is multiplied by itself while it is in the cache; elsewhere th
 sync. Under torch.compile the products are operators, which it need not look into.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Products of runs without a host sync, from torch 2.10; before that, and in float64, run by run.
 grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
@@ -33,12 +35,21 @@ class Segments:
     ends: Int[Tensor, "S"]
     which: Int[Tensor, "S"] | None = None
     whole: bool = False
+    _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def equal(cls, which: Int[Tensor, "S"], rows: int) -> "Segments":
         """Runs of as many rows each."""
         S = len(which)
         return cls(torch.arange(rows, (S + 1) * rows, rows, device=which.device, dtype=torch.int32)[:S], which)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """What `make` makes, made once: layers and their backwards share what follows from the segments."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def runs(self, M: int) -> Iterator[tuple[int | None, slice]]:
         """(matrix, rows) of each run that is not empty, what belongs to none at the end; no matrix: None. Asks the

@@ -18,7 +18,7 @@ def use(
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
-    an entry stands for all its beams and returned sequences. An adapter that is attached later acts too, on all entries.
+    an entry stands for all its beams and returned sequences. An adapter that is attached later acts on all entries.
 
     Args:
         model: with adapters attached.
