@@ -1,11 +1,13 @@
 """A mixture's stacked experts: every method on them, against dense weights expert by expert."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import (
@@ -14,6 +16,7 @@ from models import (
     assert_same,
     attach,
     calibration_batches,
+    llama,
     load_tests,
     logits,
     randomize,
@@ -27,6 +30,7 @@ from zoo import TEXT, ZOO, of
 
 import lora_lite as ll
 from lora_lite.calibration import InputPCA
+from lora_lite.peft_experts import flat
 from lora_lite.segments import Segments
 from lora_lite.stacks import Stack
 
@@ -369,3 +373,70 @@ def test_a_primitive_that_knows_no_segments() -> None:
     got, carry = primitive.on_input(x, None)
     assert torch.equal(got, torch.cat([2 * x[:2], x[2:]]))
     assert torch.equal(primitive.on_output(y, carry, None), torch.cat([y[:2] + b[1], y[2:]]))
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def of_peft(name: str, stacks: tuple[str, ...]) -> Any:
+    """PEFT's LoRA on the same parameters, with random tensors."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=[f"experts.{each}" for each in stacks],
+        rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 2},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(mixture(name), config).eval()
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("stacks", [("gate_up_proj", "down_proj"), ("gate_up_proj",)], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_peft_s_files_both_ways(name: str, stacks: tuple[str, ...], tmp_path: Path) -> None:
+    """What PEFT saves we compute, gradients included, and it what we save; attention beside the experts in one file."""
+    theirs = of_peft(name, stacks)
+    want = logits(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = mixture(name)
+    attachment: Any = ll.import_peft(model, tmp_path / "theirs")
+    assert {t.name.rpartition(".")[2] for t in attachment.targets} == {"q_proj", *stacks}
+    assert_close(logits(model), want, 1e-5)
+
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    grads = []
+    for each in (model, theirs):
+        for p in each.parameters():
+            p.grad = None
+        each(**batch).loss.backward()
+    inner = f"model.layers.0.mlp.experts{'.base_layer' * (len(stacks) - 1)}"
+    its = theirs.base_model.model.get_submodule(inner)
+    mine = attachment.adapters["model.layers.0.mlp.experts.gate_up_proj"]
+    grads = flat(mine.lora_A.grad, mine.lora_B.grad)
+    assert_close(grads[0], its.lora_A.default.weight.grad, 1e-4)
+    assert_close(grads[1], its.lora_B.default.weight.grad, 1e-4)
+
+    randomize(model, seed=1)
+    want = logits(model)
+    ll.export_peft(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_close(logits(peft.PeftModel.from_pretrained(mixture(name), tmp_path / "ours")), want, 1e-5)
+    ll.detach(model)
+    ll.import_peft(model, tmp_path / "ours")
+    assert_close(logits(model), want, 1e-6)
+
+
+def test_what_peft_has_not_on_experts(tmp_path: Path) -> None:
+    model = mixture()
+    adapted(model, "dora")
+    with pytest.raises(ll.AttachError, match="PEFT has no dora on stacked experts"):
+        ll.export_peft(model, tmp_path / "a")
+    ll.detach(model)
+    adapted(model)
+    with pytest.raises(ll.AttachError, match=r"uniform=True.*no stacked experts"):
+        ll.export_peft(model, tmp_path / "a", uniform=True)
+    assert not (tmp_path / "a").exists()
+    of_peft("qwen3_moe", ("down_proj",)).save_pretrained(tmp_path / "b")
+    with pytest.raises(ll.CheckpointError, match=r"no stacked experts experts.down_proj \(target_parameters\)"):
+        ll.import_peft(llama(), tmp_path / "b")
