@@ -77,6 +77,15 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             128: (Config(32, 64, 8, 1),),
             256: (Config(32, 32, 8, 1),),
         },
+        # A table of shares takes a few registers more.
+        "shrink_grouped": {128: (Config(32, 128, 4, 3),), 256: (Config(64, 64, 8, 2),)},
+        "expand_backward_grouped": {
+            32: (Config(32, 512, 8),),
+            64: (Config(32, 256, 8), Config(32, 128, 8)),
+            128: (Config(32, 128, 8),),
+            256: (Config(32, 64, 8),),
+        },
+        "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
         # As "shrink_backward" with a second accumulator of K × R.
         "shrink_expand_backward": {
             16: (Config(64, 64, 8), Config(64, 128, 8)),
@@ -106,8 +115,10 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
         "shrink_backward_dropout": {64: (Config(32, 32, 8),), 256: (Config(16, 16, 8),)},
+        "expand_grouped": {256: (Config(32, 32, 4),)},
+        "expand_backward_grouped": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "shrink_expand_backward": {64: (Config(16, 32, 8),), 256: (Config(16, 16, 8, 1),)},
-        "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
+        "row_norm": {64: (Config(16, 64, 8),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_int8": {128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
