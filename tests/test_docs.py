@@ -13,7 +13,7 @@ import torch
 import lora_lite as ll
 
 ROOT = Path(__file__).parents[1]
-RUN = ("docs/developer_guide.md", "README.md")
+RUN = ("docs/developer_guide.md", "docs/mixtures.md", "README.md")
 DOCUMENTS = (*RUN, "docs/tour.md", "docs/many_gpus.md", "docs/integrations.md", "docs/measurements.md")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
