@@ -26,6 +26,9 @@ from models import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import GptOssConfig
+from transformers.integrations.finegrained_fp8 import FP8Experts
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from zoo import TEXT, ZOO, of
 
 import lora_lite as ll
@@ -306,13 +309,18 @@ def test_refusals_name_the_experts() -> None:
     ):
         ll.attach(model, ll.LoRAConfig(target_names=(ON_EXPERTS,)))
     model.model.layers[1].mlp.experts._is_expert_parallel = False
-    for dtype, said in ((torch.float8_e4m3fn, "quantised .*float8"), (None, "offloaded or hold no values")):
+    own = type(model.model.layers[0].mlp.experts)
+    kinds: list[tuple[Callable[[Any], nn.Module], str]] = [
+        (lambda config: own(config).to(torch.float8_e4m3fn), r"0.mlp.experts.gate_up_proj .* are quantised .*float8"),
+        (lambda config: own(config).to("meta"), r"0.mlp.experts.gate_up_proj .* offloaded or hold no values"),
+        (lambda config: FP8Experts(config, block_size=(16, 16)), "stacked experts that FP8Experts runs"),
+        (lambda config: Mxfp4GptOssExperts(GptOssConfig(num_local_experts=2)), "stacked experts that Mxfp4GptOssExp"),
+    ]
+    for make, said in kinds:
         other = mixture()
-        experts = other.model.layers[0].mlp.experts
-        weight = experts.down_proj
-        experts.down_proj = nn.Parameter(weight.to(dtype) if dtype else weight.to("meta"), requires_grad=False)
-        with pytest.raises(ll.AttachError, match=rf"layers.0.mlp.experts.down_proj .*{said}"):
-            ll.attach(other, ll.LoRAConfig(target_names=(ON_EXPERTS,)))
+        other.model.layers[0].mlp.experts = make(other.config)
+        with pytest.raises(ll.AttachError, match=said):
+            ll.attach(other, ll.LoRAConfig(target_names=(r"layers.0.*\.experts\.",)))
     with pytest.raises(
         ll.CalibrationError, match=r"gave \d tokens to its expert \d \(\d of 4 experts lack some\), and .* 5 are"
     ):
