@@ -17,6 +17,7 @@ from .placement import brought, execution_device, is_managed, is_sharded, runnin
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, weight_of
 from .segments import Segments
+from .shapes import copies, shape
 from .stacks import grouped_linear
 from .targets import Target
 from .variant import Variant
@@ -27,9 +28,9 @@ class Adapter(Params):
 
     def __init__(self, target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> None:
         layer: Any = target.layer
-        specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
-        if (copies := getattr(layer, "num_experts", None)) is not None:
-            specs = {name: dataclasses.replace(spec, copies=copies) for name, spec in specs.items()}
+        specs = variant.param_specs(*shape(layer), cfg)
+        if (experts := copies(layer)) is not None:
+            specs = {name: dataclasses.replace(spec, copies=experts) for name, spec in specs.items()}
         weight = weight_of(layer)
         assert weight is not None  # it is a target
         if hasattr(weight, "full_tensor") and target.mesh is None:

@@ -70,7 +70,7 @@ def attach(
     After the first backward, one UserWarning names adapted layers that never ran or that no gradient reached.
 
     Args:
-        model: any module with linear-like layers (in_features, out_features, weight).
+        model: any module with linear layers, or what has their shape: quantised ones, Conv1D, stacks of experts.
         cfg: a variant's config, such as `LoRAConfig(r=8)`; or a dict of them by name: all are attached, or none.
         name: of the adapter, for `use`, `save`, `detach` and the rest. A dict has the names itself.
         backend: "triton" for the fused kernels, "reference" for PyTorch, "auto" for kernels where they run.

@@ -18,6 +18,7 @@ from .idle import Watch
 from .left_out import LeftOut
 from .placement import execution_device
 from .quantized import token_dtype, weight_of
+from .shapes import described
 from .site import Site
 from .targets import Target
 from .whole_modules import WholeModules, settle
@@ -84,7 +85,7 @@ class Attachment:
             trainable = sum(p.numel() for p in self.adapters[target.name].parameters() if p.requires_grad)
             table.add_row(
                 target.name,
-                shape_of(layer),
+                described(layer),
                 target.role,
                 f"{trainable:,}",
                 "{} ({})".format(*backends[target.name]),
@@ -227,12 +228,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def shape_of(layer: Any) -> str:
-    """A layer's shape for people; of a stack with the number of experts."""
-    experts = getattr(layer, "num_experts", None)
-    return f"{layer.in_features} → {layer.out_features}" + ("" if experts is None else f", {experts} experts")
-
-
 @contextmanager
 def naming(target: Target) -> Iterator[None]:
     """Name the layer in what is raised about it."""
@@ -240,5 +235,5 @@ def naming(target: Target) -> Iterator[None]:
         yield
     except AttachError as error:
         layer: Any = target.layer
-        error.args = (f"{target.name} ({shape_of(layer)}): {error}",)
+        error.args = (f"{target.name} ({described(layer)}): {error}",)
         raise

@@ -24,6 +24,7 @@ from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
 from .idle import current_names, describe
+from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 from .whole_modules import WholeModules
@@ -246,9 +247,8 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
         if target is None:
             problems.append(f"the model has no linear layer {name}")
         elif name in shapes and shapes[name] != _shape(target.layer):
-            problems.append(
-                f"{name} is {shapes[name]} (in, out, experts) in the file and {_shape(target.layer)} in the model"
-            )
+            kind = "(in, out)" if copies(target.layer) is None else "(in, out, experts)"
+            problems.append(f"{name} is {shapes[name]} {kind} in the file and {_shape(target.layer)} in the model")
     if problems:
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
@@ -277,8 +277,8 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
 
 
 def _shape(layer: Any) -> list[int]:
-    experts = getattr(layer, "num_experts", None)
-    return [layer.in_features, layer.out_features, *([] if experts is None else [experts])]
+    experts = copies(layer)
+    return [*shape(layer), *([] if experts is None else [experts])]
 
 
 def _fingerprint(shapes: dict[str, list[int]]) -> str:

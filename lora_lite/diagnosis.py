@@ -141,7 +141,7 @@ def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, "S"]:
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
         return primitive.scale * torch.linalg.svdvals(left @ right.t())
     W = dense_weight(layer, torch.float32)
-    eye = torch.eye(layer.in_features, device=W.device)
+    eye = torch.eye(W.shape[1], device=W.device)
     constant = around(primitive, layer, torch.zeros_like(eye[:1]))
     return torch.linalg.svdvals((around(primitive, layer, eye) - constant).t() - W)
 

@@ -40,6 +40,7 @@ from .errors import AttachError, CheckpointError, LoraLiteError
 from .idle import current_names
 from .peft_experts import flat, names_in_file, stacked
 from .primitives import LowRankAdd
+from .shapes import is_conv1d
 from .stacks import Stack
 from .targets import Target, candidates, stacks_among
 from .variant import REGISTRY
@@ -217,6 +218,8 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[
     }
     if stacks:
         config["target_parameters"] = stacks
+    if kind in ("LORA", "IA3"):
+        config["fan_in_fan_out"] = any(is_conv1d(t.layer) for each in attachments for t in each.targets)
     if kind in _DROPOUT:  # of which PEFT's experts have none
         config[_DROPOUT[kind]] = 0.0 if stacks else attachments[0].cfg.dropout
     if kind == "IA3":

@@ -1,5 +1,6 @@
 """What an attachment does not adapt, by kind of weight: how many, how large a part of the model, and why."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .params import Params
+from .shapes import shape
 from .stacks import Stack
 from .targets import candidates, fold, is_linear
 
@@ -72,7 +74,7 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
             name, tied = f"{path}.{key}" if path else key, id(t) in seen
             seen.add(id(t))
             if linear is not None and _is_weight(key):
-                yield path, name, 0 if tied else linear.in_features * linear.out_features, ""
+                yield path, name, 0 if tied else math.prod(shape(linear)), ""
             elif tied:
                 continue
             else:
@@ -100,8 +102,6 @@ def _out_of_reach(path: str, module: nn.Module, key: str, t: Tensor) -> str:
         return "an embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
-    if kind == "Conv1D":
-        return "transformers' Conv1D, whose weight is in × out"
     if t.ndim == 3 and "expert" in f"{path}.{kind}".lower():
         return f"stacked experts that {kind} runs by itself"
     return f"read by {kind} itself, which calls no layer for it"

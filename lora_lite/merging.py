@@ -22,6 +22,7 @@ from .params import SITE, Params
 from .placement import brought, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
+from .shapes import is_conv1d
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
@@ -153,7 +154,7 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     if site is not None:
         W, bias = _through(_acting(site, layer), site.name, W, bias)
     others = _own(layer, dtype) if dense else {}
-    found = {**others, "weight": W.to(dtype)}
+    found = {**others, "weight": (W.t().contiguous() if is_conv1d(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
 
 

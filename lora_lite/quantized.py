@@ -9,6 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import shapes
 from .errors import AttachError
 from .placement import brought, whole
 
@@ -139,9 +140,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         AttachError: the weight is of a kind that can't be read.
     """
     weight: Any = weight_of(layer)
-    shape = (layer.out_features, layer.in_features)
-    if (experts := getattr(layer, "num_experts", None)) is not None:
-        shape = (experts, *shape)
+    (K, N), experts = shapes.shape(layer), shapes.copies(layer)
+    shape = (N, K) if experts is None else (experts, N, K)
     kind = type(weight).__name__
     if weight.device.type == "meta":
         weight = brought(layer, "weight")
@@ -152,12 +152,13 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     elif not isinstance(getattr(layer, "weight", None), Tensor):
         weight = layer.dequantize()  # HQQ
     weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
+    weight = weight.t() if shapes.is_conv1d(layer) else weight
     if weight.is_floating_point() and weight.dtype.itemsize == 1:
         weight = _scaled_float8(layer, weight)
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
-        return FourBitWeight(weight.data, weight.quant_state, shape[-2:])
+        return FourBitWeight(weight.data, weight.quant_state, (N, K))
     if kind == "Int8Params":
         row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
         return Int8Weight(weight.data, row_absmax.float() / 127)

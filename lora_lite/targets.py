@@ -1,4 +1,4 @@
-"""Find the layers to adapt, by structure: anything with in_features, out_features and a weight. And say why not.
+"""Find the layers to adapt, by structure: anything with the shape of a linear map and a weight. And say why not.
 
 What a user names is a promise: each entry of `target_names`, `rank_pattern`, `alpha_pattern`, `layers` and of an
 `exclude_names` that is not the default must find something, or `find_targets` raises.
@@ -18,6 +18,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
+from .shapes import features, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
 
@@ -59,8 +60,7 @@ def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and for whatever has its shape: quantised layers are no subclasses that we import. A wrapper
     that passes for what it wraps (torch.compile's) is none, nor is a layer that has not got its shape yet."""
     return (
-        isinstance(getattr(module, "in_features", None), int)
-        and isinstance(getattr(module, "out_features", None), int)
+        features(module) is not None
         and not any(wrapped in module._modules for wrapped in _WRAPPED)
         and (weight := weight_of(module)) is not None
         and not is_lazy(weight)
@@ -263,9 +263,9 @@ class _Widths:
         counts: dict[str, Counter[int]] = {}
         for name, layer in linears.items():
             for block in self._around(name):
-                counts.setdefault(block, Counter()).update((layer.in_features, layer.out_features))
+                counts.setdefault(block, Counter()).update(shape(layer))
         self.by_block = {block: width for block, counter in counts.items() if (width := self._most(counter))}
-        everything: Counter[int] = Counter(w for m in linears.values() for w in (m.in_features, m.out_features))
+        everything: Counter[int] = Counter(w for m in linears.values() for w in shape(m))
         self.outside = set(self.by_block.values())
         if not self.outside:
             self.outside = {self.declared[0]} if self.declared else {w for w, _ in everything.most_common(1)}
@@ -285,7 +285,7 @@ class _Widths:
 
 
 def _role(name: str, layer: Any, widths: set[int]) -> Role:
-    reads, writes = layer.in_features in widths, layer.out_features in widths
+    reads, writes = (size in widths for size in shape(layer))
     if reads and writes:
         return "writer" if _WRITERS.search(name) else "reader"
     return "reader" if reads else "writer" if writes else "inner"

@@ -195,20 +195,6 @@ def test_defaults(name: str) -> None:
     assert_same(model, before)
 
 
-def test_gpt2_says_conv1d() -> None:
-    import transformers
-
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
-    before = snapshot(model)
-    with pytest.raises(ll.AttachError, match=r"transformer\.h\.\*\.attn\.c_attn ×2: not adaptable, .*Conv1D"):
-        ll.attach(model, ll.LoRAConfig(r=4))
-    with pytest.raises(
-        ll.AttachError, match=r"'c_attn\$' of target_names.*\n(.*\n)*.*c_attn ×2: not adaptable, .*Conv1D"
-    ):
-        ll.attach(model, ll.LoRAConfig(r=4, target_names=(r"lm_head$", r"c_attn$")))
-    assert_same(model, before)
-
-
 @pytest.mark.parametrize(
     ("name", "layers", "wanted"),
     [

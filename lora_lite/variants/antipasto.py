@@ -96,7 +96,7 @@ class AntiPaSTO(Variant):
 
     @staticmethod
     def statistic(p: Params, layer: nn.Module, cfg: Any) -> MeanAbsProjection:
-        pool = min(2 * cfg.r, layer.in_features, layer.out_features)  # type: ignore[call-overload]
+        pool = min(2 * cfg.r, p.lora_U.shape[0], p.lora_Vh.shape[1])
         svd = top_svd(dense_weight(layer, torch.float32), pool, cfg.svd)
         return MeanAbsProjection(svd, needs=cfg.r)
 

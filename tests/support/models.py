@@ -73,6 +73,12 @@ def gemma(seed: int = 0, **sizes: Any) -> nn.Module:
     return build(transformers.GemmaForCausalLM, config, seed)
 
 
+def gpt2(seed: int = 0, **sizes: Any) -> nn.Module:
+    """Conv1D layers, whose weight is stored in × out, one of them fused."""
+    config = transformers.GPT2Config(**{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, **sizes})
+    return build(transformers.GPT2LMHeadModel, config, seed)
+
+
 def gpt_neox(seed: int = 0, **sizes: Any) -> nn.Module:
     """Biases, one fused query_key_value layer, parallel residual branches."""
     config = transformers.GPTNeoXConfig(**{**SIZES, **sizes})
