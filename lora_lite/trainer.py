@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
-from .checkpoint import replace_file, save
+from .checkpoint import replace_file, save, save_gathered
 from .errors import AttachError, CheckpointError
 from .merging import merged_parameters
 from .selection import disabled
@@ -149,7 +149,7 @@ def _save_pretrained(
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
-    _save_each(model, Path(folder))
+    _save_each(model, Path(folder), None if state_dict is None else own)
 
 
 def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -174,10 +174,15 @@ def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def _save_each(model: nn.Module, folder: Path) -> None:
+def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
+    """A file for each adapter. `gathered`: what one process has of a sharded model while the others don't save."""
     found = attachments(model)
     for each in found:
-        save(model, folder / _file_of(each.name, len(found)), name=each.name)
+        path = folder / _file_of(each.name, len(found))
+        if gathered is None:
+            save(model, path, name=each.name)
+        else:
+            save_gathered(model, path, each.name, gathered)
 
 
 def _file_of(name: str, count: int) -> str:
