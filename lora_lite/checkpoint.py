@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .attaching import build, check_free, derive, install, whole_modules
-from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, unwrap
+from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
@@ -188,6 +188,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
     return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters), whole)
 
 
+def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str | None = None) -> None:
+    """Overwrite the attached adapter's tensors by those of `state_dict`, as checkpoints of other libraries hold them.
+
+    Raises:
+        AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
+        CheckpointError: a tensor is missing, unexpected or of another shape. The adapter is as it was.
+    """
+    mine = state_dict(model, name)
+    if problems := mismatches(mine, tensors):
+        raise CheckpointError(f"load_state_dict: the tensors are not those of what is attached: {first_of(problems)}")
+    for key, t in mine.items():
+        t.copy_(tensors[key])
+
+
 def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> WholeModules:
     """The modules that the file holds in full, filled; their tensors are taken out of `tensors`."""
     try:
@@ -203,18 +217,21 @@ def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> Wh
     if strange := [name for name in names if name not in dict(model.named_modules())]:
         raise CheckpointError(f"the model has no module {first_of(strange)}, which the file holds in full")
     whole = whole_modules(model, names)
-    mine = whole.tensors()
+    if problems := mismatches(whole.tensors(), tensors):
+        raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
+    whole.fill(tensors)
+    return whole
+
+
+def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, unexpected or of another shape in `tensors`."""
     problems = [f"{name} is missing" for name in mine if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in mine]
-    problems += [
+    return problems + [
         f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
         for name, t in mine.items()
         if name in tensors and tensors[name].shape != t.shape
     ]
-    if problems:
-        raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
-    whole.fill(tensors)
-    return whole
 
 
 def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:

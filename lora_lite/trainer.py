@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
-from .checkpoint import replace_file, save, save_gathered
+from .checkpoint import first_of, mismatches, replace_file, save, save_gathered
 from .errors import AttachError, CheckpointError
 from .merging import merged_parameters
 from .selection import disabled
@@ -168,9 +168,8 @@ def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwar
 def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
     """In the place of a trainer's, which would load a whole model from a checkpoint."""
     tensors = load_file(Path(folder) / "model.safetensors")
-    if tensors.keys() != (wanted := own_tensors(model)).keys():
-        other = sorted(tensors.keys() ^ wanted.keys())
-        raise CheckpointError(f"{folder} is no checkpoint of what is attached here: {', '.join(other[:3])} …")
+    if problems := mismatches(own_tensors(model), tensors):
+        raise CheckpointError(f"{folder} is no checkpoint of what is attached here: {first_of(problems)}")
     model.load_state_dict(tensors, strict=False)
 
 
