@@ -6,7 +6,7 @@ from . import variants as variants
 from .attaching import attach, detach
 from .attachment import Attachment, param_groups, parameters, state_dict
 from .calibration import InputPCA, MeanAbsProjection, Statistic
-from .checkpoint import load, save
+from .checkpoint import load, load_state_dict, save
 from .config import AdapterConfig
 from .diagnosis import Diagnosis, LayerDiagnosis, diagnose
 from .errors import (
@@ -81,6 +81,7 @@ __all__ = [
     "export_peft",
     "import_peft",
     "load",
+    "load_state_dict",
     "merged_state_dict",
     "param_groups",
     "parameters",

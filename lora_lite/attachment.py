@@ -1,9 +1,9 @@
 """Attachment: the record of what `attach` put on a model under a name, and how to look it up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,7 @@ from .config import AdapterConfig
 from .errors import AttachError
 from .idle import Watch
 from .left_out import LeftOut
+from .params import SITE
 from .placement import execution_device
 from .quantized import token_dtype, weight_of
 from .shapes import described
@@ -219,13 +220,26 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     return own | {name: t.detach() for name, t in attachment.whole.tensors().items()}
 
 
+def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Of the model's state dict, or of one like it, what belongs to its adapters or trains in full with them."""
+    whole = {name for each in attachments(model) for name in each.whole.entries}
+    tensors = model.state_dict() if tensors is None else tensors
+    return {name: t for name, t in tensors.items() if SITE in name.split(".") or name in whole}
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile, DataParallel or DistributedDataParallel wraps: names don't depend on them."""
-    if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-        return unwrap(inner)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return unwrap(model.module)
+    """The module that torch.compile, Fabric, DataParallel, DistributedDataParallel or DeepSpeed wraps: names don't
+    depend on them."""
+    for compiled_or_fabric in ("_orig_mod", "_original_module"):
+        if isinstance(inner := model._modules.get(compiled_or_fabric), nn.Module):
+            return unwrap(inner)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or _is_deepspeed(model):
+        return unwrap(cast(nn.Module, model.module))
     return model
+
+
+def _is_deepspeed(model: nn.Module) -> bool:
+    return any(each.__name__ == "DeepSpeedEngine" for each in type(model).__mro__)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _readable(p: Tensor) -> bool:
-    return is_dense(p) and not p.is_meta
+    return is_dense(p) and not p.is_meta and not hasattr(p, "ds_id")  # of ZeRO-3 each process has nothing, or a part
 
 
 def _sample(p: Tensor, count: int = 64) -> Tensor:

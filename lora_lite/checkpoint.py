@@ -6,7 +6,7 @@ import os
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .attaching import build, check_free, derive, install, whole_modules
-from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, unwrap
+from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
 from .idle import current_names, describe
+from .params import SITE
 from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
@@ -45,10 +46,49 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         AttachError: nothing is attached.
         CheckpointError: the path can't be written, or a tensor has no values or not its shape.
     """
-    from . import __version__
-
     model, path = unwrap(model), Path(path)
     attachment = require_attachment(model, name)
+    sharded = (
+        any(each.sharded for each in (*attachment.adapters.values(), attachment.whole))
+        and torch.distributed.is_initialized()
+    )
+    alone = standalone(attachment, "save")
+    tensors = {f"{layer}.{key}": t for layer, adapter in alone.items() for key, t in adapter.state_dict().items()}
+    contents = _contents(model, attachment, tensors | attachment.whole.stored())
+    warn_of_losses(model, attachment, "save")
+    if sharded and torch.distributed.get_rank() != 0:
+        torch.distributed.barrier()  # until the first process has written
+        return
+    try:
+        _write(path, contents)
+    finally:
+        if sharded:
+            torch.distributed.barrier()
+
+
+def save_gathered(model: nn.Module, path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """`save` on one process, from a state dict of the model whose tensors another library has gathered."""
+    attachment = require_attachment(model, name)
+    paths = {id(module): path for path, module in model.named_modules()}
+    of_layer = {target.name: paths[id(target.layer)] for target in attachment.targets}
+    found = {
+        f"{layer}.{key}": f"{of_layer[layer]}.{SITE}.{name}.{key}"
+        for layer, adapter in attachment.adapters.items()
+        for key in adapter.state_dict()
+    } | {whole: whole for whole in attachment.whole.entries}
+    if lacking := [key for key in found.values() if key not in tensors]:
+        raise CheckpointError(f"save: the state dict given to save lacks {first_of(lacking)}; call lora_lite.save")
+    contents = _contents(model, attachment, {mine: tensors[key] for mine, key in found.items()})
+    warn_of_losses(model, attachment, "save")
+    _write(path, contents)
+
+
+def _contents(
+    model: nn.Module, attachment: Attachment, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, from whole tensors under the names that they had at attach."""
+    from . import __version__
+
     names = names_now(model, attachment, "save")
     shapes = {names[t.name]: _shape(t.layer) for t in attachment.targets}
     metadata = {
@@ -60,31 +100,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
     }
-    sharded = (
-        any(each.sharded for each in (*attachment.adapters.values(), attachment.whole))
-        and torch.distributed.is_initialized()
-    )
-    alone = standalone(attachment, "save")
-    tensors = {
-        f"{names[layer]}.{key}": t.cpu().contiguous()
-        for layer, adapter in alone.items()
-        for key, t in adapter.state_dict().items()
-    }
-    tensors |= attachment.whole.stored()
     if attachment.whole.names:
         metadata["whole_modules"] = json.dumps(attachment.whole.names)
         metadata["whole_tensors"] = json.dumps(list(attachment.whole.entries))
-    warn_of_losses(model, attachment, "save")
-    if sharded and torch.distributed.get_rank() != 0:
-        torch.distributed.barrier()  # until the first process has written
-        return
+    found = {
+        f"{names[layer]}.{key}": tensors[f"{layer}.{key}"]
+        for layer, adapter in attachment.adapters.items()
+        for key in adapter.state_dict()
+    } | {name: tensors[name] for name in attachment.whole.entries}
+    return {name: t.detach().cpu().contiguous() for name, t in found.items()}, metadata
+
+
+def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> None:
+    tensors, metadata = contents
     try:
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"save: can't write {path}: {error}; whatever was there still is") from error
-    finally:
-        if sharded:
-            torch.distributed.barrier()
 
 
 def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:
@@ -158,6 +190,20 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
     return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters), whole)
 
 
+def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: str | None = None) -> None:
+    """Overwrite the attached adapter's tensors by those of `state_dict`, as checkpoints of other libraries hold them.
+
+    Raises:
+        AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
+        CheckpointError: a tensor is missing, unexpected or of another shape. The adapter is as it was.
+    """
+    mine = state_dict(model, name)
+    if problems := mismatches(mine, tensors):
+        raise CheckpointError(f"load_state_dict: the tensors are not those of what is attached: {first_of(problems)}")
+    for key, t in mine.items():
+        t.copy_(tensors[key])
+
+
 def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> WholeModules:
     """The modules that the file holds in full, filled; their tensors are taken out of `tensors`."""
     try:
@@ -173,18 +219,21 @@ def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> Wh
     if strange := [name for name in names if name not in dict(model.named_modules())]:
         raise CheckpointError(f"the model has no module {first_of(strange)}, which the file holds in full")
     whole = whole_modules(model, names)
-    mine = whole.tensors()
+    if problems := mismatches(whole.tensors(), tensors):
+        raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
+    whole.fill(tensors)
+    return whole
+
+
+def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, unexpected or of another shape in `tensors`."""
     problems = [f"{name} is missing" for name in mine if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in mine]
-    problems += [
+    return problems + [
         f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
         for name, t in mine.items()
         if name in tensors and tensors[name].shape != t.shape
     ]
-    if problems:
-        raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
-    whole.fill(tensors)
-    return whole
 
 
 def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:

@@ -66,6 +66,8 @@ class Watch:
             queued[0] = False
             if (watch := me()) is not None:
                 watch._report("after the first backward", watch.never_trained())
+                if watch.backwards == 0:
+                    watch._report_recast()
                 watch.backwards += 1
                 if watch.backwards >= _PATIENCE:
                     watch._unhook()
@@ -141,6 +143,15 @@ class Watch:
         self._said |= {name for names in news.values() for name in names}
         if text := describe(news):
             warnings.warn(f"{when}: {text}", stacklevel=2)
+
+    def _report_recast(self) -> None:
+        if recast := [layer for layer, adapter in self.adapters.items() if adapter.recast]:
+            warnings.warn(
+                f"since attach, something has given tensors of these adapters another dtype, and not by model.to: "
+                f"{listing(recast)}. Their start may be wrong, and small steps be lost. TRL's trainers do so on a base "
+                "that bitsandbytes has quantised: AdapterCallback(model), made before the trainer, takes it back",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.

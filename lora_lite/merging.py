@@ -6,6 +6,7 @@ identity's rows: no method has a merge of its own.
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,13 +51,40 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     chosen(model, None)
     found: dict[str, Tensor] = {}
     of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Params | Site | Stack):
-            continue
+    for path, module in _base_modules(model, remove_duplicate=False):
         if id(module) not in of_module:
-            of_module[id(module)] = _linear(module, dtype) if is_linear(module) else _other(module, dtype)
+            of_module[id(module)] = _merged(module, dtype)
         found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
     return found
+
+
+def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the plain model that `merged_state_dict` describes, one layer at a time: no second model comes
+    to be. As in `nn.Module.named_parameters`, one that has several names comes once, under the first.
+
+    Raises:
+        AttachError: as `merged_state_dict` does, or the output head is tied to an embedding and has an adapter.
+    """
+    model = unwrap(model)
+    chosen(model, None)
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _head_is_adapted(model):
+        raise AttachError(
+            "the output head is tied to the embedding and has an adapter, so that the merged model has weights for "
+            "which a tied one has no place; leave the head out by exclude_names"
+        )
+    return _parameters(model, dtype)
+
+
+def _parameters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for path, module in _base_modules(model):
+        tied = {key for key, p in module._parameters.items() if id(p) in seen}
+        seen |= {id(p) for p in module._parameters.values() if p is not None}
+        with torch.no_grad():
+            found = _merged(module, dtype)
+        for key, t in found.items():
+            if key not in tied and key not in module._buffers:
+                yield f"{path}.{key}" if path else key, t
 
 
 def save_merged(
@@ -84,20 +112,36 @@ def save_merged(
     type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
 
 
+def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The base's, without what adapters have put there."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if not isinstance(module, Params | Site | Stack):
+            yield path, module
+
+
+def _head_is_adapted(model: Any) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return SITE in getattr(head, "_modules", {})
+
+
 def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
     """A model of the same class and config without values and without quantisation, for its `save_pretrained`."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if SITE in getattr(head, "_modules", {}):  # it was tied, and is not any more
+    if _head_is_adapted(model):  # it was tied, and is not any more
         config.tie_word_embeddings = False
     with torch.device("meta"):
         plain = type(model)(config)
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
     return plain.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))
+
+
+def _merged(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a plain module holds itself that computes what this one does."""
+    return _linear(module, dtype) if is_linear(module) else _other(module, dtype)
 
 
 def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -89,12 +89,19 @@ class Params(nn.Module):
         # Without `init`, which may be a lambda: adapters are pickled.
         self.specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
         self.hollow = False  # whether memory was given to it after the meta device, and no values
+        self.dtypes: dict[str, torch.dtype] = {}  # as made, or as `to` and the like have converted them
         for name, spec in specs.items():
             t = spec.make(config_dtype, device)
             if spec.as_buffer or spec.derived:
                 self.register_buffer(name, t, persistent=not spec.derived)
             else:
                 self.register_parameter(name, nn.Parameter(t, requires_grad=spec.trainable))
+            self.dtypes[name] = t.dtype
+
+    @property
+    def recast(self) -> bool:
+        """Whether something has given a tensor another dtype behind the back of `to` and the like: `p.data = …`."""
+        return any(getattr(self, name).dtype != dtype for name, dtype in self.dtypes.items())
 
     def fill(self, name: str, value: Tensor) -> None:
         """Overwrite one tensor in place, converting dtype and device."""
@@ -107,10 +114,11 @@ class Params(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `to_empty` and the like run on each tensor."""
-        specs = {}
+        specs, before = {}, {}
         for name, spec in self.specs.items():
             t = getattr(self, name)
             specs |= {id(t): spec, id(t.grad) if t.is_leaf else 0: spec}
+            before[name] = t.dtype
 
         def by_spec(t: Tensor) -> Tensor:
             moved, spec = fn(t), specs.get(id(t))
@@ -123,7 +131,10 @@ class Params(nn.Module):
                 return t.to(moved.device)
             return t.to(moved.device, spec.resolve_dtype(moved.dtype))
 
-        return super()._apply(by_spec, recurse)
+        super()._apply(by_spec, recurse)
+        now = {name: getattr(self, name).dtype for name in before}
+        self.dtypes |= {name: dtype for name, dtype in now.items() if dtype != before[name]}
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

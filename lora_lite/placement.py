@@ -35,12 +35,12 @@ def whole(t: Tensor) -> Tensor:
         return t.full_tensor()  # type: ignore[operator]
     if hasattr(t, "ds_id") and t.numel() == 0:
         try:
-            from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+            import deepspeed  # type: ignore[import-not-found]
         except ImportError:
             raise AttachError(
                 "it is an empty shard of ZeRO-3 (it has a ds_id), and DeepSpeed can't be imported to gather it"
             ) from None
-        with GatheredParameters([t]):
+        with deepspeed.zero.GatheredParameters([t]):  # an attribute, and no module to import from
             return t.detach().clone()
     return t
 

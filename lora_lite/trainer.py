@@ -1,19 +1,25 @@
-"""AdapterCallback: a transformers Trainer's checkpoints hold the adapter alone."""
+"""AdapterCallback: a transformers Trainer's checkpoints hold the adapter alone. And what TRL's trainers need beside."""
 
 import os
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from .attachment import attachments, chosen, unwrap
-from .checkpoint import save
-from .params import SITE
+from .attachment import attachments, chosen, own_tensors, parameters, unwrap
+from .checkpoint import first_of, mismatches, replace_file, save, save_gathered
+from .errors import AttachError, CheckpointError
+from .merging import merged_parameters
+from .selection import disabled
 
 
 class AdapterCallback(TrainerCallback):
-    """`Trainer(..., callbacks=[AdapterCallback()])`.
+    """`Trainer(..., callbacks=[AdapterCallback()])`, for trainers of transformers, TRL and sentence-transformers.
 
     A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name), and as the
     model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads the
@@ -22,46 +28,172 @@ class AdapterCallback(TrainerCallback):
     From the Trainer's start on, and after training, `model.save_pretrained` and so `trainer.save_model` write the
     adapter in the base's stead, until it is detached.
 
+    What TRL's trainers send to vLLM are merged weights.
+
+    Args:
+        model: on a base that bitsandbytes has quantised, for TRL's trainers: they round all that trains to bfloat16
+            before they start, and this takes it back. PiSSA's start, DoRA's magnitudes and IA³'s vectors are wrong
+            otherwise.
+
     Raises:
         AttachError: when training starts and nothing is attached.
     """
 
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._before = [] if model is None else [(p, p.data) for p in parameters(model)]
+
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for p, data in self._before:
+            if p.dtype != data.dtype:
+                p.data = data.to(p.device)
+        self._before = []
         if attachments(unwrap(model)):  # what is attached later is seen when training starts
             self.on_train_begin(args, state, control, model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model = unwrap(model)
         chosen(model, None)
-        # Not a closure: a copy of the model saves the copy.
-        model.save_pretrained = partial(_save_pretrained, model)
+        trainer: Any = _calling_trainer()
+        # Not closures: a copy of the model saves the copy.
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
+        elif hasattr(model, "save_pretrained"):  # sentence-transformers
+            model.save_pretrained = partial(_save_tensors, model)
+            trainer._load_from_checkpoint = partial(_load_tensors, model)
+        if hasattr(trainer, "vllm_generation"):
+            trainer.vllm_generation.model = Merged(model)
+
+
+class _View(nn.Module):
+    """Another look at a model. No submodule of it: nothing is for a trainer to move, to average or to train here."""
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", unwrap(model))
+        chosen(self.model, None)
+
+
+class Reference(_View):
+    """The model as it computes without its adapters: the reference of preference training, and no second base.
+
+    `DPOTrainer(model, ref_model=Reference(model), ...)`, and KTO likewise; see `set_reference` for the others. Whatever
+    forward a trainer puts in the place of this module's, a call is a call of the model, whose forward it has changed
+    alike.
+
+    Raises:
+        AttachError: nothing is attached, here or at a call.
+    """
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The model's: TRL keeps precomputed log-probabilities under its hash."""
+        return self.model.state_dict(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with disabled(self.model):
+            return self.model(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+
+def set_reference(trainer: Any, beta: float) -> None:
+    """The model without its adapters as the reference of a TRL trainer that takes none (GRPO, RLOO), with `beta` for
+    the KL divergence from it. Make the trainer with `beta=0`, so that it loads no second base, and call this before
+    `train()`.
+
+    Raises:
+        AttachError: nothing is attached.
+        ValueError: beta is not above 0, or the trainer was not made with beta=0 or knows neither.
+    """
+    if not beta > 0:
+        raise ValueError(f"set_reference: beta must be above 0; got {beta}")
+    if getattr(trainer, "beta", None) != 0 or getattr(trainer, "ref_model", trainer) is not None:
+        raise ValueError(
+            f"set_reference: {type(trainer).__name__} must be made with beta=0 and have no reference of its own; a "
+            "trainer with the argument ref_model takes Reference(model) there"
+        )
+    trainer.ref_model = Reference(trainer.model)
+    trainer.beta = trainer.args.beta = beta
+
+
+class Merged(_View):
+    """The model as an inference engine knows it: parameters under the base's names, of merged weights."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """Made one layer at a time, tied ones once. Every process that has a part of a sharded one must call it."""
+        return merged_parameters(self.model)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def _save_pretrained(
     model: Any, folder: str | os.PathLike[str], *args: Any, state_dict: Any = None, **kwargs: Any
 ) -> None:
-    found = attachments(model)
-    if not found:  # detached since
+    """In the place of a transformers model's."""
+    if not attachments(model):  # detached since
         vars(model).pop("save_pretrained", None)
         model.save_pretrained(folder, *args, state_dict=state_dict, **kwargs)
         return
-    tensors = model.state_dict() if state_dict is None else state_dict
-    whole = {name for each in found for name in each.whole.entries}
-    own = {name: t for name, t in tensors.items() if f".{SITE}." in name or name in whole}
+    own = own_tensors(model, state_dict)
     quantizer = vars(model).pop("hf_quantizer", None)  # it would write the whole base instead
     try:
         type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
+    _save_each(model, Path(folder), None if state_dict is None else own)
+
+
+def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """In the place of a sentence-transformers model's."""
+    if not attachments(model):
+        vars(model).pop("save_pretrained", None)
+        model.save_pretrained(folder, *args, **kwargs)
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.cpu().contiguous() for name, t in own_tensors(model).items()}
+    replace_file(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    _save_each(model, folder)
+
+
+def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
+    """In the place of a trainer's, which would load a whole model from a checkpoint."""
+    tensors = load_file(Path(folder) / "model.safetensors")
+    if problems := mismatches(own_tensors(model), tensors):
+        raise CheckpointError(f"{folder} is no checkpoint of what is attached here: {first_of(problems)}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
+    """A file for each adapter. `gathered`: what one process has of a sharded model while the others don't save."""
+    found = attachments(model)
     for each in found:
-        save(
-            model,
-            Path(folder) / _file_of(each.name, len(found)),
-            name=each.name,
-        )
+        path = folder / _file_of(each.name, len(found))
+        if gathered is None:
+            save(model, path, name=each.name)
+        else:
+            save_gathered(model, path, each.name, gathered)
 
 
 def _file_of(name: str, count: int) -> str:
     """One adapter's file has a name that is known; several have their own, but that of the model's weights is taken."""
     return "adapter.safetensors" if count == 1 else f"{'adapter_' if name == 'model' else ''}{name}.safetensors"
+
+
+def _calling_trainer() -> Trainer:
+    """The trainer that calls a callback, to which it does not give itself."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), Trainer):
+            return found
+        frame = frame.f_back
+    raise AttachError("AdapterCallback is called by no Trainer; pass it to one as a callback")

@@ -43,8 +43,11 @@ def quantised(folder: Path, kind: str) -> Any:
     config = BitsAndBytesConfig(**KINDS[kind])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     assert sum(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules()) == 14
-    # In evaluation mode, on some CPUs, bitsandbytes packs 4-bit weights anew at the first forward without gradients,
-    # rounds their absmaxes, and then passes no gradient on. Training mode, the tiny model having no dropout, avoids it.
+    # On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first forward in evaluation: it
+    # rounds their absmaxes, passes no gradient on, and fails where a layer is narrower than a block.
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     return model.train()
 
 

@@ -182,7 +182,8 @@ def test_ia3_scales_keys_values_and_the_feed_forward(
     too, IA3 is refused, naming it. The feed-forward layer is never one of the attention's."""
     model = built(config, **fields)
     found = [target.name for target in find_targets(model, ll.IA3FFConfig())]
-    assert found and {name.rpartition(".")[2] for name in found} == {fed}
+    assert found
+    assert {name.rpartition(".")[2] for name in found} == {fed}
     assert not any("attention" in name.lower() or ".attn" in name for name in found), found
     if scaled:
         found = [target.name for target in find_targets(model, ll.IA3Config())]
