@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, around
 from .attachment import require_attachment, unwrap
+from .errors import AttachError
 from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight
 from .stacks import Stack
@@ -26,7 +27,8 @@ class LayerDiagnosis:
     Args:
         layer: its name.
         gradients: norm of each trainable tensor's `.grad`; None for one that has none.
-        relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map.
+        relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map. NaN
+            where the layer's weight can't be read.
         effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
             directions share the change. 0 where ΔW is zero. Of a stack of experts the experts' mean.
         after_backward: whether the adapter has gradients in any layer: then a missing one is dead too.
@@ -131,8 +133,13 @@ def _each(adapter: Adapter, layer: Any) -> Iterator[tuple[float, float, float]]:
     if isinstance(layer, Stack):
         parts = [(primitive.of(i), layer.expert(i)) for i in range(layer.num_experts)]
     for part, linear in parts:
-        S = _singular_values(part, linear)
-        yield S.norm().item(), dense_weight(linear, torch.float32).norm().item(), _effective_rank(S)
+        try:
+            size = dense_weight(linear, torch.float32).norm().item()
+            S = _singular_values(part, linear)
+        except AttachError:  # a quantisation that can't be read
+            yield math.nan, math.nan, math.nan
+        else:
+            yield S.norm().item(), size, _effective_rank(S)
 
 
 def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, "S"]:

@@ -59,7 +59,7 @@ def unreachable(model: nn.Module) -> tuple[LeftOut, ...]:
 
 
 def _is_weight(name: str) -> bool:
-    return name.rpartition(".")[2] in ("weight", "W_q")
+    return name.rpartition(".")[2] in ("weight", "W_q", "qweight")
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:

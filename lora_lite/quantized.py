@@ -84,7 +84,8 @@ class FourBitWeight:
 
 
 def weight_of(layer: Any) -> Tensor | None:
-    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none.
+    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q, GPTQ's and AWQ's
+    qweight. None: it has none.
 
     Of a parametrised weight (weight_norm, spectral_norm) one of those that it is made from: to ask for the weight
     itself would run the parametrisation, which may change its state.
@@ -92,7 +93,7 @@ def weight_of(layer: Any) -> Tensor | None:
     if is_parametrized(layer, "weight"):
         made_from = layer.parametrizations.weight
         return made_from.original if hasattr(made_from, "original") else made_from.original0
-    for name in ("weight", "W_q"):
+    for name in ("weight", "W_q", "qweight"):
         if isinstance(found := getattr(layer, name, None), Tensor):
             return found
     return None
@@ -149,7 +150,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         weight = _of_parametrisation(layer)
     elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
-    elif not isinstance(getattr(layer, "weight", None), Tensor):
+    elif not isinstance(getattr(layer, "weight", None), Tensor) and hasattr(layer, "dequantize"):
         weight = layer.dequantize()  # HQQ
     weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
     weight = weight.t() if shapes.is_conv1d(layer) else weight

@@ -189,7 +189,7 @@ def test_ia3_scales_keys_values_and_the_feed_forward(
         found = [target.name for target in find_targets(model, ll.IA3Config())]
         assert {name.rpartition(".")[2] for name in found} == set(scaled)
     else:
-        with pytest.raises(ll.AttachError, match="query_key_value|qkv_proj|Wqkv|c_attn"):
+        with pytest.raises(ll.AttachError, match=r"query_key_value|qkv_proj|Wqkv|c_attn"):
             find_targets(model, ll.IA3Config())
 
 
