@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .common import rows_of
 from .lowrank import launch_expand, launch_expand_backward
+from .operators import operator
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale", mutates_args=())
+@operator("lora_lite::expand_add_rescale")
 def _expand_add_rescale(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None) -> Tensor:
     return launch_expand(rows_of(y), h, g[:, None] * B, scale, g, bias).view(y.shape)
 
@@ -27,7 +28,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | N
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale_backward", mutates_args=())
+@operator("lora_lite::expand_add_rescale_backward")
 def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -45,6 +45,7 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
+from .operators import operator
 from .tuning import Config, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -386,7 +387,7 @@ def launch_shrink_backward(
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::shrink", mutates_args=())
+@operator("lora_lite::shrink")
 def _shrink(
     x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tensor | None, dropout: float
 ) -> Tensor:
@@ -398,7 +399,7 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tens
     return x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
+@operator("lora_lite::shrink_backward")
 def _shrink_backward(
     dx_base: Tensor | None,
     dh: Tensor,
@@ -462,7 +463,7 @@ class _Tap(torch.autograd.Function):
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-@torch.library.custom_op("lora_lite::expand_add", mutates_args=())
+@operator("lora_lite::expand_add")
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Tensor:
     return launch_expand(rows_of(y), h, B, scale, group=group).view(y.shape)
 
@@ -472,7 +473,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Te
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_backward", mutates_args=())
+@operator("lora_lite::expand_add_backward")
 def _expand_add_backward(
     dy: Tensor,
     h: Tensor,
@@ -516,7 +517,7 @@ def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand", mutates_args=())
+@operator("lora_lite::shrink_expand")
 def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     h = launch_shrink(rows_of(x), A, dtype)
     return launch_expand(rows_of(x), h, B, 1.0).view(x.shape), h
@@ -527,7 +528,7 @@ def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], A.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand_backward", mutates_args=())
+@operator("lora_lite::shrink_expand_backward")
 def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

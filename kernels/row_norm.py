@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .common import block_of, device, inside, small, tile
+from .operators import operator
 from .tuning import Config, architecture, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor,
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::row_norm", mutates_args=())
+@operator("lora_lite::row_norm")
 def _row_norm(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
     A, B, BG, sq = _small_operands(A, B, w_sq)
     factor = None if factor is None else small(factor, torch.float32)
@@ -182,7 +183,7 @@ def _(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq
     return w_sq.new_empty(w_sq.shape)
 
 
-@torch.library.custom_op("lora_lite::row_norm_4bit", mutates_args=())
+@operator("lora_lite::row_norm_4bit")
 def _row_norm_4bit(
     packed: Tensor,
     code: Tensor,

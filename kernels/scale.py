@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .common import device, inside, parts_like, rows_of, split, sum_parts, tile
+from .operators import operator
 from .tuning import Config, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def launch_scale_backward(
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::scale", mutates_args=())
+@operator("lora_lite::scale")
 def _scale(t: Tensor, g: Tensor) -> Tensor:
     return launch_scale(rows_of(t), g).view(t.shape)
 
@@ -114,7 +115,7 @@ def _(t: Tensor, g: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-@torch.library.custom_op("lora_lite::scale_backward", mutates_args=())
+@operator("lora_lite::scale_backward")
 def _scale_backward(dy: Tensor, t: Tensor, g: Tensor, needs_dt: bool, needs_dg: bool) -> tuple[Tensor, Tensor]:
     dt, dg = launch_scale_backward(rows_of(dy), rows_of(t), g, needs_dt, needs_dg)
     return dt.view(t.shape) if needs_dt else dt, dg.to(g.dtype)
