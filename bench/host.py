@@ -137,9 +137,11 @@ def launches(method: str, counts: Any) -> dict[str, Any]:
     def any_svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.randn(shape[0], r), torch.ones(r), torch.randn(r, shape[1])
 
-    with mock.patch.multiple("lora_lite.variants.pissa", top_svd=any_svd):
-        with mock.patch.multiple("lora_lite.variants.antipasto", top_svd=any_svd):
-            layer = ours(method, "triton", model(shape[1], shape[0], CostlessLinear))
+    with (
+        mock.patch("lora_lite.variants.pissa.top_svd", any_svd),
+        mock.patch("lora_lite.variants.antipasto.top_svd", any_svd),
+    ):
+        layer = ours(method, "triton", model(shape[1], shape[0], CostlessLinear))
     step = step_of(layer, COUNTED["M"], COUNTED["K"])
     step()
     counts.clear()

@@ -19,8 +19,20 @@ from lora_lite import backend
 from lora_lite.kernels import interpreter
 
 # Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
-_FREE = ("empty", "view", "as_strided", "detach", "alias", "expand", "slice", "select", "transpose", "reshape", "squeeze")
-_FREE += ("unsqueeze", "split", "permute", "unbind", "narrow", "aten::t", "result_type", "resize_", "resolve", "lift")
+_FREE = (
+    "empty",
+    "view",
+    "as_strided",
+    "detach",
+    "alias",
+    "expand",
+    "slice",
+    "select",
+    "transpose",
+    "reshape",
+    "squeeze",
+)
+_FREE += ("squeeze", "split", "permute", "unbind", "narrow", "aten::t", "result_type", "resize_", "resolve", "lift")
 
 
 @contextmanager

@@ -5,7 +5,9 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import interpreter
+from .tuning import cdiv, power_of_2
 
 interpreter.install()
 
@@ -83,7 +86,7 @@ class Entries:
 
     def split(self, block: int, wanted: int) -> tuple[int, int]:
         """(parts of all entries, rows of a part): `wanted` parts as long as each has a block's worth."""
-        parts, each = split(self.tokens, block, triton.cdiv(wanted, self.count))
+        parts, each = split(self.tokens, block, cdiv(wanted, self.count))
         return parts * self.count, each
 
 
@@ -102,7 +105,7 @@ def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, entries: Entries | Non
         groups = 1 if group is None else len(out)
         size = out.numel() // groups
         with device(out):
-            _sum_parts_kernel[triton.cdiv(size, 1024), groups](
+            _sum_parts_kernel[cdiv(size, 1024), groups](
                 parts, out, group, len(parts), len(parts) // count, size, BLOCK=1024
             )
     return out
@@ -120,7 +123,7 @@ def small(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def block_of(size: int, most: int = MAX_RANK) -> int:
     """The block that holds `size`: a power of two, at least the 16 that `tl.dot` takes."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, power_of_2(size)))
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
@@ -130,9 +133,9 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
     """
     share = size / max(wanted, 1) / 16
     for each in (max(math.ceil(share) * 16, block), max(int(share) * 16, block)):
-        if triton.cdiv(size, each) >= wanted:
+        if cdiv(size, each) >= wanted:
             break
-    return triton.cdiv(size, each), each
+    return cdiv(size, each), each
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -141,9 +144,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def device(t: Tensor) -> torch.cuda.device:
-    """Launch on the device that holds t; on a CPU nothing changes."""
-    return torch.cuda.device(t.device if t.is_cuda else -1)
+def device(t: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device that holds t; where that is the current one, and on a CPU, nothing changes."""
+    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(t.device)
+
+
+_HERE: AbstractContextManager[None] = nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

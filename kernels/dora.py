@@ -9,7 +9,6 @@ M tokens, N out_features, R rank. Token-sized reads and writes, each tensor once
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -46,7 +46,7 @@ from .common import (
 )
 from .dropout import kept, new_seed, rescale, threshold
 from .operators import operator
-from .tuning import Config, programs, tuned
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ def launch_shrink(
         return h
 
     def run(config: Config) -> Tensor:
-        blocks = entries.count * triton.cdiv(entries.tokens, config.rows)
+        blocks = entries.count * cdiv(entries.tokens, config.rows)
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
         with device(x):
@@ -270,7 +270,7 @@ def launch_expand(
         return out
 
     def run(config: Config) -> Tensor:
-        grid = (entries.count * triton.cdiv(entries.tokens, config.rows) * triton.cdiv(N, config.cols),)
+        grid = (entries.count * cdiv(entries.tokens, config.rows) * cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
                 y, h, B, out, g, bias, scale, group, seed, threshold(dropout), N, R, *y.stride(), entries.tokens,
@@ -315,8 +315,8 @@ def launch_expand_backward(
     y_strides = y.stride() if y is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each = entries.split(config.rows, triton.cdiv(programs(dy), blocks))
+        blocks = cdiv(N, config.cols)
+        count, each = entries.split(config.rows, cdiv(programs(dy), blocks))
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, entries), parts_like(dg, count)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
@@ -368,8 +368,8 @@ def launch_shrink_backward(
     base_strides = dx_base.stride() if dx_base is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(K, config.cols)
-        count, each = entries.split(config.rows, triton.cdiv(programs(x), blocks))
+        blocks = cdiv(K, config.cols)
+        count, each = entries.split(config.rows, cdiv(programs(x), blocks))
         dAs, dBs = parts_like(dA, count, entries), parts_like(dB, count)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](

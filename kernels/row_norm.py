@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .common import block_of, device, inside, small, tile
 from .operators import operator
-from .tuning import Config, architecture, tuned
+from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def launch_row_norm(
 
     def run(config: Config) -> Tensor:
         with device(W):
-            _row_norm_kernel[(triton.cdiv(N, config.rows),)](
+            _row_norm_kernel[(cdiv(N, config.rows),)](
                 W, factor, A, B, BG, w_sq, norm, scale, N, K, R, *W.stride(), PRECISION=full_precision(W),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
             )  # fmt: skip
@@ -149,7 +149,7 @@ def launch_row_norm_4bit(
 
     def run(config: Config) -> Tensor:
         with device(A):
-            _row_norm_4bit_kernel[(triton.cdiv(N, config.rows),)](
+            _row_norm_4bit_kernel[(cdiv(N, config.rows),)](
                 packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale, N, K, R,
                 DTYPE=DTYPES[dtype], WEIGHTS=blocks[0], ABSMAXES=blocks[1], PRECISION=full_precision(A),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import device, inside, parts_like, rows_of, split, sum_parts, tile
 from .operators import operator
-from .tuning import Config, programs, tuned
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "N"]) -> Float[Tensor
         return out
 
     def run(config: Config) -> Tensor:
-        grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
+        grid = (cdiv(M, config.rows) * cdiv(N, config.cols),)
         with device(t):
             _scale_kernel[grid](t, g, out, M, N, *t.stride(), BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch)
         return out
@@ -89,8 +89,8 @@ def launch_scale_backward(
         return dt, dg.zero_()
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each = split(M, config.rows, triton.cdiv(programs(t), blocks))
+        blocks = cdiv(N, config.cols)
+        count, each = split(M, config.rows, cdiv(programs(t), blocks))
         dgs = parts_like(dg, count)
         with device(t):
             _scale_backward_kernel[(blocks, count)](
