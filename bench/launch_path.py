@@ -19,20 +19,14 @@ from lora_lite import backend
 from lora_lite.kernels import interpreter
 
 # Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
-_FREE = (
-    "empty",
-    "view",
-    "as_strided",
-    "detach",
-    "alias",
-    "expand",
-    "slice",
-    "select",
-    "transpose",
-    "reshape",
-    "squeeze",
-)
-_FREE += ("squeeze", "split", "permute", "unbind", "narrow", "aten::t", "result_type", "resize_", "resolve", "lift")
+_FREE = {
+    f"aten::{name}"
+    for name in """
+    empty empty_like empty_strided new_empty view _unsafe_view view_as as_strided detach alias expand expand_as slice
+    select transpose t permute reshape squeeze unsqueeze split unbind narrow diagonal result_type resize_ resolve_conj
+    resolve_neg lift_fresh to _to_copy contiguous _reshape_alias item is_nonzero
+""".split()
+}
 
 
 @contextmanager
@@ -79,4 +73,4 @@ def torch_launches(step: Any) -> int:
 
 
 def _free(name: str) -> bool:
-    return any(word in name for word in _FREE) or name in ("aten::to", "aten::_to_copy", "aten::contiguous")
+    return name in _FREE

@@ -141,8 +141,8 @@ def host() -> str:
     result = read(RESULTS / "host.json")
     at = result["settings"]["counted_at"]
     lines = [
-        f"CPU µs that an adapted layer adds to a training step over its bare nn.Linear (r={at['r']}, adapters in float32 "
-        "on a bf16 base), one thread, medians of interleaved rounds, everything of a launch but the launch itself; and "
+        f"CPU µs that an adapted layer adds to a training step over its bare nn.Linear (r={at['r']}, adapters in "
+        "float32 on a bf16 base), one thread, medians of interleaved rounds, everything of a launch but the launch itself; and "
         f"launches a layer and step, counted for the kernels at M={at['M']}, K={at['K']}, N={at['N']}. "
         f"{machine_of(result)}",
         "",
