@@ -136,6 +136,34 @@ def traffic() -> str:
     return "\n".join(lines)
 
 
+def host() -> str:
+    """CPU time of an adapted layer beside PEFT's, from `just bench-host`."""
+    result = read(RESULTS / "host.json")
+    at = result["settings"]["counted_at"]
+    lines = [
+        f"CPU µs that an adapted layer adds to a training step over its bare nn.Linear (r={at['r']}, adapters in "
+        "float32 on a bf16 base), one thread, medians of interleaved rounds, everything of a launch but the launch "
+        f"itself; and launches a layer and step, counted for the kernels at M={at['M']}, K={at['K']}, N={at['N']}. "
+        f"{machine_of(result)}",
+        "",
+        "| method | runs on | lora-lite | PEFT | lora-lite / PEFT | launches: kernels + PyTorch's | PEFT's |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        added, launches = row["added_us"], row["launches"]
+        theirs = [f"{added['peft']:.0f}", f"{row['ratio']:.2f}"] if "peft" in added else ["–", "–"]
+        cells = [
+            NAMES[row["method"]],
+            row["backend"],
+            f"{added['ours']:.0f}",
+            *theirs,
+            f"{launches['ours']} + {launches['torch']}",
+            f"{row['peft_launches'] or '–'}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def mixtures() -> str:
     """LoRA on a mixture's experts: CPU time and memory beside PEFT's, from `just bench-adapters`, and counted bytes."""
     result, m = read(RESULTS / "mixtures.json"), read(RESULTS / "kernel_traffic.json")["mixture"]
@@ -185,6 +213,7 @@ TABLES = {
     "adapters": adapters,
     "pretrained": pretrained,
     "traffic": traffic,
+    "host": host,
     "mixtures": mixtures,
 }
 

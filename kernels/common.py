@@ -5,7 +5,8 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..segments import Segments
 from . import interpreter
-from .tuning import Config, programs
+from .tuning import Config, cdiv, power_of_2, programs
 
 interpreter.install()
 
@@ -166,7 +167,7 @@ def _shares(ends: Tensor, which: Tensor | None, M: int, each: int) -> Int[Tensor
 def blocks_of(M: int, config: Config, runs: Runs | None) -> tuple[int, Tensor | None, int]:
     """(blocks of rows, table of the shares that they are cut from, rows of a block)."""
     if runs is None:
-        return triton.cdiv(M, config.rows), None, config.rows
+        return cdiv(M, config.rows), None, config.rows
     rows = min(config.rows, SHARE)
     return len(runs.blocks) * (SHARE // rows), runs.blocks, rows
 
@@ -189,7 +190,7 @@ def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, runs: "Runs | None" = 
     if (len(parts) > 1 or runs is not None) and out.numel() > 0:
         size = out.numel() // groups
         with device(out):
-            _sum_parts_kernel[triton.cdiv(size, 1024), groups](parts, out, order, starts, len(parts), size, BLOCK=1024)
+            _sum_parts_kernel[cdiv(size, 1024), groups](parts, out, order, starts, len(parts), size, BLOCK=1024)
     return out
 
 
@@ -205,7 +206,7 @@ def small(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def block_of(size: int, most: int = MAX_RANK) -> int:
     """The block that holds `size`: a power of two, at least the 16 that `tl.dot` takes."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, power_of_2(size)))
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
@@ -215,9 +216,9 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
     """
     share = size / max(wanted, 1) / 16
     for each in (max(math.ceil(share) * 16, block), max(int(share) * 16, block)):
-        if triton.cdiv(size, each) >= wanted:
+        if cdiv(size, each) >= wanted:
             break
-    return triton.cdiv(size, each), each
+    return cdiv(size, each), each
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -226,9 +227,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def device(t: Tensor) -> torch.cuda.device:
-    """Launch on the device that holds t; on a CPU nothing changes."""
-    return torch.cuda.device(t.device if t.is_cuda else -1)
+def device(t: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device that holds t; where that is the current one, and on a CPU, nothing changes."""
+    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(t.device)
+
+
+_HERE: AbstractContextManager[None] = nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

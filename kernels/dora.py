@@ -9,16 +9,16 @@ M tokens, N out_features, R rank. Token-sized reads and writes, each tensor once
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..segments import Segments
 from .common import Runs, rows_of
 from .lowrank import launch_expand, launch_expand_backward
+from .operators import operator
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale", mutates_args=())
+@operator("lora_lite::expand_add_rescale")
 def _expand_add_rescale(
     y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> Tensor:
@@ -30,7 +30,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | N
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale_backward", mutates_args=())
+@operator("lora_lite::expand_add_rescale_backward")
 def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,7 +50,8 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
-from .tuning import Config, programs, tuned
+from .operators import operator
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ def launch_expand(
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
-        grid = (blocks * triton.cdiv(N, config.cols),)
+        grid = (blocks * cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
                 y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(),
@@ -318,8 +319,8 @@ def launch_expand_backward(
     y_strides = y.stride() if y is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each, table = parts_of(M, config.rows, triton.cdiv(programs(dy), blocks), runs)
+        blocks = cdiv(N, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(dy), blocks), runs)
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
@@ -370,8 +371,8 @@ def launch_shrink_backward(
     base_strides = dx_base.stride() if dx_base is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(K, config.cols)
-        count, each, table = parts_of(M, config.rows, triton.cdiv(programs(x), blocks), runs)
+        blocks = cdiv(K, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(x), blocks), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](
@@ -389,7 +390,7 @@ def launch_shrink_backward(
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::shrink", mutates_args=())
+@operator("lora_lite::shrink")
 def _shrink(
     x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float
 ) -> Tensor:
@@ -401,7 +402,7 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor
     return x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
+@operator("lora_lite::shrink_backward")
 def _shrink_backward(
     dx_base: Tensor | None,
     dh: Tensor,
@@ -469,7 +470,7 @@ class _Tap(torch.autograd.Function):
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-@torch.library.custom_op("lora_lite::expand_add", mutates_args=())
+@operator("lora_lite::expand_add")
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
     return launch_expand(rows_of(y), h, B, scale, runs=Runs.read(runs)).view(y.shape)
 
@@ -479,7 +480,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tens
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_backward", mutates_args=())
+@operator("lora_lite::expand_add_backward")
 def _expand_add_backward(
     dy: Tensor,
     h: Tensor,
@@ -523,7 +524,7 @@ def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand", mutates_args=())
+@operator("lora_lite::shrink_expand")
 def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -> tuple[Tensor, Tensor]:
     h = launch_shrink(rows_of(x), A, dtype, Runs.read(runs))
     return launch_expand(rows_of(x), h, B, 1.0, runs=Runs.read(runs)).view(x.shape), h
@@ -534,7 +535,7 @@ def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand_backward", mutates_args=())
+@operator("lora_lite::shrink_expand_backward")
 def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .common import block_of, device, inside, small, tile
-from .tuning import Config, architecture, tuned
+from .operators import operator
+from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ def launch_row_norm(
 
     def run(config: Config) -> Tensor:
         with device(W):
-            _row_norm_kernel[(triton.cdiv(N, config.rows), grid)](
+            _row_norm_kernel[(cdiv(N, config.rows), grid)](
                 W, factor, A, B, BG, w_sq, norm, scale, N, K, R, stride, *W.stride()[-2:], PRECISION=full_precision(W),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
             )  # fmt: skip
@@ -155,7 +156,7 @@ def launch_row_norm_4bit(
 
     def run(config: Config) -> Tensor:
         with device(A):
-            _row_norm_4bit_kernel[(triton.cdiv(N, config.rows),)](
+            _row_norm_4bit_kernel[(cdiv(N, config.rows),)](
                 packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale, N, K, R,
                 DTYPE=DTYPES[dtype], WEIGHTS=blocks[0], ABSMAXES=blocks[1], PRECISION=full_precision(A),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
@@ -177,7 +178,7 @@ def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor,
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::row_norm", mutates_args=())
+@operator("lora_lite::row_norm")
 def _row_norm(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
     A, B, BG, sq = _small_operands(A, B, w_sq)
     factor = None if factor is None else small(factor, torch.float32)
@@ -189,7 +190,7 @@ def _(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq
     return w_sq.new_empty(w_sq.shape)
 
 
-@torch.library.custom_op("lora_lite::row_norm_4bit", mutates_args=())
+@operator("lora_lite::row_norm_4bit")
 def _row_norm_4bit(
     packed: Tensor,
     code: Tensor,

@@ -29,7 +29,8 @@ from .common import (
     sum_parts,
     tile,
 )
-from .tuning import Config, programs, tuned
+from .operators import operator
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "*G N"], runs: Runs |
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
         with device(t):
-            _scale_kernel[(blocks * triton.cdiv(N, config.cols),)](
+            _scale_kernel[(blocks * cdiv(N, config.cols),)](
                 t, g, out, table, M, N, *t.stride(), BLOCK_M=rows, BLOCK_N=config.cols, **config.launch
             )
         return out
@@ -109,8 +110,8 @@ def launch_scale_backward(
         return dt, dg.zero_()
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each, table = parts_of(M, config.rows, triton.cdiv(programs(t), blocks), runs)
+        blocks = cdiv(N, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(t), blocks), runs)
         dgs = parts_like(dg, count, runs)
         with device(t):
             _scale_backward_kernel[(blocks, count)](
@@ -125,7 +126,7 @@ def launch_scale_backward(
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::scale", mutates_args=())
+@operator("lora_lite::scale")
 def _scale(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
     return launch_scale(rows_of(t), g, Runs.read(runs)).view(t.shape)
 
@@ -135,7 +136,7 @@ def _(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
     return t.new_empty(t.shape)
 
 
-@torch.library.custom_op("lora_lite::scale_backward", mutates_args=())
+@operator("lora_lite::scale_backward")
 def _scale_backward(
     dy: Tensor, t: Tensor, g: Tensor, runs: list[Tensor], needs_dt: bool, needs_dg: bool
 ) -> tuple[Tensor, Tensor]:

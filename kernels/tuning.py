@@ -22,6 +22,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+# Triton's own are meant for kernels too, and take a hundred times as long.
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
 @dataclass(frozen=True)
 class Config:
     """rows × cols is the tile of the token-sized tensors; of W, in its own elements or bytes, for the row norms."""
@@ -211,7 +222,7 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: in
     rows = candidates(kernel, architecture(x), x.element_size(), shape[-1])
     if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
         return run(rows[0])
-    key = (kernel, x.device.index, x.dtype, *shape, triton.next_power_of_2(M))
+    key = (kernel, x.device.index, x.dtype, *shape, power_of_2(M))
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return run(rows[0])  # a graph's capture can't be timed
