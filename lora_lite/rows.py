@@ -3,13 +3,15 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from .segments import Segments
+
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -32,16 +34,16 @@ class Rows:
     names: tuple[str | None, ...]
     lengths: tuple[int, ...] | None = None
     batch_dim: int = 0
-    _made: dict[object, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def segments(self, x: Tensor, by_row: Sequence[str], layer: str) -> Segments:
         """The runs of x's rows; the i-th of `by_row` has matrix i."""
         which = self._which(by_row, x.device)
         if self.lengths is not None:
             self._check_tokens(x.numel() // x.shape[-1], layer)
-            return Segments(self._ends(x.device), which)
-        times = self._times(x, layer)
-        return Segments.equal(which, times * (x[0].numel() // x.shape[-1]))
+            return self._once(("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
+        each = self._times(x, layer) * (x[0].numel() // x.shape[-1])
+        return self._once(("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
 
     def of_experts(self, segments: Segments, tokens: Tokens, by_row: Sequence[str], layer: str) -> Segments:
         """The runs of rows that are sorted by expert, then by token: one for each expert and entry. Expert e of the
@@ -103,7 +105,7 @@ class Rows:
                 f"{tokens}"
             )
 
-    # ---- tensors that are made once a device ----
+    # ---- what is made once a device ----
 
     def _which(self, by_row: Sequence[str], device: torch.device) -> Int[Tensor, "entries"]:
         index = [by_row.index(name) if name in by_row else -1 for name in self.names]
@@ -113,7 +115,7 @@ class Rows:
         lengths = self.lengths or ()
         return self._once(("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
 
-    def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+    def _once(self, key: object, make: Callable[[], T]) -> T:
         if torch.compiler.is_compiling():
             return make()  # a constant of the graph
         if key not in self._made:
