@@ -39,9 +39,7 @@ def peft_config(variant: str, targets: list[str]) -> Any:
 def both(architecture: str, variant: str) -> tuple[Any, Any, ll.Attachment]:
     """Our model and PEFT's, each at its own start."""
     ours, theirs = ARCHITECTURES[architecture](), ARCHITECTURES[architecture]()
-    fields: dict[str, Any] = {"svd": "exact"} if variant == "pissa" else {}
-    if (variant, architecture) == ("ia3", "gpt_neox"):
-        fields = {"target_names": ("query_key_value$",)}  # which computes queries too, and is no default
+    fields = {"svd": "exact"} if variant == "pissa" else {}
     attachment = attach(
         ours, variant, r=R, alpha=ALPHA, exclude_names=EXCLUDE[: 3 if architecture == "bert" else 2], **fields
     )

@@ -158,6 +158,8 @@ def attach(model: nn.Module, variant: str, batches: Any = None, **fields: Any) -
     """Attach a variant at its start, calibrated on random tokens where it needs that."""
     if variant == "eva" and batches is None:
         batches = calibration_batches(vocab=getattr(getattr(model, "config", None), "vocab_size", VOCAB))
+    if variant == "ia3" and isinstance(model, transformers.GPTNeoXForCausalLM):
+        fields = {"target_names": ("query_key_value$",), **fields}  # it computes queries too, and is no default
     return ll.attach(model, config(variant, **fields), calibration_data=batches)
 
 
