@@ -65,8 +65,12 @@ kernels-report *args:
     {{python}} bench/kernels_report.py {{args}}
 
 # On a GPU, times of kernels and layers beside rivals; without one, the bytes they move, counted.
-bench-kernels *args:
+bench-kernels *args: device-model
     {{python}} bench/kernel_bench.py {{args}}
+
+# The device time of each adapter's step on four GPUs, modelled from real grids and compiled kernels.
+device-model *args:
+    {{python}} bench/device_model.py {{args}}
 
 # CPU time and launches that an adapted layer adds to a step, beside PEFT's. No GPU is needed.
 bench-host *args:

@@ -164,6 +164,29 @@ def host() -> str:
     return "\n".join(lines)
 
 
+def device_model() -> str:
+    """Modelled device time of an adapter's step, from `just device-model`."""
+    result = read(RESULTS / "device_model.json")
+    gpus = list(dict.fromkeys(row["gpu"] for row in result["rows"]))
+    at = {(row["gpu"], row["variant"], row["R"]): row for row in result["rows"] if (row["M"], row["K"]) == (8192, 4096)}
+    lines = [
+        "Device time of an adapter's step of one layer as a multiple of the bandwidth bound (M = 8192, K = N = 4096, "
+        "bf16). Modelled from the real grids and the compiled kernels, not measured; the assumptions stand at the top "
+        f"of bench/device_model.py. `{result['command']}`",
+        "",
+        f"| step | r | {' | '.join(gpus)} | H100: busiest multiprocessor | parts | KiB in flight |",
+        f"|---|--:|{'--:|' * len(gpus)}--:|--:|--:|",
+    ]
+    for (gpu, variant, r), row in at.items():
+        if gpu == gpus[0]:
+            ratios = [f"{at[g, variant, r]['us'] / at[g, variant, r]['bound_us']:.2f}" for g in gpus]
+            cells = [*ratios, f"{row['busiest']:.2f}", f"{row['parts']:.2f}", f"{row['in_flight_kib']:.0f}"]
+            lines.append(f"| {NAMES[variant]} | {'–' if variant == 'ia3' else r} | {' | '.join(cells)} |")
+    lines += ["", "On the H100 model, M ≥ 2048, how many shapes are within each target:", ""]
+    lines += [f"- {name}: {share}" for name, share in result["targets"].items()]
+    return "\n".join(lines)
+
+
 def mixtures() -> str:
     """LoRA on a mixture's experts: CPU time and memory beside PEFT's, from `just bench-adapters`, and counted bytes."""
     result, m = read(RESULTS / "mixtures.json"), read(RESULTS / "kernel_traffic.json")["mixture"]
@@ -214,6 +237,7 @@ TABLES = {
     "pretrained": pretrained,
     "traffic": traffic,
     "host": host,
+    "device_model": device_model,
     "mixtures": mixtures,
 }
 

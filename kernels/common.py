@@ -6,6 +6,7 @@ any token-sized tensor where it does not matter which it is.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +220,22 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
         if cdiv(size, each) >= wanted:
             break
     return cdiv(size, each), each
+
+
+@cache
+def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
+    """Into how many parts to share `size` for `blocks` × parts programs, so that none of the `processors` has much more
+    to do than the others: the fewest that leave the busiest at most 10 % above its share, or else the best there are.
+    """
+    best, wanted = math.inf, 1
+    for parts in range(1, min(4 * -(-processors // blocks), -(-size // block)) + 1):
+        count, each = split(size, block, parts)
+        busiest = -(-blocks * count // processors) * each * processors / (blocks * size)
+        if busiest < best:
+            best, wanted = busiest, count
+        if busiest <= 1.1:
+            break
+    return wanted
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -35,6 +35,7 @@ from .common import (
     blocks_of,
     compute_dtype,
     device,
+    full_waves,
     inside,
     own,
     own_vector,
@@ -52,6 +53,10 @@ from .common import (
 from .dropout import kept, new_seed, rescale, threshold
 from .operators import operator
 from .tuning import Config, cdiv, programs, tuned
+
+# Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
+# once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts.
+MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -309,29 +314,39 @@ def launch_expand_backward(
             for i, (hs, Bs) in of_ranks
         ]
         return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    B, h = small(B, dy.dtype), h.contiguous()
-    dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
+    wide, B, h = B, small(B, dy.dtype), h.contiguous()
+    kernel = "expand_backward" if y is None else "expand_backward_rescale"
+    in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
+    dh = torch.empty_like(h) if in_parts else h.new_empty(0)
     dB = B.new_empty(B.shape, dtype=torch.float32) if needs_dB else B.new_empty(0)
     dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
     dg = dy.new_empty(B.shape[:-1], dtype=torch.float32) if y is not None else dy.new_empty(0)
     if M == 0:
-        return dh, dB.zero_(), dy_base, dg.zero_()
+        return torch.empty_like(h) if needs_dh else dh, dB.zero_(), dy_base, dg.zero_()
     y_strides = y.stride() if y is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks = cdiv(N, config.cols)
-        count, each, table = parts_of(M, config.rows, cdiv(programs(dy), blocks), runs)
-        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
+        count, each, table = parts_of(M, config.rows, full_waves(programs(dy), blocks, M, config.rows), runs)
+        dhs, dBs, dgs = (
+            parts_like(dh, blocks if in_parts else 1),
+            parts_like(dB, count, runs),
+            parts_like(dg, count, runs),
+        )
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
                 dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,
-                NEEDS_DH=needs_dh, NEEDS_DB=needs_dB,
+                NEEDS_DH=in_parts, NEEDS_DB=needs_dB,
                 PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return sum_parts(dhs, dh), sum_parts(dBs, dB, runs), dy_base, sum_parts(dgs, dg, runs)
 
-    return tuned(named("expand_backward", runs) if y is None else "expand_backward_rescale", run, dy, M, N, R)
+    if in_parts or needs_dB or y is not None:
+        dh, dB, dy_base, dg = tuned(named(kernel, runs if y is None else None), run, dy, M, N, R)
+    if needs_dh and not in_parts:
+        dh = launch_shrink(dy, (scale * wide).mT, h.dtype, runs)
+    return dh, dB, dy_base, dg
 
 
 def launch_shrink_backward(
@@ -372,7 +387,7 @@ def launch_shrink_backward(
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         blocks = cdiv(K, config.cols)
-        count, each, table = parts_of(M, config.rows, cdiv(programs(x), blocks), runs)
+        count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](

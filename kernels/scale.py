@@ -19,6 +19,7 @@ from .common import (
     Runs,
     blocks_of,
     device,
+    full_waves,
     inside,
     own_vector,
     parts_like,
@@ -111,7 +112,7 @@ def launch_scale_backward(
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
         blocks = cdiv(N, config.cols)
-        count, each, table = parts_of(M, config.rows, cdiv(programs(t), blocks), runs)
+        count, each, table = parts_of(M, config.rows, full_waves(programs(t), blocks, M, config.rows), runs)
         dgs = parts_like(dg, count, runs)
         with device(t):
             _scale_backward_kernel[(blocks, count)](

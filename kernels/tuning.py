@@ -109,14 +109,39 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
-    # Hopper alone has the registers for 512 columns at r = 64, which halves the parts of dh.
+    # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh, and the shared memory for stages
+    # enough to keep the 24 KiB in flight that a multiprocessor's share of the bandwidth takes.
     ("sm_90", 2): {
+        "shrink": {
+            64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
+            128: (Config(32, 128, 4, 3),),
+            256: (Config(64, 64, 8, 3),),
+        },
+        # Above r = 64 without dh, which `shrink` computes.
         "expand_backward": {
             32: (Config(32, 512, 8), Config(32, 256, 8)),
             64: (Config(32, 512, 16, 1), Config(32, 256, 8)),
-            128: (Config(32, 128, 8),),
-            256: (Config(32, 64, 8),),
+            128: (Config(32, 128, 8, 3),),
+            256: (Config(64, 64, 8, 3),),
         },
+        "expand_backward_rescale": {
+            32: (Config(32, 256, 8), Config(32, 128, 8)),
+            64: (Config(32, 128, 8), Config(16, 256, 8)),
+            256: (Config(32, 64, 8, 3),),
+        },
+        "shrink_backward": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 64, 8, 3),)},
+        "shrink_expand_backward": {
+            16: (Config(64, 64, 8), Config(64, 128, 8)),
+            128: (Config(32, 64, 8, 3),),
+            256: (Config(32, 32, 8, 6),),
+        },
+        "row_norm": {
+            32: (Config(16, 128, 4, 4),),
+            64: (Config(16, 64, 4, 4),),
+            128: (Config(16, 64, 8, 3),),
+            256: (Config(16, 32, 8, 3),),
+        },
+        "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {

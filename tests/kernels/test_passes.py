@@ -56,6 +56,17 @@ def test_lowrank_add() -> None:
     assert passes(backward, "x", "dx_base", "dx", "dA") == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
 
 
+def test_many_ranks_take_one_more_look_at_dy() -> None:
+    """Where float32 parts of dh would be several passes over dy."""
+    dy, h, B = tensor(M, N), tensor(M, 80), tensor(N, 80)
+    with launches.watch() as seen:
+        lowrank.launch_expand_backward(dy, h, B, 0.7, True, True)
+    by_name = {launch.kernel: launch for launch in seen if launch.kernel != "_sum_parts_kernel"}
+    assert set(by_name) == {"_expand_backward_kernel", "_shrink_kernel"}
+    assert passes(by_name["_expand_backward_kernel"], "dy") == {"dy": (1, 0)}
+    assert passes(by_name["_shrink_kernel"], "x") == {"x": (1, 0)}
+
+
 def test_shrink_expand() -> None:
     """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
     dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)

@@ -1,0 +1,61 @@
+"""The model of device time, at one small shape, in a process whose kernels can be compiled; and its arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_lite.kernels.common import full_waves, split
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Any]:
+    code = (
+        "import json, device_model as d\n"
+        "resident = d.compiled_resources()\n"
+        "row = lambda v, R: d.row('H100', v, 8192, 4096, R, resident)\n"
+        "print(json.dumps({f'{v}:{R}': row(v, R) for v, R in (('lora', 16), ('lora', 128), ('dora', 64), ('ia3', 1))}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_never_below_the_bound(rows: dict[str, Any]) -> None:
+    for row in rows.values():
+        assert row["us"] >= row["bound_us"], row
+
+
+def test_bytes_are_of_the_tensors(rows: dict[str, Any]) -> None:
+    moved, busiest, _, us = rows["ia3:1"]["by_kernel"]["scale"]
+    assert moved == 2 * 2 * 8192 * 4096 + 4 * 4096
+    assert us >= 1e6 * moved * busiest / 3.35e12 - 0.01
+
+
+def test_parts_of_dh_stay_small(rows: dict[str, Any]) -> None:
+    """At r = 128 they would be four times dy's traffic."""
+    assert set(rows["lora:128"]["by_kernel"]) == {"shrink", "expand", "expand_backward", "shrink_backward"}
+    for name in ("lora:16", "lora:128", "dora:64"):
+        assert rows[name]["parts"] <= 0.35, rows[name]
+        assert rows[name]["busiest"] <= 1.15, rows[name]
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 8, 32, 100, 500])
+@pytest.mark.parametrize("size", [2048, 8190, 16384])
+def test_waves_are_full(blocks: int, size: int) -> None:
+    """No worse than one program a multiprocessor, and within 15 % of an even share where blocks of 32 rows allow it."""
+
+    def busiest(wanted: int) -> float:
+        count, each = split(size, 32, wanted)
+        return -(-blocks * count // 132) * each * 132 / (blocks * size)
+
+    chosen = busiest(full_waves(132, blocks, size, 32))
+    assert chosen <= busiest(-(-132 // blocks))
+    assert chosen <= 1.15 or all(busiest(wanted) >= chosen for wanted in range(1, 4 * -(-132 // blocks) + 1))
