@@ -498,7 +498,7 @@ def test_lightning(tmp_path: Path) -> None:
             max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
             enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
         )  # fmt: skip
-        trainer.fit(tuned, DataLoader(token_ids(4, 12), batch_size=2), ckpt_path=from_, weights_only=True)
+        trainer.fit(tuned, DataLoader(token_ids(2, 12), batch_size=2), ckpt_path=from_, weights_only=True)
         return trainer
 
     whole, first, rest = Tuned(), Tuned(), Tuned()
