@@ -68,6 +68,10 @@ kernels-report *args:
 bench-kernels *args:
     {{python}} bench/kernel_bench.py {{args}}
 
+# CPU time and launches that an adapted layer adds to a step, beside PEFT's. No GPU is needed.
+bench-host *args:
+    {{python}} bench/host.py {{args}}
+
 # Build the wheel and the sdist into dist/ and check their metadata.
 build:
     rm -rf dist build

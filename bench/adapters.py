@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import mixtures
 import peft
 import pretrained
 import torch
@@ -43,7 +44,8 @@ class Settings:
     """Measure training steps, attaching, saving and loading beside PEFT."""
 
     models: tuple[str, ...] = ("llama", pretrained.SMOLLM2)
-    """llama: random weights, of the width and layers below. Else a model's name or folder, whole."""
+    """llama: random weights, of the width and layers below; qwen3_moe: random mixtures, LoRA on their experts. Else a
+    model's name or folder, whole."""
     variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
     """Which to measure."""
     dtypes: tuple[str, ...] = field(
@@ -267,7 +269,27 @@ def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def mixture_rows(s: Settings) -> list[dict[str, Any]]:
+    """LoRA on stacked experts, of few and of many."""
+    rows = []
+    for experts, dtype in itertools.product((8, 32, 128), s.dtypes):
+        rows.append(mixtures.measure(experts, getattr(torch, dtype), 8, (4, 128), s.steps))
+        print(
+            f"{mixtures.NAME} {experts} experts {dtype}: overhead ratio {_ratio(rows[-1]['overhead_ratio'])}",
+            flush=True,
+        )
+    Console(width=160).print(mixtures.table(rows))
+    return rows
+
+
 def main(s: Settings) -> None:
+    if mixtures.NAME in s.models:
+        rows = mixture_rows(s)
+        if s.save:
+            machine.write(machine.RESULTS / "mixtures.json", {"kind": "timed", "rows": rows})
+        s.models = tuple(name for name in s.models if name != mixtures.NAME)
+        if not s.models:
+            return
     pretrained.settle_network(needs_hub=not all(name == "llama" or pretrained.is_local(name) for name in s.models))
     rows = []
     for name, dtype, variant in itertools.product(s.models, s.dtypes, s.variants):

@@ -407,9 +407,10 @@ def run(s: Settings) -> dict[str, Any]:
 
     console.print(f"{s.name}: loading the model and the problems")
     try:
-        task = tasks.TASKS[s.data](s.steps * s.batch_size, s.eval_problems, s.seed)
-        tokenizer = pretrained.tokenizer(s.model)
-        model = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
+        with console.status("loading"):
+            task = tasks.TASKS[s.data](s.steps * s.batch_size, s.eval_problems, s.seed)
+            tokenizer = pretrained.tokenizer(s.model)
+            model = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
     except pretrained.NotReachedError as error:
         sys.exit(str(error))
     if done is None:
@@ -479,7 +480,8 @@ def main(s: Settings) -> None:
         f"peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB, {result['wall_seconds']:.0f} s in all\n"
         f"saved, reloaded into a fresh model: logits differ by at most "
         f"{result['reloaded_max_abs_logit_difference']:.1e}\n"
-        f"{s.folder}/adapter.safetensors, loss.png; {s.results / s.name}.json"
+        f"{s.folder}/adapter.safetensors; {s.results / s.name}.json\n"
+        f"{s.folder}/loss.png"
     )
     if result["reloaded_max_abs_logit_difference"] > 1e-3:
         sys.exit("The reloaded adapter does not compute what the trained one did.")

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from torch import Tensor
 from traffic import OperatorsCounted, Traffic, kernels_counted
 
 from lora_lite.kernels import ops, tuning
+from lora_lite.segments import Segments
 
 RESULTS = Path(__file__).parent / "results" / "kernel_traffic.json"
 
@@ -46,7 +48,7 @@ GPUS = {
     "MI300X": (5.3, 1307.4, "AMD Instinct MI300X accelerator data sheet, 2023"),
 }
 
-BY_KERNEL = tuple(name for name in tuning.TABLE["nvidia", 2] if not name.endswith("_dropout"))
+BY_KERNEL = tuple(name for name in tuning.TABLE["nvidia", 2] if not name.endswith(("_dropout", "_grouped")))
 
 # Passes over a token-sized tensor that a post-hook adapter can't avoid; W once for DoRA's norm.
 BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5}
@@ -213,6 +215,57 @@ def counted(variant: str, s: Shape) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture's layer: stacks of `experts` matrices, each token visiting `visited` of them."""
+
+    experts: int = 128
+    visited: int = 8
+    tokens: int = 4096
+    stacks: tuple[tuple[int, int], ...] = ((2048, 1536), (768, 2048))
+    """(K, N) of gate_up and down."""
+    R: int = 16
+
+
+def counted_mixture(m: Mixture) -> dict[str, Any]:
+    """Bytes of LoRA on a mixture layer's stacks: by segments of rows; eager, expert by expert; and as PEFT does, who
+    builds W + B A for each expert, forward and backward (what the base product then does for its gradient left out)."""
+    torch.manual_seed(0)
+    M, f32, bf16 = m.tokens * m.visited, torch.float32, torch.bfloat16
+    ends = torch.sort(torch.randint(m.experts, (M,))).values.bincount(minlength=m.experts).cumsum(0).int()
+    totals: Counter[str] = Counter()
+    for K, N in m.stacks:
+
+        def t(*shape: int, device: str, dtype: torch.dtype = bf16) -> Tensor:
+            return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
+        def tensors(device: str, K: int = K, N: int = N) -> tuple[Tensor, ...]:
+            A, B = t(m.experts, m.R, K, device=device, dtype=f32), t(m.experts, N, m.R, device=device, dtype=f32)
+            return t(M, K, device=device), t(M, N, device=device), A, B
+
+        x, y, A, B = tensors("cpu")
+        with kernels_counted(large=M * min(K, N) // 2) as traffic:
+            segments = Segments(ends, whole=True)
+            tap, h = ops.shrink(x, A, 0.0, segments)
+            out = ops.expand_add(y, h, B, SCALE, segments)
+            torch.autograd.grad([out, tap], [x, y, A, B], [torch.randn_like(y), torch.randn_like(x)])
+        totals["lora_lite"] += traffic.total
+        totals["bound"] += 2 * M * (4 * K + 3 * N)
+
+        x, y, A, B = tensors("meta")
+        W = torch.empty(m.experts, N, K, dtype=bf16, device="meta")
+        with OperatorsCounted(W[0]) as mode:
+            parts = zip(x.split(M // m.experts), y.split(M // m.experts), A.to(bf16), B.to(bf16), strict=True)
+            out = torch.cat([ys + SCALE * ((xs @ a.t()) @ b.t()) for xs, ys, a, b in parts])
+            torch.autograd.grad([out, x.view_as(x)], [x, y, A, B], [torch.empty_like(y), torch.empty_like(x)])
+        totals["eager"] += mode.traffic.total
+        with OperatorsCounted(torch.empty(1, 1, device="meta")) as mode:
+            built = W + (SCALE * torch.bmm(B, A)).to(bf16)
+            torch.autograd.grad(built, [A, B], torch.empty_like(built))
+        totals["peft"] += mode.traffic.total
+    return {**vars(m), **totals}
+
+
 @dataclass
 class Settings:
     """Without a GPU, count the bytes of every adapter's training step; on one, time kernels and layers."""
@@ -305,10 +358,13 @@ def main(s: Settings) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(counted, *zip(*shapes, strict=True)))
     show(rows)
+    mixture = counted_mixture(Mixture())
+    ratios = ", ".join(f"{name} {mixture[name] / mixture['bound']:.2f}" for name in ("lora_lite", "eager", "peft"))
+    print(f"A mixture's layer ({mixture['experts']} experts): bound {mixture['bound'] / 1e6:.0f} MB; {ratios}")
     show_compiled()
     if s.save:
         sources = {gpu: {"TB/s": b, "TFLOP/s": f, "source": source} for gpu, (b, f, source) in GPUS.items()}
-        machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows}, compact=True)
+        machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows, "mixture": mixture}, compact=True)
     return 0 if all(row["meets_target"] for row in rows) else 1
 
 

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
+from lora_lite.kernels.common import Runs
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
 
@@ -62,7 +63,7 @@ ARCHITECTURES = {
 
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int64: "*i64",
+    torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
 
 
@@ -75,32 +76,39 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
     f32 = torch.float32
     x, y, h, W = t(M, K), t(M, N), t(M, R), t(N, K)
     A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
-    seed, group = t(1, dtype=torch.int64), t(8, dtype=torch.int64)
+    i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
+    seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
         "shrink_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seed, 0.1),
-        "shrink_grouped": lambda: lowrank.launch_shrink(x, As, dtype, group),
+        "shrink_grouped": lambda: lowrank.launch_shrink(x, As, dtype, runs),
         "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
         "expand_dropout": lambda: lowrank.launch_expand(y, h, B, 0.5, None, None, None, seed, 0.1),
-        "expand_grouped": lambda: lowrank.launch_expand(y, h, Bs, 0.5, group=group),
+        "expand_grouped": lambda: lowrank.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
         "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
-        "expand_backward_grouped": lambda: lowrank.launch_expand_backward(y, h, Bs, 0.5, True, True, group=group),
+        "expand_backward_grouped": lambda: lowrank.launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
         "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
+        "expand_backward_rescale_grouped": lambda: lowrank.launch_expand_backward(
+            y, h, Bs, 0.5, True, True, y, gs, biases, runs
+        ),
         "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
         "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
             x, h, x, A, True, True, None, None, seed, 0.1
         ),
-        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, None, group),
+        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, None, runs),
         "shrink_expand_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, h, runs),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
             packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A, B, B, 0.5, g
         ),
         "scale": lambda: scale.launch_scale(y, g),
+        "scale_grouped": lambda: scale.launch_scale(y, gs, runs),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
+        "scale_backward_grouped": lambda: scale.launch_scale_backward(y, y, gs, True, True, runs),
     }  # fmt: skip
 
 

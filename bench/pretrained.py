@@ -5,6 +5,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -84,10 +85,13 @@ def tokenizer(model: str) -> Any:
 
 
 def settle_network(needs_hub: bool) -> None:
-    """Use the Hub where it is needed and answers, else its cache alone. Call before importing transformers or datasets.
+    """Use the Hub where it is needed and answers, else its cache alone; and let other libraries be quiet about their
+    own builds. Call before importing transformers or datasets.
 
     One request with a short wait decides: the Hub's own client would retry each file for half a minute.
     """
+    for talkative in ("torchao", "torch.utils._pytree", "bitsandbytes", "triton"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     if needs_hub and "HF_HUB_OFFLINE" not in os.environ:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
@@ -115,12 +119,15 @@ def _source(model: str) -> dict[str, Any]:
 
 
 def _from_pretrained(auto: Any, model: str, **source: Any) -> Any:
+    import transformers.modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return auto.from_pretrained(**source)
+        # It parses the file several times, with a bar each.
+        with mock.patch.object(gguf, "tqdm", lambda tensors, **_: tensors):
+            return auto.from_pretrained(**source)
     except OSError as error:
         raise NotReachedError(not_reached(f"the model {model}", error)) from error
 

@@ -136,6 +136,64 @@ def traffic() -> str:
     return "\n".join(lines)
 
 
+def host() -> str:
+    """CPU time of an adapted layer beside PEFT's, from `just bench-host`."""
+    result = read(RESULTS / "host.json")
+    at = result["settings"]["counted_at"]
+    lines = [
+        f"CPU µs that an adapted layer adds to a training step over its bare nn.Linear (r={at['r']}, adapters in "
+        "float32 on a bf16 base), one thread, medians of interleaved rounds, everything of a launch but the launch "
+        f"itself; and launches a layer and step, counted for the kernels at M={at['M']}, K={at['K']}, N={at['N']}. "
+        f"{machine_of(result)}",
+        "",
+        "| method | runs on | lora-lite | PEFT | lora-lite / PEFT | launches: kernels + PyTorch's | PEFT's |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        added, launches = row["added_us"], row["launches"]
+        theirs = [f"{added['peft']:.0f}", f"{row['ratio']:.2f}"] if "peft" in added else ["–", "–"]
+        cells = [
+            NAMES[row["method"]],
+            row["backend"],
+            f"{added['ours']:.0f}",
+            *theirs,
+            f"{launches['ours']} + {launches['torch']}",
+            f"{row['peft_launches'] or '–'}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mixtures() -> str:
+    """LoRA on a mixture's experts: CPU time and memory beside PEFT's, from `just bench-adapters`, and counted bytes."""
+    result, m = read(RESULTS / "mixtures.json"), read(RESULTS / "kernel_traffic.json")["mixture"]
+    first = result["rows"][0]
+    lines = [
+        f"LoRA (r={first['r']}) on both stacks of a Qwen3-MoE with 2 layers, 256 wide, of whose experts a token visits "
+        f"4; {first['tokens']} tokens: CPU time that a training step takes beyond the frozen base's, on one thread, "
+        f"and bytes that autograd keeps for the backward beyond the base's; lora-lite / PEFT. {machine_of(result)}",
+        "",
+        "| experts | base dtype | base | CPU time added | ratio | kept for the backward | ratio |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        over, saved = row["overhead"], row["saved_bytes"]
+        lines.append(
+            f"| {row['experts']} | {row['dtype']} | {1e3 * row['cpu_seconds']['base']:.0f} ms "
+            f"| {1e3 * over['ours']:.0f} / {1e3 * over['peft']:.0f} ms | {row['overhead_ratio']:.2f} "
+            f"| {saved['ours'] / 2**20:.1f} / {saved['peft'] / 2**20:.1f} MiB | {row['saved_ratio']:.2f} |"
+        )
+    shapes = " and ".join(f"{K} → {N}" for K, N in m["stacks"])
+    lines += [
+        "",
+        f"Counted bytes of the kernels on a layer of {m['experts']} experts ({shapes}, {m['visited']} a token, "
+        f"{m['tokens']:,} tokens, r={m['R']}, bf16), as multiples of the least that an adapter in hooks can move "
+        f"({m['bound'] / 1e6:.0f} MB): lora-lite {m['lora_lite'] / m['bound']:.2f}, eager PyTorch expert by expert "
+        f"{m['eager'] / m['bound']:.2f}, building W + B A for each expert as PEFT does {m['peft'] / m['bound']:.2f}.",
+    ]
+    return "\n".join(lines)
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -150,7 +208,14 @@ def machine_of(result: dict[str, Any]) -> str:
     return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
 
 
-TABLES = {"finetune": finetune, "adapters": adapters, "pretrained": pretrained, "traffic": traffic}
+TABLES = {
+    "finetune": finetune,
+    "adapters": adapters,
+    "pretrained": pretrained,
+    "traffic": traffic,
+    "host": host,
+    "mixtures": mixtures,
+}
 
 
 def rewritten(text: str) -> str:

@@ -5,7 +5,8 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,7 +14,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..segments import Segments
 from . import interpreter
+from .tuning import Config, cdiv, power_of_2, programs
 
 interpreter.install()
 
@@ -33,78 +36,161 @@ def inside(rows, cols, M, N):
 
 
 @triton.jit
-def share_of_rows(i, tokens, each, group):
-    """(first row of share i, end of its entry's rows, its entry). Each entry's `tokens` rows are shared out by
-    themselves, `each` at a time; without groups there is one entry."""
-    first, last, entry = i * each, tokens, 0
-    if group is not None:
-        shares = tl.cdiv(tokens, each)
-        entry = i // shares
-        first, last = entry * tokens + i % shares * each, (entry + 1) * tokens
-    return first, last, entry
+def share_of_rows(i, each, M, table, BLOCK: tl.constexpr):
+    """(first row of share i, end of the rows that it may touch, its matrix). Without a table the shares follow each
+    other, `each` rows long; with one, which has a share's first row, its end and its matrix, its shares are cut into
+    some of BLOCK rows."""
+    first, last, matrix = i * each, M, 0
+    if table is not None:
+        per: tl.constexpr = 64 // BLOCK
+        entry = table + i // per * 3
+        first = tl.load(entry) + i % per * BLOCK
+        last, matrix = tl.load(entry + 1), tl.load(entry + 2)
+    return first, last, matrix
 
 
 @triton.jit
-def own(pointer, group, entry, R, width):
-    """(the matrix of an entry's group in a stack of R × width ones, how many of its ranks count)."""
-    if group is not None:
-        which = tl.load(group + entry)
-        pointer += which.to(tl.int64) * R * width
-        R = tl.where(which < 0, 0, R)
+def run_of_rows(i, each, M, table):
+    """(first row, end, matrix) of part i of the rows, for programs that walk down it."""
+    first, last, matrix = i * each, min(i * each + each, M), 0
+    if table is not None:
+        first, last, matrix = tl.load(table + i * 3), tl.load(table + i * 3 + 1), tl.load(table + i * 3 + 2)
+    return first, last, matrix
+
+
+@triton.jit
+def own(pointer, table, matrix, R, width):
+    """(a share's matrix in a stack of R × width ones, how many of its ranks count)."""
+    if table is not None:
+        pointer += tl.maximum(matrix, 0).to(tl.int64) * R * width
+        R = tl.where(matrix < 0, 0, R)
     return pointer, R
 
 
 @triton.jit
-def _sum_parts_kernel(parts, out, group, P, parts_an_entry, size, BLOCK: tl.constexpr):
+def own_vector(pointer, table, matrix, cols, N, none):
+    """The columns of a share's vector in a stack of N-wide ones; `none` where it has none."""
+    if table is not None:
+        pointer += tl.maximum(matrix, 0).to(tl.int64) * N
+        N = tl.where(matrix < 0, 0, N)
+    return tl.load(pointer + cols, mask=cols < N, other=none).to(tl.float32)
+
+
+@triton.jit
+def _sum_parts_kernel(parts, out, order, starts, P, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first, last = 0, P
+    if order is not None:
+        first, last = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
     total = tl.zeros((BLOCK,), tl.float32)
     part = parts + at
-    for i in range(P):
-        mine = size
-        if group is not None:
-            mine = tl.where(tl.load(group + i // parts_an_entry) == tl.program_id(1), size, 0)
-        total += tl.load(part, mask=at < mine, other=0.0)
-        part += size
+    for i in range(first, last):
+        if order is not None:
+            part = parts + tl.load(order + i).to(tl.int64) * size + at
+        total += tl.load(part, mask=at < size, other=0.0)
+        if order is None:
+            part += size
     tl.store(out + tl.program_id(1).to(tl.int64) * size + at, total, mask=at < size)
 
 
-@dataclass(frozen=True)
-class Entries:
-    """The rows of a token-sized tensor: one entry, or as many as `group` has, each with as many tokens."""
+SHARE = 64  # rows of a share in a table; blocks of rows divide it
 
-    count: int
-    tokens: int
-    group: Int[Tensor, "entries"] | None
+
+class Runs(NamedTuple):
+    """The rows of a token-sized tensor in shares that are of one run each. Made on the device: its grids are as large
+    as any runs could need, and the shares left over have no rows. Rows without a matrix have shares too.
+
+    `blocks` has shares of up to `SHARE` rows, `parts` longer ones for sums over rows: first row, end, matrix of each
+    (below 0: none). The parts of matrix g are order[starts[g]] to order[starts[g + 1] - 1].
+    """
+
+    blocks: Int[Tensor, "shares 3"]
+    parts: Int[Tensor, "P 3"]
+    order: Int[Tensor, "P"]
+    starts: Int[Tensor, "G+1"]
 
     @classmethod
-    def of(cls, t: Float[Tensor, "M N"], group: Int[Tensor, "entries"] | None) -> "Entries":
-        count = 1 if group is None else max(len(group), 1)
-        return cls(count, len(t) // count, group)
+    def of(cls, segments: Segments | None, x: Tensor, G: int) -> "list[Tensor]":
+        """The tensors of those of x's rows in segments, of G matrices, made once for each number of rows; operators
+        take them as a list. Empty: there are no segments."""
+        if segments is None:
+            return []
+        M = x.numel() // x.shape[-1]
+        return segments.once(("runs", M, G), lambda: make_runs(segments.ends, segments.which, M, G))
 
-    def split(self, block: int, wanted: int) -> tuple[int, int]:
-        """(parts of all entries, rows of a part): `wanted` parts as long as each has a block's worth."""
-        parts, each = split(self.tokens, block, triton.cdiv(wanted, self.count))
-        return parts * self.count, each
+    @classmethod
+    def read(cls, tensors: "list[Tensor]") -> "Runs | None":
+        """What `of` has listed."""
+        return cls(*tensors) if tensors else None
 
 
-def parts_like(out: Tensor, count: int, entries: Entries | None = None) -> Float[Tensor, "P ..."]:
+def _rows_of_a_part(M: int, device: torch.Tensor) -> int:
+    """Parts as long as some for each multiprocessor's quarter allow: kernels have several blocks of columns."""
+    wanted = max(programs(device) // 4, 1)
+    return SHARE * max(-(-M // (wanted * SHARE)), 1)
+
+
+@torch.library.custom_op("lora_lite::runs", mutates_args=())
+def make_runs(ends: Tensor, which: Tensor | None, M: int, G: int) -> list[Tensor]:
+    """The tensors of `Runs`."""
+    parts = _shares(ends, which, M, _rows_of_a_part(M, ends))
+    by_matrix, order = torch.sort(parts[:, 2].contiguous(), stable=True)
+    matrices = torch.arange(G + 1, device=ends.device, dtype=torch.int32)
+    starts = torch.searchsorted(by_matrix, matrices, out_int32=True)
+    return [_shares(ends, which, M, SHARE), parts, order.int(), starts]
+
+
+@make_runs.register_fake
+def _(ends: Tensor, which: Tensor | None, M: int, G: int) -> list[Tensor]:
+    blocks, parts = (-(-M // each) + len(ends) + 1 for each in (SHARE, _rows_of_a_part(M, ends)))
+    new = ends.new_empty
+    return [t.int() for t in (new(blocks, 3), new(parts, 3), new(parts), new(G + 1))]
+
+
+def _shares(ends: Tensor, which: Tensor | None, M: int, each: int) -> Int[Tensor, "shares 3"]:
+    """All rows in shares of `each` or fewer; those left over have no rows and no matrix."""
+    S, device = len(ends), ends.device
+    ends = torch.cat([ends, ends.new_full((1,), M)]).clamp_max(M)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    after = ((ends - starts + each - 1) // each).cumsum(0, dtype=torch.int32)
+    share = torch.arange(-(-M // each) + S + 1, device=device, dtype=torch.int32)
+    run = torch.searchsorted(after, share, right=True)
+    over, run = run > S, run.clamp_max(S)
+    before = torch.cat([after.new_zeros(1), after[:-1]])
+    which = torch.arange(S, device=device) if which is None else which
+    matrix = torch.cat([which, which.new_full((1,), -1)])[run].clamp_min(-1).masked_fill(over, -1)
+    first = (starts[run] + (share - before[run]) * each).masked_fill(over, 0)
+    last = torch.minimum(first + each, ends[run]).masked_fill(over, 0)
+    return torch.stack([first, last, matrix.int()], 1).int()
+
+
+def blocks_of(M: int, config: Config, runs: Runs | None) -> tuple[int, Tensor | None, int]:
+    """(blocks of rows, table of the shares that they are cut from, rows of a block)."""
+    if runs is None:
+        return cdiv(M, config.rows), None, config.rows
+    rows = min(config.rows, SHARE)
+    return len(runs.blocks) * (SHARE // rows), runs.blocks, rows
+
+
+def parts_of(M: int, block: int, wanted: int, runs: Runs | None) -> tuple[int, int, Tensor | None]:
+    """(parts of the rows, rows of a part, table of the parts): `wanted` as long as each has a block's worth."""
+    return (*split(M, block, wanted), None) if runs is None else (len(runs.parts), 0, runs.parts)
+
+
+def parts_like(out: Tensor, count: int, runs: "Runs | None" = None) -> Float[Tensor, "P ..."]:
     """Room for `count` partial results of `out`, which `sum_parts` adds in a fixed order; one part is `out` itself. Of
-    grouped entries `out` holds a result for each group."""
-    grouped = entries is not None and entries.group is not None
-    shape = out.shape[1:] if grouped else out.shape
-    return out[None] if count == 1 and not grouped else out.new_empty(count, *shape, dtype=torch.float32)
+    runs `out` holds a result for each matrix."""
+    shape = out.shape if runs is None else out.shape[1:]
+    return out[None] if count == 1 and runs is None else out.new_empty(count, *shape, dtype=torch.float32)
 
 
-def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, entries: Entries | None = None) -> Tensor:
-    """Σ parts, added in float32 and rounded once into `out`; of grouped entries, for each group those of its own."""
-    group, count = (None, 1) if entries is None else (entries.group, entries.count)
-    if (len(parts) > 1 or group is not None) and out.numel() > 0:
-        groups = 1 if group is None else len(out)
+def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, runs: "Runs | None" = None) -> Tensor:
+    """Σ parts, added in float32 and rounded once into `out`; of runs, for each matrix those of its own."""
+    order, starts, groups = (None, None, 1) if runs is None else (runs.order, runs.starts, len(out))
+    if (len(parts) > 1 or runs is not None) and out.numel() > 0:
         size = out.numel() // groups
         with device(out):
-            _sum_parts_kernel[triton.cdiv(size, 1024), groups](
-                parts, out, group, len(parts), len(parts) // count, size, BLOCK=1024
-            )
+            _sum_parts_kernel[cdiv(size, 1024), groups](parts, out, order, starts, len(parts), size, BLOCK=1024)
     return out
 
 
@@ -120,7 +206,7 @@ def small(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def block_of(size: int, most: int = MAX_RANK) -> int:
     """The block that holds `size`: a power of two, at least the 16 that `tl.dot` takes."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, power_of_2(size)))
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
@@ -130,9 +216,9 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
     """
     share = size / max(wanted, 1) / 16
     for each in (max(math.ceil(share) * 16, block), max(int(share) * 16, block)):
-        if triton.cdiv(size, each) >= wanted:
+        if cdiv(size, each) >= wanted:
             break
-    return triton.cdiv(size, each), each
+    return cdiv(size, each), each
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -141,9 +227,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-def device(t: Tensor) -> torch.cuda.device:
-    """Launch on the device that holds t; on a CPU nothing changes."""
-    return torch.cuda.device(t.device if t.is_cuda else -1)
+def device(t: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device that holds t; where that is the current one, and on a CPU, nothing changes."""
+    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(t.device)
+
+
+_HERE: AbstractContextManager[None] = nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

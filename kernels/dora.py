@@ -9,49 +9,56 @@ M tokens, N out_features, R rank. Token-sized reads and writes, each tensor once
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import rows_of
+from ..segments import Segments
+from .common import Runs, rows_of
 from .lowrank import launch_expand, launch_expand_backward
+from .operators import operator
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale", mutates_args=())
-def _expand_add_rescale(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None) -> Tensor:
-    return launch_expand(rows_of(y), h, g[:, None] * B, scale, g, bias).view(y.shape)
+@operator("lora_lite::expand_add_rescale")
+def _expand_add_rescale(
+    y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
+) -> Tensor:
+    return launch_expand(rows_of(y), h, g[..., None] * B, scale, g, bias, Runs.read(runs)).view(y.shape)
 
 
 @_expand_add_rescale.register_fake
-def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None) -> Tensor:
+def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_rescale_backward", mutates_args=())
+@operator("lora_lite::expand_add_rescale_backward")
 def _expand_add_rescale_backward(
-    dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None
+    dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dB, dy_base, dg = launch_expand_backward(rows_of(dy), h, g[:, None] * B, scale, True, True, rows_of(y), g, bias)
-    dg += (B * dB).sum(1)
-    return dy_base.view(y.shape), dh, (g[:, None] * dB).to(B.dtype), dg.to(g.dtype)
+    dh, dB, dy_base, dg = launch_expand_backward(
+        rows_of(dy), h, g[..., None] * B, scale, True, True, rows_of(y), g, bias, Runs.read(runs)
+    )
+    dg += (B * dB).sum(-1)
+    return dy_base.view(y.shape), dh, (g[..., None] * dB).to(B.dtype), dg.to(g.dtype)
 
 
 @_expand_add_rescale_backward.register_fake
 def _(
-    dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None
+    dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y.new_empty(y.shape), h.new_empty(h.shape), B.new_empty(B.shape), g.new_empty(g.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor, Tensor | None], output: Tensor) -> None:
-    y, h, B, ctx.scale, g, bias = inputs
-    ctx.save_for_backward(y, h, B, g, bias)
+def _save(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor, Tensor | None, list[Tensor]], output: Tensor
+) -> None:
+    y, h, B, ctx.scale, g, bias, runs = inputs
+    ctx.save_for_backward(y, h, B, g, bias, *runs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    y, h, B, g, bias = ctx.saved_tensors
-    dy_base, dh, dB, dg = _expand_add_rescale_backward(dy, y, h, B, ctx.scale, g, bias)
-    return dy_base, dh, dB, None, dg, None
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    y, h, B, g, bias, *runs = ctx.saved_tensors
+    dy_base, dh, dB, dg = _expand_add_rescale_backward(dy, y, h, B, ctx.scale, g, bias, runs)
+    return dy_base, dh, dB, None, dg, None, [None] * len(runs)
 
 
 _expand_add_rescale.register_autograd(_backward, setup_context=_save)
@@ -60,10 +67,13 @@ _expand_add_rescale.register_autograd(_backward, setup_context=_save)
 def expand_add_rescale(
     y: Float[Tensor, "*M N"],
     h: Float[Tensor, "M R"],
-    B: Float[Tensor, "N R"],
+    B: Float[Tensor, "*G N R"],
     scale: float,
-    g: Float[Tensor, "N"],
-    bias: Float[Tensor, "N"] | None,
+    g: Float[Tensor, "*G N"],
+    bias: Float[Tensor, "*G N"] | None,
+    segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
-    """g ∘ (y − bias + scale · h Bᵀ) + bias. The bias, the base layer's, gets no gradient."""
-    return _expand_add_rescale(y, h, B, scale, g, None if bias is None else bias.detach())
+    """g ∘ (y − bias + scale · h Bᵀ) + bias. The bias, the base layer's, gets no gradient. With segments B, g and bias
+    are stacks, of which each row takes its own; y stays where it has none."""
+    bias = None if bias is None else bias.detach().contiguous()
+    return _expand_add_rescale(y, h, B, scale, g.contiguous(), bias, Runs.of(segments, y, len(B)))

@@ -15,8 +15,8 @@ dh: no M×K delta is ever stored and autograd has nothing to add. With g and bia
 composition (see dora.py). Sums over a dimension that several programs share are float32 parts, added in fixed order.
 
 With dropout, x Aᵀ is of x's surviving elements; the backward computes the mask again from the same seed (dropout.py).
-With `group`, the tokens are entries of as many tokens each, A is G×R×K and B is G×N×R, and group[i] says which A and B
-are entry i's; below 0: none, as if they were zero. A program's rows are of one entry.
+With segments, A is G×R×K and B is G×N×R, and each row takes the A and the B of its run; where it has none, as if they
+were zero. A program's rows are of one run: it finds them in a table of shares (`common.Runs`).
 """
 
 from typing import Any
@@ -27,17 +27,22 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..segments import Segments
 from .common import (
     MAX_RANK,
-    Entries,
+    Runs,
     block_of,
+    blocks_of,
     compute_dtype,
     device,
     inside,
     own,
+    own_vector,
     parts_like,
+    parts_of,
     precision,
     rows_of,
+    run_of_rows,
     share_of_rows,
     small,
     split,
@@ -45,24 +50,25 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
-from .tuning import Config, programs, tuned
+from .operators import operator
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _shrink_kernel(
-    x, A, h, group, seed, drop,
-    M, K, R, stride_xm, stride_xk, tokens, k_per_program,
+    x, A, h, table, seed, drop,
+    M, K, R, stride_xm, stride_xk, k_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): rows of block i, and columns of part s. h holds a result a part."""
-    top, last, entry = share_of_rows(tl.program_id(0), tokens, BLOCK_M, group)
+    top, last, matrix = share_of_rows(tl.program_id(0), BLOCK_M, M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * k_per_program
     end = min(first + k_per_program, K)
-    A, of_A = own(A, group, entry, R, K)
+    A, of_A = own(A, table, matrix, R, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
@@ -79,17 +85,17 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y, h, B, out, g, bias, scale, group, seed, drop,
-    N, R, stride_ym, stride_yn, tokens,
+    y, h, B, out, g, bias, scale, table, seed, drop,
+    M, N, R, stride_ym, stride_yn,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
     blocks = tl.cdiv(N, BLOCK_N)
-    top, last, entry = share_of_rows(tl.program_id(0) // blocks, tokens, BLOCK_M, group)
+    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, BLOCK_M, M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)
-    B, of_B = own(B, group, entry, R, N)
+    B, of_B = own(B, table, matrix, R, N)
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
@@ -98,9 +104,9 @@ def _expand_kernel(
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
         acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
     if g is not None:
-        gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         if bias is not None:
-            b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            b = own_vector(bias, table, matrix, cols, N, 0.0)[None, :]
             y_tile = (y_tile - b) * gain + b
         else:
             y_tile *= gain
@@ -113,26 +119,25 @@ def _expand_kernel(
 
 @triton.jit
 def _expand_backward_kernel(
-    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale, group,
-    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, tokens, m_per_program,
+    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale, table,
+    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
     NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    first, last, entry = share_of_rows(tl.program_id(1), tokens, m_per_program, group)
-    end = min(first + m_per_program, last)
-    B, of_B = own(B, group, entry, R, N)
+    first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
+    B, of_B = own(B, table, matrix, R, N)
     dh += tl.program_id(0).to(tl.int64) * M * R
     B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
     dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if g is not None:
         dg_acc = tl.zeros((BLOCK_N,), tl.float32)
-        gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         b = tl.zeros((1, BLOCK_N), tl.float32)
         if bias is not None:
-            b = tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            b = own_vector(bias, table, matrix, cols, N, 0.0)[None, :]
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         here = inside(rows, cols, end, N)
@@ -157,8 +162,8 @@ def _expand_backward_kernel(
 
 @triton.jit
 def _shrink_backward_kernel(
-    dx_base, dh, x, h, A, dx, dA, dB, group, seed, drop,
-    K, R, stride_dm, stride_dk, stride_xm, stride_xk, tokens, m_per_program,
+    dx_base, dh, x, h, A, dx, dA, dB, table, seed, drop,
+    M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
     NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -166,9 +171,8 @@ def _shrink_backward_kernel(
     dB = dx_baseᵀ h."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
-    first, last, entry = share_of_rows(tl.program_id(1), tokens, m_per_program, group)
-    end = min(first + m_per_program, last)
-    A, of_A = own(A, group, entry, R, K)
+    first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
+    A, of_A = own(A, table, matrix, R, K)
     dtype = dh.dtype.element_ty
     A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, K), other=0.0).to(dtype)
     dA_acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
@@ -210,41 +214,41 @@ def _shrink_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def named(kernel: str, group: Tensor | None, seed: Tensor | None = None) -> str:
+def named(kernel: str, runs: Runs | None, seed: Tensor | None = None) -> str:
     """The kernel's name in the block tables."""
-    return kernel + ("_dropout" if seed is not None else "_grouped" if group is not None else "")
+    return kernel + ("_dropout" if seed is not None else "_grouped" if runs is not None else "")
 
 
 def launch_shrink(
     x: Float[Tensor, "M K"],
     A: Float[Tensor, "*G R K"],
     dtype: torch.dtype,
-    group: Int[Tensor, "entries"] | None = None,
+    runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "M R"]:
     """x Aᵀ, multiplied and returned in `dtype`; with a seed, of x after dropout."""
     (M, K), R = x.shape, A.shape[-2]
     if R > MAX_RANK:
-        return torch.cat([launch_shrink(x, part, dtype, group, seed, dropout) for part in A.split(MAX_RANK, -2)], 1)
-    A, entries = small(A, dtype), Entries.of(x, group)
+        return torch.cat([launch_shrink(x, part, dtype, runs, seed, dropout) for part in A.split(MAX_RANK, -2)], 1)
+    A = small(A, dtype)
     h = x.new_empty(M, R, dtype=dtype)
     if M == 0:
         return h
 
     def run(config: Config) -> Tensor:
-        blocks = entries.count * triton.cdiv(entries.tokens, config.rows)
+        blocks, table, rows = blocks_of(M, config, runs)
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
         with device(x):
             _shrink_kernel[(blocks, count)](
-                x, A, parts, group, seed, threshold(dropout), M, K, R, *x.stride(), entries.tokens, each,
-                PRECISION=precision(dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
+                x, A, parts, table, seed, threshold(dropout), M, K, R, *x.stride(), each,
+                PRECISION=precision(dtype), BLOCK_M=rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return sum_parts(parts, h)
 
-    return tuned(named("shrink", group, seed), run, x, M, K, R)
+    return tuned(named("shrink", runs, seed), run, x, M, K, R)
 
 
 def launch_expand(
@@ -254,14 +258,14 @@ def launch_expand(
     scale: float,
     g: Float[Tensor, "N"] | None = None,
     bias: Float[Tensor, "N"] | None = None,
-    group: Int[Tensor, "entries"] | None = None,
+    runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "M N"]:
     """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already. With a seed, what
     is added to y goes through dropout."""
     (M, N), R = y.shape, B.shape[-1]
-    B, entries = small(B, y.dtype), Entries.of(y, group)
+    B = small(B, y.dtype)
     h = h.contiguous()
     out = y.new_empty(M, N)
     inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
@@ -269,16 +273,17 @@ def launch_expand(
         return out
 
     def run(config: Config) -> Tensor:
-        grid = (entries.count * triton.cdiv(entries.tokens, config.rows) * triton.cdiv(N, config.cols),)
+        blocks, table, rows = blocks_of(M, config, runs)
+        grid = (blocks * cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
-                y, h, B, out, g, bias, scale, group, seed, threshold(dropout), N, R, *y.stride(), entries.tokens,
-                PRECISION=precision(y.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
+                y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(),
+                PRECISION=precision(y.dtype), BLOCK_M=rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
         return out
 
-    return tuned(named("expand", group, seed), run, y, M, N, R)
+    return tuned(named("expand", runs, seed), run, y, M, N, R)
 
 
 def launch_expand_backward(
@@ -291,7 +296,7 @@ def launch_expand_backward(
     y: Float[Tensor, "M N"] | None = None,
     g: Float[Tensor, "N"] | None = None,
     bias: Float[Tensor, "N"] | None = None,
-    group: Int[Tensor, "entries"] | None = None,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, the latter in float32; with y and g also g ∘ dy and
     Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
@@ -300,34 +305,33 @@ def launch_expand_backward(
         of_ranks = enumerate(zip(h.split(MAX_RANK, -1), B.split(MAX_RANK, -1), strict=True))
         nothing = (None, None, None)
         parts = [
-            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *(nothing if i else (y, g, bias)), group)
+            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *(nothing if i else (y, g, bias)), runs)
             for i, (hs, Bs) in of_ranks
         ]
         return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    B, h, entries = small(B, dy.dtype), h.contiguous(), Entries.of(dy, group)
+    B, h = small(B, dy.dtype), h.contiguous()
     dh = torch.empty_like(h) if needs_dh else h.new_empty(0)
     dB = B.new_empty(B.shape, dtype=torch.float32) if needs_dB else B.new_empty(0)
     dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
-    dg = dy.new_empty(N, dtype=torch.float32) if y is not None else dy.new_empty(0)
+    dg = dy.new_empty(B.shape[:-1], dtype=torch.float32) if y is not None else dy.new_empty(0)
     if M == 0:
         return dh, dB.zero_(), dy_base, dg.zero_()
     y_strides = y.stride() if y is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each = entries.split(config.rows, triton.cdiv(programs(dy), blocks))
-        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, entries), parts_like(dg, count)
+        blocks = cdiv(N, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(dy), blocks), runs)
+        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
-                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, group, M, N, R, *dy.stride(), *y_strides,
-                entries.tokens, each,
+                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,
                 NEEDS_DH=needs_dh, NEEDS_DB=needs_dB,
                 PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
-        return sum_parts(dhs, dh), sum_parts(dBs, dB, entries), dy_base, sum_parts(dgs, dg)
+        return sum_parts(dhs, dh), sum_parts(dBs, dB, runs), dy_base, sum_parts(dgs, dg, runs)
 
-    return tuned(named("expand_backward", group) if y is None else "expand_backward_rescale", run, dy, M, N, R)
+    return tuned(named("expand_backward", runs) if y is None else "expand_backward_rescale", run, dy, M, N, R)
 
 
 def launch_shrink_backward(
@@ -338,14 +342,14 @@ def launch_shrink_backward(
     needs_dx: bool,
     needs_dA: bool,
     h: Float[Tensor, "M R"] | None = None,
-    group: Int[Tensor, "entries"] | None = None,
+    runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
     left empty."""
     (M, K), R = x.shape, A.shape[-2]
-    dh, options = dh.contiguous(), (group, seed, dropout)
+    dh, options = dh.contiguous(), (runs, seed, dropout)
     if R > MAX_RANK:
         hs = [None] * len(A.split(MAX_RANK, -2)) if h is None else h.split(MAX_RANK, -1)
         of_ranks = zip(dh.split(MAX_RANK, -1), A.split(MAX_RANK, -2), hs, strict=True)
@@ -358,60 +362,62 @@ def launch_shrink_backward(
         dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else x.new_empty(0)
         dA = torch.cat([part[1] for part in parts], -2) if needs_dA else A.new_empty(0)
         return dx, dA, torch.cat([part[2] for part in parts], -1)
-    A, h, entries = A.contiguous(), None if h is None else h.contiguous(), Entries.of(x, group)
+    A, h = A.contiguous(), None if h is None else h.contiguous()
     dx = x.new_empty(M, K) if needs_dx else x.new_empty(0)
     dA = A.new_empty(A.shape, dtype=torch.float32) if needs_dA else A.new_empty(0)
-    dB = A.new_empty(0) if h is None else A.new_empty(K, R, dtype=torch.float32)
+    dB = A.new_empty(0) if h is None else A.new_empty(A.mT.shape, dtype=torch.float32)
     if M == 0:
         return dx, dA.zero_(), dB.zero_()
     base_strides = dx_base.stride() if dx_base is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
-        blocks = triton.cdiv(K, config.cols)
-        count, each = entries.split(config.rows, triton.cdiv(programs(x), blocks))
-        dAs, dBs = parts_like(dA, count, entries), parts_like(dB, count)
+        blocks = cdiv(K, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(x), blocks), runs)
+        dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](
-                dx_base, dh, x, h, A, dx, dAs, dBs, group, seed, threshold(dropout), K, R,
-                *base_strides, *x.stride(), entries.tokens, each,
+                dx_base, dh, x, h, A, dx, dAs, dBs, table, seed, threshold(dropout), M, K, R,
+                *base_strides, *x.stride(), each,
                 NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
                 PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
-        return dx, sum_parts(dAs, dA, entries), sum_parts(dBs, dB)
+        return dx, sum_parts(dAs, dA, runs), sum_parts(dBs, dB, runs)
 
-    return tuned(named("shrink_backward", group, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
+    return tuned(named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::shrink", mutates_args=())
+@operator("lora_lite::shrink")
 def _shrink(
-    x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tensor | None, dropout: float
+    x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float
 ) -> Tensor:
-    return launch_shrink(rows_of(x), A, dtype, group, seed, dropout)
+    return launch_shrink(rows_of(x), A, dtype, Runs.read(runs), seed, dropout)
 
 
 @_shrink.register_fake
-def _(x: Tensor, A: Tensor, dtype: torch.dtype, group: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
+def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float) -> Tensor:
     return x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_backward", mutates_args=())
+@operator("lora_lite::shrink_backward")
 def _shrink_backward(
     dx_base: Tensor | None,
     dh: Tensor,
     x: Tensor,
     A: Tensor,
-    group: Tensor | None,
+    runs: list[Tensor],
     seed: Tensor | None,
     dropout: float,
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
     base = None if dx_base is None else rows_of(dx_base)
-    dx, dA, _ = launch_shrink_backward(base, dh, rows_of(x), A, needs_dx, needs_dA, None, group, seed, dropout)
+    dx, dA, _ = launch_shrink_backward(
+        base, dh, rows_of(x), A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout
+    )
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
 
 
@@ -421,7 +427,7 @@ def _(
     dh: Tensor,
     x: Tensor,
     A: Tensor,
-    group: Tensor | None,
+    runs: list[Tensor],
     seed: Tensor | None,
     dropout: float,
     needs_dx: bool,
@@ -430,18 +436,19 @@ def _(
     return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape if needs_dA else 0)
 
 
-ShrinkArguments = tuple[Tensor, Tensor, torch.dtype, Tensor | None, Tensor | None, float]
+ShrinkArguments = tuple[Tensor, Tensor, torch.dtype, list[Tensor], Tensor | None, float]
 
 
 def _save_shrink(ctx: Any, inputs: ShrinkArguments, output: Tensor) -> None:
-    x, A, _, group, seed, ctx.dropout = inputs
-    ctx.save_for_backward(x, A, group, seed)
+    x, A, _, runs, seed, ctx.dropout = inputs
+    ctx.save_for_backward(x, A, seed, *runs)
 
 
-def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     needs_dx, needs_dA = ctx.needs_input_grad[:2]
-    dx, dA = _shrink_backward(None, dh, *ctx.saved_tensors, ctx.dropout, needs_dx, needs_dA)
-    return dx if needs_dx else None, dA if needs_dA else None, None, None, None, None
+    x, A, seed, *runs = ctx.saved_tensors
+    dx, dA = _shrink_backward(None, dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
+    return dx if needs_dx else None, dA if needs_dA else None, None, [None] * len(runs), None, None
 
 
 _shrink.register_autograd(_backward_shrink, setup_context=_save_shrink)
@@ -458,31 +465,32 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dA = _shrink_backward(*grads, *ctx.saved_tensors, ctx.dropout, True, ctx.needs_input_grad[1])
+        x, A, seed, *runs = ctx.saved_tensors
+        dx, dA = _shrink_backward(*grads, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
-@torch.library.custom_op("lora_lite::expand_add", mutates_args=())
-def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Tensor:
-    return launch_expand(rows_of(y), h, B, scale, group=group).view(y.shape)
+@operator("lora_lite::expand_add")
+def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
+    return launch_expand(rows_of(y), h, B, scale, runs=Runs.read(runs)).view(y.shape)
 
 
 @_expand_add.register_fake
-def _(y: Tensor, h: Tensor, B: Tensor, scale: float, group: Tensor | None) -> Tensor:
+def _(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("lora_lite::expand_add_backward", mutates_args=())
+@operator("lora_lite::expand_add_backward")
 def _expand_add_backward(
     dy: Tensor,
     h: Tensor,
     B: Tensor,
     scale: float,
-    group: Tensor | None,
+    runs: list[Tensor],
     needs_dh: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
-    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB, group=group)
+    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB, runs=Runs.read(runs))
     return dh, dB.to(B.dtype)
 
 
@@ -492,65 +500,70 @@ def _(
     h: Tensor,
     B: Tensor,
     scale: float,
-    group: Tensor | None,
+    runs: list[Tensor],
     needs_dh: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape if needs_dh else 0), B.new_empty(B.shape if needs_dB else 0)
 
 
-def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None], output: Tensor) -> None:
-    _, h, B, ctx.scale, group = inputs
-    ctx.save_for_backward(h, B, group)
+def _save_expand_add(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, list[Tensor]], output: Tensor) -> None:
+    _, h, B, ctx.scale, runs = inputs
+    ctx.save_for_backward(h, B, *runs)
 
 
-def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_expand_add(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     _, needs_dh, needs_dB, *_ = ctx.needs_input_grad
+    h, B, *runs = ctx.saved_tensors
     if not (needs_dh or needs_dB):
-        return dy, None, None, None, None
-    h, B, group = ctx.saved_tensors
-    dh, dB = _expand_add_backward(dy, h, B, ctx.scale, group, needs_dh, needs_dB)
-    return dy, dh if needs_dh else None, dB if needs_dB else None, None, None
+        return dy, None, None, None, [None] * len(runs)
+    dh, dB = _expand_add_backward(dy, h, B, ctx.scale, runs, needs_dh, needs_dB)
+    return dy, dh if needs_dh else None, dB if needs_dB else None, None, [None] * len(runs)
 
 
 _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_add)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand", mutates_args=())
-def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    h = launch_shrink(rows_of(x), A, dtype)
-    return launch_expand(rows_of(x), h, B, 1.0).view(x.shape), h
+@operator("lora_lite::shrink_expand")
+def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    h = launch_shrink(rows_of(x), A, dtype, Runs.read(runs))
+    return launch_expand(rows_of(x), h, B, 1.0, runs=Runs.read(runs)).view(x.shape), h
 
 
 @_shrink_expand.register_fake
-def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], A.shape[0], dtype=dtype)
+def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
-@torch.library.custom_op("lora_lite::shrink_expand_backward", mutates_args=())
+@operator("lora_lite::shrink_expand_backward")
 def _shrink_expand_backward(
-    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, needs_dx: bool
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dh = launch_shrink(rows_of(dy), B.t(), h.dtype)
-    dx, dA, dB = launch_shrink_backward(rows_of(dy), dh, rows_of(x), A, needs_dx, True, h)
+    dh = launch_shrink(rows_of(dy), B.mT, h.dtype, Runs.read(runs))
+    dx, dA, dB = launch_shrink_backward(rows_of(dy), dh, rows_of(x), A, needs_dx, True, h, Runs.read(runs))
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
 @_shrink_expand_backward.register_fake
-def _(dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, needs_dx: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-def _save_shrink_expand(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype], output: Any) -> None:
-    x, A, B, _ = inputs
+def _save_shrink_expand(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, torch.dtype, list[Tensor]], output: Any
+) -> None:
+    x, A, B, _, runs = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], A, B)
+    ctx.save_for_backward(x, output[1], A, B, *runs)
 
 
-def _backward_shrink_expand(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, Tensor, Tensor, None]:
-    dx, dA, dB = _shrink_expand_backward(dy, *ctx.saved_tensors, ctx.needs_input_grad[0])
-    return dx if ctx.needs_input_grad[0] else None, dA, dB, None
+def _backward_shrink_expand(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+    x, h, A, B, *runs = ctx.saved_tensors
+    dx, dA, dB = _shrink_expand_backward(dy, x, h, A, B, runs, ctx.needs_input_grad[0])
+    return dx if ctx.needs_input_grad[0] else None, dA, dB, None, [None] * len(runs)
 
 
 _shrink_expand.register_autograd(_backward_shrink_expand, setup_context=_save_shrink_expand)
@@ -560,12 +573,12 @@ def shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     dropout: float = 0.0,
-    group: Int[Tensor, "entries"] | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
-    argument, to the layer. With `group`, A is a stack, of which x's entry i takes matrix group[i]; below 0: none."""
+    argument, to the layer. With segments A is a stack, of which each row takes its own."""
     seed = new_seed(x) if threshold(dropout) else None
-    arguments = (x, A, compute_dtype(x), group, seed, dropout)
+    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, len(A)), seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Tap.apply(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
@@ -576,12 +589,17 @@ def expand_add(
     h: Float[Tensor, "M R"],
     B: Float[Tensor, "*G N R"],
     scale: float,
-    group: Int[Tensor, "entries"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
-    """y + scale · h Bᵀ. With `group`, B is a stack as A is in `shrink`."""
-    return _expand_add(y, h, B, scale, group)
+    """y + scale · h Bᵀ. With segments B is a stack as A is in `shrink`."""
+    return _expand_add(y, h, B, scale, Runs.of(segments, y, len(B)))
 
 
-def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:
+def shrink_expand(
+    x: Float[Tensor, "*M K"],
+    A: Float[Tensor, "*G R K"],
+    B: Float[Tensor, "*G K R"],
+    segments: Segments | None = None,
+) -> Float[Tensor, "*M K"]:
     """x + (x Aᵀ) Bᵀ."""
-    return _shrink_expand(x, A, B, compute_dtype(x))[0]
+    return _shrink_expand(x, A, B, compute_dtype(x), Runs.of(segments, x, len(A)))[0]

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .common import block_of, device, inside, small, tile
-from .tuning import Config, architecture, tuned
+from .operators import operator
+from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -35,10 +36,16 @@ def _beyond_w(cross, B, BG, rows, ranks, N, R, scale):
 @triton.jit
 def _row_norm_kernel(
     W, factor, A, B, BG, w_sq, norm, scale,
-    N, K, R, stride_wn, stride_wk,
+    N, K, R, stride_we, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program i: the rows of block i. W is read once for every BLOCK_R ranks. `factor` scales rows of int8."""
+    """Program (i, e): the rows of block i, of matrix e of a stack. W is read once for every BLOCK_R ranks. `factor`
+    scales rows of int8."""
+    which = tl.program_id(1).to(tl.int64)
+    W += which * stride_we
+    A += which * R * K
+    B, BG = B + which * N * R, BG + which * N * R
+    w_sq, norm = w_sq + which * N, norm + which * N
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     norm_sq = tl.load(w_sq + rows, mask=rows < N, other=0.0)
     for first in range(0, R, BLOCK_R):
@@ -102,22 +109,23 @@ def full_precision(t: Tensor) -> str:
 
 
 def launch_row_norm(
-    W: Float[Tensor, "N K"],
+    W: Float[Tensor, "*G N K"],
     factor: Float[Tensor, "N"] | None,
-    A: Float[Tensor, "R K"],
-    B: Float[Tensor, "N R"],
-    BG: Float[Tensor, "N R"],
+    A: Float[Tensor, "*G R K"],
+    B: Float[Tensor, "*G N R"],
+    BG: Float[Tensor, "*G N R"],
     scale: float,
-    w_sq: Float[Tensor, "N"],
-) -> Float[Tensor, "N"]:
+    w_sq: Float[Tensor, "*G N"],
+) -> Float[Tensor, "*G N"]:
     """Of a dense W, or of factor ∘ W with W in int8. All but W are float32 and contiguous."""
-    (N, K), R = W.shape, len(A)
+    (N, K), R = W.shape[-2:], A.shape[-2]
+    grid, stride = (1, 0) if W.ndim == 2 else (len(W), W.stride(0))
     norm = torch.empty_like(w_sq)
 
     def run(config: Config) -> Tensor:
         with device(W):
-            _row_norm_kernel[(triton.cdiv(N, config.rows),)](
-                W, factor, A, B, BG, w_sq, norm, scale, N, K, R, *W.stride(), PRECISION=full_precision(W),
+            _row_norm_kernel[(cdiv(N, config.rows), grid)](
+                W, factor, A, B, BG, w_sq, norm, scale, N, K, R, stride, *W.stride()[-2:], PRECISION=full_precision(W),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
             )  # fmt: skip
         return norm
@@ -148,7 +156,7 @@ def launch_row_norm_4bit(
 
     def run(config: Config) -> Tensor:
         with device(A):
-            _row_norm_4bit_kernel[(triton.cdiv(N, config.rows),)](
+            _row_norm_4bit_kernel[(cdiv(N, config.rows),)](
                 packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale, N, K, R,
                 DTYPE=DTYPES[dtype], WEIGHTS=blocks[0], ABSMAXES=blocks[1], PRECISION=full_precision(A),
                 BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
@@ -163,14 +171,14 @@ def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor,
     A, B, w_sq = (small(t, torch.float32) for t in (A, B, w_sq))
     with torch.autocast(A.device.type, enabled=False):
         # The Gram matrix's error goes into every row: add its K products in pieces, which rounds less.
-        pieces = pad(A, (0, -A.shape[1] % 128)).view(len(A), -1, 128).transpose(0, 1)
-        return A, B, B @ torch.bmm(pieces, pieces.mT).sum(0), w_sq
+        pieces = pad(A, (0, -A.shape[-1] % 128)).unflatten(-1, (-1, 128)).transpose(-3, -2)
+        return A, B, B @ (pieces @ pieces.mT).sum(-3), w_sq
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::row_norm", mutates_args=())
+@operator("lora_lite::row_norm")
 def _row_norm(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq: Tensor) -> Tensor:
     A, B, BG, sq = _small_operands(A, B, w_sq)
     factor = None if factor is None else small(factor, torch.float32)
@@ -182,7 +190,7 @@ def _(W: Tensor, factor: Tensor | None, A: Tensor, B: Tensor, scale: float, w_sq
     return w_sq.new_empty(w_sq.shape)
 
 
-@torch.library.custom_op("lora_lite::row_norm_4bit", mutates_args=())
+@operator("lora_lite::row_norm_4bit")
 def _row_norm_4bit(
     packed: Tensor,
     code: Tensor,
@@ -218,11 +226,12 @@ def _(
 
 
 def row_norm(
-    W: Any, A: Float[Tensor, "R K"], B: Float[Tensor, "N R"], scale: float, w_sq: Float[Tensor, "N"]
-) -> Float[Tensor, "N"]:
+    W: Any, A: Float[Tensor, "*G R K"], B: Float[Tensor, "*G N R"], scale: float, w_sq: Float[Tensor, "*G N"]
+) -> Float[Tensor, "*G N"]:
     """‖W + scale·B A‖ of each row from ‖W‖² (w_sq). Not differentiable: DoRA holds the norm constant (§4.3).
 
-    W is a tensor or a quantised weight of `lora_lite.quantized`; one that the kernels can't read is made dense.
+    W is a tensor, of one matrix or a stack of them, or a quantised weight of `lora_lite.quantized`; one that the
+    kernels can't read is made dense.
     """
     A, B = A.detach(), B.detach()
     kind = getattr(W, "kind", "dense")

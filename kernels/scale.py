@@ -14,35 +14,50 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import device, inside, parts_like, rows_of, split, sum_parts, tile
-from .tuning import Config, programs, tuned
+from ..segments import Segments
+from .common import (
+    Runs,
+    blocks_of,
+    device,
+    inside,
+    own_vector,
+    parts_like,
+    parts_of,
+    rows_of,
+    run_of_rows,
+    share_of_rows,
+    sum_parts,
+    tile,
+)
+from .operators import operator
+from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _scale_kernel(t, g, out, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _scale_kernel(t, g, out, table, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile a program; neighbouring programs take neighbouring columns of the same rows."""
     blocks = tl.cdiv(N, BLOCK_N)
-    rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, BLOCK_M, M, table, BLOCK_M)
+    rows = top + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    here = inside(rows, cols, M, N)
-    gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)
+    here = inside(rows, cols, last, N)
+    gain = own_vector(g, table, matrix, cols, N, 1.0)
     t_tile = tl.load(tile(t, rows, cols, stride_m, stride_n), mask=here, other=0.0).to(tl.float32)
     tl.store(tile(out, rows, cols, N, 1), t_tile * gain[None, :], mask=here)
 
 
 @triton.jit
 def _scale_backward_kernel(
-    dy, t, g, dt, dg,
+    dy, t, g, dt, dg, table,
     M, N, stride_dm, stride_dn, stride_tm, stride_tn, m_per_program,
     NEEDS_DT: tl.constexpr, NEEDS_DG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dg holds a result a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * m_per_program
-    end = min(first + m_per_program, M)
-    gain = tl.load(g + cols, mask=cols < N, other=0.0).to(tl.float32)
+    first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
+    gain = own_vector(g, table, matrix, cols, N, 1.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -59,7 +74,7 @@ def _scale_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "N"]) -> Float[Tensor, "M N"]:
+def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "*G N"], runs: Runs | None = None) -> Float[Tensor, "M N"]:
     """t ∘ g, rounded once."""
     M, N = t.shape
     g = g.contiguous()
@@ -68,35 +83,42 @@ def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "N"]) -> Float[Tensor
         return out
 
     def run(config: Config) -> Tensor:
-        grid = (triton.cdiv(M, config.rows) * triton.cdiv(N, config.cols),)
+        blocks, table, rows = blocks_of(M, config, runs)
         with device(t):
-            _scale_kernel[grid](t, g, out, M, N, *t.stride(), BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch)
+            _scale_kernel[(blocks * cdiv(N, config.cols),)](
+                t, g, out, table, M, N, *t.stride(), BLOCK_M=rows, BLOCK_N=config.cols, **config.launch
+            )
         return out
 
     return tuned("scale", run, t, M, N, 1)
 
 
 def launch_scale_backward(
-    dy: Float[Tensor, "M N"], t: Float[Tensor, "M N"], g: Float[Tensor, "N"], needs_dt: bool, needs_dg: bool
+    dy: Float[Tensor, "M N"],
+    t: Float[Tensor, "M N"],
+    g: Float[Tensor, "*G N"],
+    needs_dt: bool,
+    needs_dg: bool,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dt, dg): dy ∘ g, and Σ dy ∘ t over the tokens in float32. What is not needed is left empty."""
     M, N = t.shape
     g = g.contiguous()
     dt = t.new_empty(M, N) if needs_dt else t.new_empty(0)
-    dg = t.new_empty(N, dtype=torch.float32) if needs_dg else t.new_empty(0)
+    dg = t.new_empty(g.shape, dtype=torch.float32) if needs_dg else t.new_empty(0)
     if M == 0:
         return dt, dg.zero_()
 
     def run(config: Config) -> tuple[Tensor, Tensor]:
-        blocks = triton.cdiv(N, config.cols)
-        count, each = split(M, config.rows, triton.cdiv(programs(t), blocks))
-        dgs = parts_like(dg, count)
+        blocks = cdiv(N, config.cols)
+        count, each, table = parts_of(M, config.rows, cdiv(programs(t), blocks), runs)
+        dgs = parts_like(dg, count, runs)
         with device(t):
             _scale_backward_kernel[(blocks, count)](
-                dy, t, g, dt, dgs, M, N, *dy.stride(), *t.stride(), each, NEEDS_DT=needs_dt, NEEDS_DG=needs_dg,
+                dy, t, g, dt, dgs, table, M, N, *dy.stride(), *t.stride(), each, NEEDS_DT=needs_dt, NEEDS_DG=needs_dg,
                 BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch,
             )  # fmt: skip
-        return dt, sum_parts(dgs, dg)
+        return dt, sum_parts(dgs, dg, runs)
 
     return tuned("scale_backward", run, t, M, N, 1)
 
@@ -104,40 +126,46 @@ def launch_scale_backward(
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lora_lite::scale", mutates_args=())
-def _scale(t: Tensor, g: Tensor) -> Tensor:
-    return launch_scale(rows_of(t), g).view(t.shape)
+@operator("lora_lite::scale")
+def _scale(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
+    return launch_scale(rows_of(t), g, Runs.read(runs)).view(t.shape)
 
 
 @_scale.register_fake
-def _(t: Tensor, g: Tensor) -> Tensor:
+def _(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
     return t.new_empty(t.shape)
 
 
-@torch.library.custom_op("lora_lite::scale_backward", mutates_args=())
-def _scale_backward(dy: Tensor, t: Tensor, g: Tensor, needs_dt: bool, needs_dg: bool) -> tuple[Tensor, Tensor]:
-    dt, dg = launch_scale_backward(rows_of(dy), rows_of(t), g, needs_dt, needs_dg)
+@operator("lora_lite::scale_backward")
+def _scale_backward(
+    dy: Tensor, t: Tensor, g: Tensor, runs: list[Tensor], needs_dt: bool, needs_dg: bool
+) -> tuple[Tensor, Tensor]:
+    dt, dg = launch_scale_backward(rows_of(dy), rows_of(t), g, needs_dt, needs_dg, Runs.read(runs))
     return dt.view(t.shape) if needs_dt else dt, dg.to(g.dtype)
 
 
 @_scale_backward.register_fake
-def _(dy: Tensor, t: Tensor, g: Tensor, needs_dt: bool, needs_dg: bool) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, t: Tensor, g: Tensor, runs: list[Tensor], needs_dt: bool, needs_dg: bool) -> tuple[Tensor, Tensor]:
     return t.new_empty(t.shape if needs_dt else 0), g.new_empty(g.shape if needs_dg else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, list[Tensor]], output: Tensor) -> None:
+    t, g, runs = inputs
+    ctx.save_for_backward(t, g, *runs)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    needs_dt, needs_dg = ctx.needs_input_grad
-    dt, dg = _scale_backward(dy, *ctx.saved_tensors, needs_dt, needs_dg)
-    return dt if needs_dt else None, dg if needs_dg else None
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs_dt, needs_dg, *_ = ctx.needs_input_grad
+    t, g, *runs = ctx.saved_tensors
+    dt, dg = _scale_backward(dy, t, g, runs, needs_dt, needs_dg)
+    return dt if needs_dt else None, dg if needs_dg else None, [None] * len(runs)
 
 
 _scale.register_autograd(_backward, setup_context=_save)
 
 
-def scale(t: Float[Tensor, "*M D"], g: Float[Tensor, "D"]) -> Float[Tensor, "*M D"]:
-    """t ∘ g."""
-    return _scale(t, g)
+def scale(
+    t: Float[Tensor, "*M D"], g: Float[Tensor, "*G D"], segments: Segments | None = None
+) -> Float[Tensor, "*M D"]:
+    """t ∘ g. With segments g is a stack, of which each row takes its own; a row that has none stays."""
+    return _scale(t, g, Runs.of(segments, t, len(g)))

@@ -22,6 +22,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+# Triton's own are meant for kernels too, and take a hundred times as long.
+def cdiv(size: int, block: int) -> int:
+    """How many blocks hold `size`."""
+    return -(-size // block)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
 @dataclass(frozen=True)
 class Config:
     """rows × cols is the tile of the token-sized tensors; of W, in its own elements or bytes, for the row norms."""
@@ -77,6 +88,15 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             128: (Config(32, 64, 8, 1),),
             256: (Config(32, 32, 8, 1),),
         },
+        # A table of shares takes a few registers more.
+        "shrink_grouped": {128: (Config(32, 128, 4, 3),), 256: (Config(64, 64, 8, 2),)},
+        "expand_backward_grouped": {
+            32: (Config(32, 512, 8),),
+            64: (Config(32, 256, 8), Config(32, 128, 8)),
+            128: (Config(32, 128, 8),),
+            256: (Config(32, 64, 8),),
+        },
+        "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
         # As "shrink_backward" with a second accumulator of K × R.
         "shrink_expand_backward": {
             16: (Config(64, 64, 8), Config(64, 128, 8)),
@@ -106,8 +126,10 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
         "shrink_backward_dropout": {64: (Config(32, 32, 8),), 256: (Config(16, 16, 8),)},
+        "expand_grouped": {256: (Config(32, 32, 4),)},
+        "expand_backward_grouped": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "shrink_expand_backward": {64: (Config(16, 32, 8),), 256: (Config(16, 16, 8, 1),)},
-        "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
+        "row_norm": {64: (Config(16, 64, 8),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_int8": {128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
@@ -200,7 +222,7 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: in
     rows = candidates(kernel, architecture(x), x.element_size(), shape[-1])
     if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
         return run(rows[0])
-    key = (kernel, x.device.index, x.dtype, *shape, triton.next_power_of_2(M))
+    key = (kernel, x.device.index, x.dtype, *shape, power_of_2(M))
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return run(rows[0])  # a graph's capture can't be timed

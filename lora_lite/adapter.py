@@ -16,6 +16,9 @@ from .params import Params
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, weight_of
+from .segments import Segments
+from .shapes import copies, shape
+from .stacks import grouped_linear
 from .targets import Target
 from .variant import Variant
 
@@ -25,7 +28,9 @@ class Adapter(Params):
 
     def __init__(self, target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> None:
         layer: Any = target.layer
-        specs = variant.param_specs(layer.in_features, layer.out_features, cfg)
+        specs = variant.param_specs(*shape(layer), cfg)
+        if (experts := copies(layer)) is not None:
+            specs = {name: dataclasses.replace(spec, copies=experts) for name, spec in specs.items()}
         weight = weight_of(layer)
         assert weight is not None  # it is a target
         if hasattr(weight, "full_tensor") and target.mesh is None:
@@ -73,16 +78,16 @@ class Adapter(Params):
                 return t.device
         return getattr(self, next(iter(self.specs))).device  # a DataParallel replica's parameters are attributes
 
-    def by_reference(self, layer: Any, x: Tensor, dense: bool = True) -> Tensor:
+    def by_reference(self, layer: Any, x: Tensor, dense: bool = True, segments: Segments | None = None) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:
-        around the dense weight or, with dense=False, around the layer as it computes by itself."""
-        primitive = self.at_rest(layer)
+        around the dense weight or, with dense=False, around the layer as it computes by itself. Rows of a stack come
+        with their segments."""
+        primitive = self.at_rest(layer).on(segments)
+        if dense:
+            return around(primitive, layer, x)
         x, carry = primitive.on_input(x, reference)
-        if not dense:
-            return primitive.on_output(layer.forward(x), carry, reference)  # forward: without the hooks
-        bias = bias_of(layer)
-        bias = None if bias is None else bias.to(x.dtype)
-        return primitive.on_output(linear(x, dense_weight(layer, x.dtype), bias), carry, reference)
+        y = layer.forward(x) if segments is None else layer.forward(x, segments)  # without the hooks
+        return primitive.on_output(y, carry, reference)
 
     def in_force(self, x: Tensor) -> str:
         """The backend that runs for this input."""
@@ -100,7 +105,7 @@ class Adapter(Params):
         for name in self.state_dict():
             brought_here = brought(self, name)
             assert brought_here is not None
-            t, wanted = whole(brought_here).detach(), tuple(self.specs[name].shape)
+            t, wanted = whole(brought_here).detach(), tuple(self.specs[name].full_shape)
             if t.is_meta or self.hollow:
                 raise AttachError(
                     f"{name} holds no values (it was on the meta device); load or train the adapter first"
@@ -124,3 +129,12 @@ class Adapter(Params):
 
     def extra_repr(self) -> str:
         return f"{self.variant.name}, r={self.cfg.r}"
+
+
+def around(primitive: Primitive, layer: Any, x: Tensor) -> Tensor:
+    """What a primitive makes of a layer, by the PyTorch reference in x's dtype around the dense weight."""
+    x, carry = primitive.on_input(x, reference)
+    W, bias = dense_weight(layer, x.dtype), bias_of(layer)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = linear(x, W, bias) if primitive.segments is None else grouped_linear(x, W, bias, primitive.segments)
+    return primitive.on_output(y, carry, reference)

@@ -1,8 +1,9 @@
 """attach and detach: put a variant's parameters on the matching layers, hook them, and take all of it off again."""
 
+import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
 
@@ -24,17 +25,18 @@ from .attachment import (
 )
 from .backend import check_backend
 from .beside import Beside
-from .calibration import CalibrationData, gather
+from .calibration import CalibrationData, OfExperts, Statistic, gather
 from .config import AdapterConfig
 from .errors import AttachError, UnfitError
 from .fitness import unfit
 from .idle import Watch
 from .left_out import left_out
-from .params import SITE
+from .params import SITE, Params
 from .placement import replicate
 from .quantized import is_dense, weight_of
 from .site import Site
-from .targets import Target, choose
+from .stacks import Stack, join, joined, part
+from .targets import Target, choose, stacks_among
 from .variant import Variant, variant_of
 from .whole_modules import WholeModules, inside, matched, settle
 
@@ -68,7 +70,7 @@ def attach(
     After the first backward, one UserWarning names adapted layers that never ran or that no gradient reached.
 
     Args:
-        model: any module with linear-like layers (in_features, out_features, weight).
+        model: any module with linear layers, or what has their shape: quantised ones, Conv1D, stacks of experts.
         cfg: a variant's config, such as `LoRAConfig(r=8)`; or a dict of them by name: all are attached, or none.
         name: of the adapter, for `use`, `save`, `detach` and the rest. A dict has the names itself.
         backend: "triton" for the fused kernels, "reference" for PyTorch, "auto" for kernels where they run.
@@ -93,19 +95,21 @@ def attach(
         raise AttachError(
             "attach: tensors that are made in torch.inference_mode can't be trained; attach outside of it"
         )
+    cfg = _with_divided_ranks(model, cfg)
     targets, adapters, reasons = _built(model, variant, cfg, backend)
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
         statistics = {}
         for t in targets:
             with naming(t):
-                statistics[t.name] = (t.layer, variant.statistic(adapters[t.name], t.layer, adapters[t.name].cfg))
-        gathered = gather(model, statistics, calibration_data)
+                statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
+        with joined(stacks_among(targets)):
+            gathered = gather(model, statistics, calibration_data)
         planned: AdapterConfig = variant.plan(gathered, cfg)
         if planned is not cfg:
             cfg = planned
             targets, adapters, reasons = _built(model, variant, cfg, backend)
-        for layer, adapter in adapters.items():
-            variant.calibrate(adapter, gathered[layer], adapter.cfg)
+        for t in targets:
+            _calibrate(adapters[t.name], gathered[t.name])
     else:
         init(targets, adapters)
     derive(targets, adapters)
@@ -167,6 +171,23 @@ def _peft_in(model: nn.Module) -> str | None:
     return next(iter([*layers, *others]), None)
 
 
+def _with_divided_ranks(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:
+    """The config with the ranks of stacks that `divide_r_among_experts` asks for, as patterns."""
+    if not cfg.divide_r_among_experts:
+        return cfg
+    ranks: dict[str, int] = {}
+    for target in choose(model, cfg)[0]:
+        if isinstance(target.layer, Stack):
+            with naming(target):
+                r = max(1, cfg.r // target.layer.active)
+            ranks[rf"^{re.escape(target.name)}$"] = r
+    if not ranks:
+        raise AttachError(
+            "divide_r_among_experts: no stack of experts is adapted; add 'expert' to target_roles or name them"
+        )
+    return dataclasses.replace(cfg, rank_pattern={**cfg.rank_pattern, **ranks}, divide_r_among_experts=False)
+
+
 def _built(
     model: nn.Module, variant: type[Variant], cfg: AdapterConfig, backend: str
 ) -> tuple[list[Target], dict[str, Adapter], dict[str, str]]:
@@ -217,7 +238,8 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
 
     def of(t: Target) -> None:
         with naming(t):
-            adapters[t.name].variant.init(adapters[t.name], t.layer, adapters[t.name].cfg)
+            for p, layer in _each(adapters[t.name], t.layer):
+                adapters[t.name].variant.init(p, layer, adapters[t.name].cfg)
 
     threads = torch.get_num_threads()
     workers = min(threads, 4)
@@ -243,7 +265,29 @@ def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     """`Variant.derive` for each layer."""
     for t in targets:
         with naming(t):
-            adapters[t.name].variant.derive(adapters[t.name], t.layer, adapters[t.name].cfg)
+            for p, layer in _each(adapters[t.name], t.layer):
+                adapters[t.name].variant.derive(p, layer, adapters[t.name].cfg)
+
+
+def _each(adapter: Adapter, layer: nn.Module) -> Iterator[tuple[Params, nn.Module]]:
+    """Tensors and layer as a variant sees them: a stack's are those of one expert after the other."""
+    if not isinstance(layer, Stack):
+        yield adapter, layer
+        return
+    for i in range(layer.num_experts):
+        yield adapter.of(i), layer.expert(i)
+
+
+def _statistic(adapter: Adapter, layer: nn.Module) -> Statistic:
+    found = [adapter.variant.statistic(p, each, adapter.cfg) for p, each in _each(adapter, layer)]
+    return OfExperts(found) if isinstance(layer, Stack) else found[0]
+
+
+def _calibrate(adapter: Adapter, statistic: Statistic) -> None:
+    found = statistic.of if isinstance(statistic, OfExperts) else [statistic]
+    tensors = [adapter.of(i) for i in range(len(found))] if isinstance(statistic, OfExperts) else [adapter]
+    for p, each in zip(tensors, found, strict=True):
+        adapter.variant.calibrate(p, each, adapter.cfg)
 
 
 def whole_modules(model: nn.Module, names: list[str]) -> WholeModules:
@@ -273,6 +317,7 @@ def install(
     without = left_out(model, reasons, adapters)
     if not others:
         beside.freeze(model)
+    join(stacks_among(targets))
     sites = {target.name: Site.of(target.layer, target.name) for target in targets}
     for target in targets:
         adapter, site = adapters[target.name].train(target.layer.training), sites[target.name]
@@ -307,6 +352,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         attachment.watch.stop()
         for target in attachment.targets:
             attachment.sites[target.name].leave(target.layer, attachment.name)
+        part(stacks_among(attachment.targets))
         forget(model, attachment)
         if not attachments(model):
             attachment.beside.restore(model)

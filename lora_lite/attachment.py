@@ -19,6 +19,7 @@ from .left_out import LeftOut
 from .params import SITE
 from .placement import execution_device
 from .quantized import token_dtype, weight_of
+from .shapes import described
 from .site import Site
 from .targets import Target
 from .whole_modules import WholeModules, settle
@@ -85,7 +86,7 @@ class Attachment:
             trainable = sum(p.numel() for p in self.adapters[target.name].parameters() if p.requires_grad)
             table.add_row(
                 target.name,
-                f"{layer.in_features} → {layer.out_features}",
+                described(layer),
                 target.role,
                 f"{trainable:,}",
                 "{} ({})".format(*backends[target.name]),
@@ -248,5 +249,5 @@ def naming(target: Target) -> Iterator[None]:
         yield
     except AttachError as error:
         layer: Any = target.layer
-        error.args = (f"{target.name} ({layer.in_features} → {layer.out_features}): {error}",)
+        error.args = (f"{target.name} ({described(layer)}): {error}",)
         raise

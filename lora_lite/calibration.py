@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import CalibrationError
 from .layer_input import input_of
 from .linalg import top_svd
+from .segments import Segments
 
 CalibrationData = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor]
 
@@ -29,6 +30,10 @@ class Statistic:
     def update(self, rows: Float[Tensor, "M K"]) -> None:
         """Take in one batch of rows."""
         raise NotImplementedError
+
+    def lacking(self) -> str:
+        """How few tokens it has got, where it needs more; empty: enough."""
+        return f"{self.seen} tokens" if self.seen < self.needs else ""
 
 
 class InputPCA(Statistic):
@@ -96,6 +101,34 @@ class MeanAbsProjection(Statistic):
         return self.total / self.seen
 
 
+class OfExperts(Statistic):
+    """A statistic for each expert of a stack, from the rows that it really got."""
+
+    def __init__(self, of: list[Any]) -> None:
+        self.of, self.needs = of, max(each.needs for each in of)
+
+    def update_runs(self, rows: Float[Tensor, "M K"], kept: Bool[Tensor, "M"] | None, segments: Segments) -> None:
+        """Take in one batch of rows in runs, but for those that are not `kept`."""
+        start = 0
+        for each, end in zip(self.of, segments.ends.tolist(), strict=True):
+            mine = rows[start:end] if kept is None else rows[start:end][kept[start:end]]
+            if len(mine):
+                each.update(mine)
+            start = end
+
+    def explained(self) -> Tensor:
+        """The mean over the experts of what their statistics explain."""
+        return torch.stack([each.explained() for each in self.of]).mean(0)
+
+    def lacking(self) -> str:
+        """Which expert has got too few rows; empty: none."""
+        short = [(i, each) for i, each in enumerate(self.of) if each.seen < each.needs]
+        if not short:
+            return ""
+        i, each = short[0]
+        return f"{each.seen} tokens to its expert {i} ({len(short)} of {len(self.of)} experts lack some)"
+
+
 @torch.no_grad()
 def gather(
     model: nn.Module, wanted: dict[str, tuple[nn.Module, Statistic]], data: CalibrationData | None
@@ -125,6 +158,10 @@ def gather(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal previous
             x = input_of(name, args, kwargs)
+            if isinstance(statistic, OfExperts):
+                of_tokens = mask.flatten() if mask is not None else None
+                kept = None if of_tokens is None else of_tokens[kwargs["tokens"].of_rows]
+                return statistic.update_runs(x.detach(), kept, kwargs["segments"])
             if not sharing_settled and previous is not None and previous[1] is x and statistic.key is not None:
                 other = leader[previous[0]]
                 if wanted[other][1].key == statistic.key:
@@ -157,10 +194,11 @@ def gather(
         raise CalibrationError(f"calibration_data gave no batch (an iterator that has run out?): {remedy}")
     gathered = {name: wanted[leader[name]][1] for name in wanted}
     for name, statistic in gathered.items():
-        if statistic.seen < statistic.needs:
+        gave = statistic.lacking()
+        if gave:
             raise CalibrationError(
-                f"{name}: calibration_data gave {statistic.seen} tokens and at least {statistic.needs} are needed for "
-                f"this rank; pass more or longer batches, or lower r"
+                f"{name}: calibration_data gave {gave}, and at least {statistic.needs} are needed for this rank; pass "
+                "more or longer batches, or lower r"
             )
     return gathered
 

@@ -25,6 +25,7 @@ from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
 from .idle import current_names, describe
 from .params import SITE
+from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
 from .whole_modules import WholeModules
@@ -68,7 +69,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
 def save_gathered(model: nn.Module, path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """`save` on one process, from a state dict of the model whose tensors another library has gathered."""
     attachment = require_attachment(model, name)
-    of_layer = names_now(model, attachment, "save")
+    paths = {id(module): path for path, module in model.named_modules()}
+    of_layer = {target.name: paths[id(target.layer)] for target in attachment.targets}
     found = {
         f"{layer}.{key}": f"{of_layer[layer]}.{SITE}.{name}.{key}"
         for layer, adapter in attachment.adapters.items()
@@ -294,7 +296,8 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
         if target is None:
             problems.append(f"the model has no linear layer {name}")
         elif name in shapes and shapes[name] != _shape(target.layer):
-            problems.append(f"{name} is {shapes[name]} (in, out) in the file and {_shape(target.layer)} in the model")
+            kind = "(in, out)" if copies(target.layer) is None else "(in, out, experts)"
+            problems.append(f"{name} is {shapes[name]} {kind} in the file and {_shape(target.layer)} in the model")
     if problems:
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
@@ -323,7 +326,8 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
 
 
 def _shape(layer: Any) -> list[int]:
-    return [layer.in_features, layer.out_features]
+    experts = copies(layer)
+    return [*shape(layer), *([] if experts is None else [experts])]
 
 
 def _fingerprint(shapes: dict[str, list[int]]) -> str:

@@ -11,8 +11,8 @@ import torch
 
 from .errors import ConfigError
 
-Role = Literal["reader", "writer", "inner"]
-ROLES: tuple[Role, ...] = ("reader", "writer", "inner")
+Role = Literal["reader", "writer", "inner", "expert"]
+ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert")
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
@@ -34,14 +34,17 @@ class AdapterConfig:
         target_names: regular expressions searched in the layer's name; one must match. Empty: all. Each that is given
             must find a layer, or attach raises.
         target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
-            into it ("writer"), or neither ("inner"). Empty: all. By default readers and writers; all, where
-            `target_names` is given.
+            into it ("writer"), or neither ("inner"), or a mixture's stacked experts ("expert"). Empty: all. By default
+            readers and writers; all, where `target_names` is given.
         exclude_names: regular expressions; a layer whose name matches one is left alone. By default output heads and
             what belongs to embeddings; nothing, where `target_names` is given. Output heads, whatever their name, stay
             out unless this is empty or `target_names` names them.
         layers: indices of the transformer blocks to adapt. None: all.
         modules_to_save: regular expressions; modules in whose name one is found train in full beside the adapter
             (heads, embeddings, norms), on copies, and are saved in its file. Each must find a module.
+        divide_r_among_experts: a stack of experts gets r divided by the number of experts that a token visits, at least
+            1, so that a token meets as many ranks there as in a dense layer (Schulman 2025, "LoRA Without Regret").
+            alpha stays. It becomes the attachment's `rank_pattern`; entries of that which match come first.
 
     Raises:
         ConfigError: a field's value is out of range; the message names the field.
@@ -61,6 +64,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    divide_r_among_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_roles", "target_names", "exclude_names", "layers", "modules_to_save"):
@@ -149,8 +153,9 @@ class AdapterConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON-ready values; `from_dict` of the variant's config class reads it back."""
         values = dataclasses.asdict(self)
-        if not self.modules_to_save:
-            del values["modules_to_save"]  # earlier versions don't know it
+        for name in ("modules_to_save", "divide_r_among_experts"):
+            if not values[name]:
+                del values[name]  # earlier versions don't know it
         return {"variant": self.variant, **values, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @classmethod

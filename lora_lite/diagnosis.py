@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, around
 from .attachment import require_attachment, unwrap
-from .primitives import LowRankAdd
+from .errors import AttachError
+from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight
+from .stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class LayerDiagnosis:
     Args:
         layer: its name.
         gradients: norm of each trainable tensor's `.grad`; None for one that has none.
-        relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map.
+        relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map. NaN
+            where the layer's weight can't be read.
         effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
-            directions share the change. 0 where ΔW is zero.
+            directions share the change. 0 where ΔW is zero. Of a stack of experts the experts' mean.
         after_backward: whether the adapter has gradients in any layer: then a missing one is dead too.
         idle: why the adapter does nothing: its layer never ran, or has left the model. Empty: nothing is known.
     """
@@ -116,24 +119,38 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
             for name, p in adapter.named_parameters()
             if p.requires_grad
         }
-        size = dense_weight(target.layer, torch.float32).norm().item()
-        S = _singular_values(adapter, target.layer)
-        change, why = S.norm().item(), idle.get(target.name, "")
+        changed, sizes, ranks = zip(*_each(adapter, target.layer), strict=True)
+        change, size, why = math.hypot(*changed), math.hypot(*sizes), idle.get(target.name, "")
         change = change / size if size else math.inf if change else 0.0
-        rows.append(LayerDiagnosis(target.name, gradients, change, _effective_rank(S), trained, why))
+        rows.append(LayerDiagnosis(target.name, gradients, change, sum(ranks) / len(ranks), trained, why))
     return Diagnosis(rows)
 
 
-def _singular_values(adapter: Adapter, layer: Any) -> Float[Tensor, "S"]:
+def _each(adapter: Adapter, layer: Any) -> Iterator[tuple[float, float, float]]:
+    """(‖ΔW‖, ‖W‖, effective rank) of a layer, or of each expert of a stack."""
+    primitive = adapter.at_rest(layer)
+    parts = [(primitive, layer)]
+    if isinstance(layer, Stack):
+        parts = [(primitive.of(i), layer.expert(i)) for i in range(layer.num_experts)]
+    for part, linear in parts:
+        try:
+            size = dense_weight(linear, torch.float32).norm().item()
+            S = _singular_values(part, linear)
+        except AttachError:  # a quantisation that can't be read
+            yield math.nan, math.nan, math.nan
+        else:
+            yield S.norm().item(), size, _effective_rank(S)
+
+
+def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, "S"]:
     """Of ΔW, in float32."""
-    primitive = adapter.primitive(layer)
     if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
         return primitive.scale * torch.linalg.svdvals(left @ right.t())
     W = dense_weight(layer, torch.float32)
-    eye = torch.eye(layer.in_features, device=W.device)
-    constant = adapter.by_reference(layer, torch.zeros_like(eye[:1]))
-    return torch.linalg.svdvals((adapter.by_reference(layer, eye) - constant).t() - W)
+    eye = torch.eye(W.shape[1], device=W.device)
+    constant = around(primitive, layer, torch.zeros_like(eye[:1]))
+    return torch.linalg.svdvals((around(primitive, layer, eye) - constant).t() - W)
 
 
 def _effective_rank(S: Float[Tensor, "S"]) -> float:

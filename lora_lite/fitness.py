@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .errors import AttachError
 from .placement import is_managed, is_sharded
 from .quantized import token_dtype, weight_of
+from .shapes import shape
+from .stacks import Stack, unfit_stack
 from .targets import Target, parent_of
 
 
@@ -22,6 +24,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return "nn.MultiheadAttention reads its weight without calling it"
     layer: Any = target.layer
+    if isinstance(layer, Stack):
+        return unfit_stack(layer)
     weight: Any = weight_of(layer)
     if weight.is_meta and not is_managed(layer) and (above := _offloaded_above(model, target.name)):
         raise AttachError(
@@ -31,8 +35,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     x, y = _run_one_row(layer)
     if y is not None and not isinstance(y, Tensor):
         return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"
-    if isinstance(y, Tensor) and y.shape[-1:] != (layer.out_features,):
-        return f"its forward returns {tuple(y.shape)} for one row, not out_features={layer.out_features}"
+    if isinstance(y, Tensor) and y.shape[-1:] != shape(layer)[1:]:
+        return f"its forward returns {tuple(y.shape)} for one row, not out_features={shape(layer)[1]}"
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
     if to_train and (packed or (x is not None and isinstance(y, Tensor) and not _passes_gradient(x, y))):
         raise AttachError(
@@ -73,7 +77,7 @@ def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
 def _tried(layer: Any, weight: Tensor, cuda: list[torch.device]) -> tuple[Tensor | None, Any]:
     for dtype in dict.fromkeys((token_dtype(layer), torch.float32)):
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
-            x = torch.ones(1, layer.in_features, dtype=dtype, device=weight.device, requires_grad=True)
+            x = torch.ones(1, shape(layer)[0], dtype=dtype, device=weight.device, requires_grad=True)
             try:
                 return x, layer.forward(x * 1)
             except Exception:  # whatever it is: the layer's own forward will raise it again

@@ -3,6 +3,7 @@
 Whatever is y + scale · (x Aᵀ) Bᵀ leaves as a LoRA: PiSSA of rank 2r, AntiPaSTO of rank r, and methods of one's own.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -37,8 +38,11 @@ from .checkpoint import (
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .idle import current_names
+from .peft_experts import flat, names_in_file, stacked
 from .primitives import LowRankAdd
-from .targets import Target, candidates
+from .shapes import is_conv1d
+from .stacks import Stack
+from .targets import Target, candidates, stacks_among
 from .variant import REGISTRY
 from .whole_modules import WholeModules, inside
 
@@ -64,7 +68,7 @@ _HARMLESS = {
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
-    "fan_in_fan_out", "modules_to_save",
+    "fan_in_fan_out", "modules_to_save", "target_parameters",
 }  # fmt: skip
 _DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}
 # Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
@@ -106,6 +110,11 @@ def export_peft(
         config |= of_one
         tensors |= its_tensors
     if uniform and config["peft_type"] == "LORA":
+        if any(stacks_among(each.targets) for each in attachments):
+            raise AttachError(
+                "export_peft(uniform=True): readers of one rank and one alpha read no stacked experts; leave it out, "
+                "or write merged weights by save_merged"
+            )
         config |= _make_uniform(config, tensors)
     config |= _other_fields(model, attachments, config["peft_type"])
     for attachment in attachments:
@@ -144,7 +153,7 @@ def import_peft(
         named = _variant(config)
         stored = read_tensors(_tensor_file(folder))[1]
         whole = _whole_modules(model, config.get("modules_to_save") or [], stored)
-        tensors = _ours(named, stored)
+        tensors = _unstacked(model, config, _ours(named, stored))
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors})
         for variant, of_variant in _by_variant(named, tensors).items():
             own = f"{name}_ff" if ready else name
@@ -179,10 +188,27 @@ def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Att
     return attachments
 
 
+def _stacks(attachments: list[Attachment], names: dict[str, str]) -> list[Target]:
+    """The adapted stacks of experts, under the names that they have now."""
+    return [
+        dataclasses.replace(target, name=names[target.name])
+        for each in attachments
+        for target in each.targets
+        if isinstance(target.layer, Stack)
+    ]
+
+
 def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[str, Any]:
     """The fields of PEFT's config that are not of a method's own."""
+    current = [current_names(model, each.targets) for each in attachments]
+    stacks = [
+        target.name for names, each in zip(current, attachments, strict=True) for target in _stacks([each], names)
+    ]
     layers = [
-        (each.cfg.variant, layer) for each in attachments for layer in current_names(model, each.targets).values()
+        (each.cfg.variant, layer)
+        for names, each in zip(current, attachments, strict=True)
+        for layer in names.values()
+        if layer not in stacks
     ]
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
@@ -190,8 +216,12 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[
         "target_modules": [layer for _, layer in layers],
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
-    if kind in _DROPOUT:
-        config[_DROPOUT[kind]] = attachments[0].cfg.dropout
+    if stacks:
+        config["target_parameters"] = stacks
+    if kind in ("LORA", "IA3"):
+        config["fan_in_fan_out"] = any(is_conv1d(t.layer) for each in attachments for t in each.targets)
+    if kind in _DROPOUT:  # of which PEFT's experts have none
+        config[_DROPOUT[kind]] = 0.0 if stacks else attachments[0].cfg.dropout
     if kind == "IA3":
         return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
     return {**config, "bias": "none"}
@@ -213,6 +243,7 @@ def _as_lora(
     attachment: Attachment, adapters: dict[str, Adapter], names: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, ranks, alphas = {}, {}, {}
+    in_file = names_in_file(_stacks([attachment], names))
     for target in attachment.targets:
         name = names[target.name]
         adapter = adapters[name]
@@ -223,10 +254,12 @@ def _as_lora(
                 f"export_peft: {target.name}: PEFT has nothing that computes {attachment.cfg.variant}'s "
                 f"{type(primitive).__name__}; use save(model, path)"
             )
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = _stored(primitive.A)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = _stored(primitive.B)
-        ranks[name] = len(primitive.A)
-        alphas[name] = _whole(primitive.scale * len(primitive.A))
+        A, B, ranks[name] = primitive.A, primitive.B, primitive.A.shape[-2]
+        alphas[name] = _whole(primitive.scale * ranks[name])
+        A, B = flat(A, B) if name in in_file else (A, B)
+        layer = in_file.get(name, name)
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = _stored(A)
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = _stored(B)
     return {"peft_type": "LORA", **_patterns(ranks, alphas)}, tensors
 
 
@@ -234,6 +267,11 @@ def _as_its_own(
     attachment: Attachment, adapters: dict[str, Adapter], _: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     name = attachment.cfg.variant
+    if stacks := stacks_among(attachment.targets):
+        raise AttachError(
+            f"export_peft: PEFT has no {name} on stacked experts ({stacks[0].key}); it has LoRA there. Use "
+            "save(model, path)"
+        )
     kind, names = _TENSORS[name]
     tensors = {
         f"{_PREFIX}{layer}.{its}": _stored(_like_peft(getattr(adapter, mine), its, name))
@@ -359,6 +397,25 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _unstacked(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with those of experts as stacks, under the names of their parameters."""
+    wanted = config.get("target_parameters") or []
+    if not wanted:
+        return tensors
+    found = {t.name: t for t in candidates(model) if isinstance(t.layer, Stack)}
+    mine = [t for t in found.values() if _peft_matches(wanted, t.name)]
+    if missing := [name for name in wanted if not any(_peft_matches([name], t.name) for t in mine)]:
+        raise CheckpointError(f"the model has no stacked experts {first_of(missing)} (target_parameters)")
+    tensors = dict(tensors)
+    for name, layer in names_in_file(mine).items():
+        if not {f"{layer}.lora_A", f"{layer}.lora_B"} <= tensors.keys():
+            raise CheckpointError(f"its target_parameters match {name}, and it has no tensors for that")
+        parts = (tensors.pop(f"{layer}.{key}") for key in ("lora_A", "lora_B"))
+        stack: Any = found[name].layer
+        tensors |= dict(zip((f"{name}.lora_A", f"{name}.lora_B"), stacked(*parts, stack.num_experts), strict=True))
+    return tensors
+
+
 def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor]) -> WholeModules:
     """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
     modules = [path for path, _ in model.named_modules() if path and _peft_matches(names, path)]
@@ -385,12 +442,15 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str])
     names = [
         t.name
         for t in candidates(model)
-        if _peft_matches(wanted, t.name)
+        if not isinstance(t.layer, Stack)
+        and _peft_matches(wanted, t.name)
         and not _peft_matches(left, t.name)
         and not (t.is_head and wanted == "all-linear")
         and (not blocks or t.block in blocks)
     ]
-    if wanted and (extra := [name for name in sorted(layers) if not _peft_matches(wanted, name)]):
+    parameters = config.get("target_parameters") or []
+    extra = [name for name in sorted(layers) if not (_peft_matches(wanted, name) or _peft_matches(parameters, name))]
+    if (wanted or parameters) and extra:
         raise CheckpointError(f"its target_modules do not match {first_of(extra)}, for which it has tensors")
     if missing := [name for name in names if name not in layers]:
         raise CheckpointError(
@@ -439,6 +499,7 @@ def _config(variant: str, config: dict[str, Any]) -> AdapterConfig:
         names = [name for name in names if (name in inputs) == (variant == "ia3_ff")]
     fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
     if isinstance(names, list):
+        names = [*names, *(config.get("target_parameters") or ())]
         fields["target_names"] = tuple(rf"(^|\.){re.escape(name)}$" for name in names)
     if variant == "delora":
         fields["lambda0"] = float(config.get("delora_lambda") or 15.0)

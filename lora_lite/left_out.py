@@ -1,5 +1,6 @@
 """What an attachment does not adapt, by kind of weight: how many, how large a part of the model, and why."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .params import Params
-from .targets import fold, is_linear
+from .shapes import shape
+from .stacks import Stack
+from .targets import candidates, fold, is_linear
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ def left_out(model: nn.Module, reasons: Mapping[str, str], adapted: Iterable[str
     adapted, total = set(adapted), 0
     for layer, name, size, why in _weights(model):
         total += size
-        reason = (reasons.get(layer) if _is_weight(name) else None) or why
-        if reason and not (layer in adapted and _is_weight(name)):
+        target = layer if _is_weight(name) else name  # a stack of experts is a target under its parameter's name
+        reason = reasons.get(target) or why
+        if reason and target not in adapted:
             kinds.setdefault((fold(name.removesuffix(".weight")), reason), []).append(size)
     found = [LeftOut(kind, len(sizes), sum(sizes) / max(total, 1), why) for (kind, why), sizes in kinds.items()]
     return tuple(sorted(found, key=lambda each: -each.share))
@@ -50,12 +54,12 @@ def left_out(model: nn.Module, reasons: Mapping[str, str], adapted: Iterable[str
 
 def unreachable(model: nn.Module) -> tuple[LeftOut, ...]:
     """The weights that belong to no linear layer."""
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    linear = [target.name for target in candidates(model)]
     return tuple(each for each in left_out(model, {}, linear) if each.why)
 
 
 def _is_weight(name: str) -> bool:
-    return name.rpartition(".")[2] in ("weight", "W_q")
+    return name.rpartition(".")[2] in ("weight", "W_q", "qweight")
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
@@ -63,14 +67,14 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
     linear layers' weights the reason is empty."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, Params):
+        if isinstance(module, Params | Stack):
             continue
         linear: Any = module if is_linear(module) else None
         for key, t in _own(module):
             name, tied = f"{path}.{key}" if path else key, id(t) in seen
             seen.add(id(t))
             if linear is not None and _is_weight(key):
-                yield path, name, 0 if tied else linear.in_features * linear.out_features, ""
+                yield path, name, 0 if tied else math.prod(shape(linear)), ""
             elif tied:
                 continue
             else:
@@ -98,8 +102,6 @@ def _out_of_reach(path: str, module: nn.Module, key: str, t: Tensor) -> str:
         return "an embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
-    if kind == "Conv1D":
-        return "transformers' Conv1D, whose weight is in × out"
     if t.ndim == 3 and "expert" in f"{path}.{kind}".lower():
-        return "stacked experts"
+        return f"stacked experts that {kind} runs by itself"
     return f"read by {kind} itself, which calls no layer for it"

@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -21,8 +21,11 @@ from .checkpoint import replace_file
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import brought, whole
+from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
+from .shapes import is_conv1d
 from .site import Site
+from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
 
 _ROWS = 1024  # of the identity at a time
@@ -112,7 +115,7 @@ def save_merged(
 def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The base's, without what adapters have put there."""
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if not isinstance(module, Params | Site):
+        if not isinstance(module, Params | Site | Stack):
             yield path, module
 
 
@@ -138,7 +141,7 @@ def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _merged(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What a plain module holds itself that computes what this one does."""
-    return _linear(module, dtype) if is_linear(module) else _own(module, dtype)
+    return _linear(module, dtype) if is_linear(module) else _other(module, dtype)
 
 
 def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -158,6 +161,31 @@ def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return found
 
 
+def _other(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a module that is no linear layer; of a mixture's experts with what their sites make of them."""
+    found = _own(module, dtype)
+    if STACKS in module._modules:
+        for key, stack in stacks_of(module).items():
+            if (site := stack._modules.get(SITE)) is not None:
+                found |= _stack(cast(Site, site), stack, found[key], dtype)
+    return found
+
+
+def _stack(site: Site, stack: Stack, base: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A stack's parameters, one expert merged after the other."""
+    primitives = _acting(site, stack)
+    key, W, bias = stack.key, torch.empty_like(base), stack.bias
+    merged = W.mT if stack.experts.is_transposed else W
+    b = None if bias is None else torch.empty_like(bias, dtype=dtype)
+    for i in range(stack.num_experts):
+        of_bias = None if bias is None else bias.detach()[i]
+        weight, new_bias = _through([each.of(i) for each in primitives], site.name, stack.weight[i], of_bias)
+        merged[i] = weight
+        if b is not None and new_bias is not None:
+            b[i] = new_bias
+    return {key: W} if b is None else {key: W, f"{key}_bias": b}
+
+
 def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A linear layer's weight and bias, dense, with what its site makes of them."""
     weight: Any = weight_of(layer)
@@ -168,22 +196,26 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     dtype = dtype or token_dtype(layer)
     W, bias = dense_weight(layer), bias_of(layer)
     if site is not None:
-        W, bias = _through(site, layer, W, bias)
+        W, bias = _through(_acting(site, layer), site.name, W, bias)
     others = _own(layer, dtype) if dense else {}
-    found = {**others, "weight": W.to(dtype)}
+    found = {**others, "weight": (W.t().contiguous() if is_conv1d(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
 
 
-def _through(
-    site: Site, layer: Any, W: Float[Tensor, "N K"], bias: Tensor | None
-) -> tuple[Float[Tensor, "N K"], Tensor | None]:
-    """W' and b', in float64, of a layer with its adapters as they act in evaluation."""
+def _acting(site: Site, layer: nn.Module) -> list[Primitive]:
+    """What a layer's adapters that act compute in evaluation."""
     if site.rows is not None:
         raise AttachError(
             f"{site.name}: each entry of a batch has an adapter of its own, and a merged model has one set of weights; "
             "call use(model, name) first"
         )
-    primitives = [adapter.at_rest(layer) for _, adapter in site.acting()]
+    return [adapter.at_rest(layer) for _, adapter in site.acting()]
+
+
+def _through(
+    primitives: list[Primitive], name: str, W: Float[Tensor, "N K"], bias: Tensor | None
+) -> tuple[Float[Tensor, "N K"], Tensor | None]:
+    """W' and b' of a linear map with these around it, in float64."""
     wide, N, K = torch.float64, *W.shape
     b = W.new_zeros(N, dtype=wide) if bias is None else bias.to(wide)
 
@@ -206,7 +238,5 @@ def _through(
         rows[:, part].fill_diagonal_(1)
         merged[:, part] = (run(rows, part) - new_bias).t()
     if bias is None and new_bias.any():
-        raise AttachError(
-            f"{site.name}: its adapter adds a bias, and the layer has none to hold it; it can't be merged"
-        )
+        raise AttachError(f"{name}: its adapter adds a bias, and the layer has none to hold it; it can't be merged")
     return merged, None if bias is None else new_bias

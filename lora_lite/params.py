@@ -25,6 +25,7 @@ class ParamSpec:
         as_buffer: keep it as a buffer instead of a parameter.
         dtype: overrides the config's; see `resolve_dtype`.
         derived: recomputed from the base layer by `Variant.derive` on attach and on load, and never saved.
+        copies: how many there are of it, along a leading dimension: one for each expert of a stack, set by the runtime.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,12 @@ class ParamSpec:
     as_buffer: bool = False
     dtype: torch.dtype | None = None
     derived: bool = False
+    copies: int | None = None
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape with its copies."""
+        return self.shape if self.copies is None else (self.copies, *self.shape)
 
     def resolve_dtype(self, config_dtype: torch.dtype) -> torch.dtype:
         """Its own dtype if it has one; else the config's, but at least float32 for vectors and scalars."""
@@ -43,7 +50,10 @@ class ParamSpec:
         return torch.float64 if config_dtype is torch.float64 and dtype.is_floating_point else dtype
 
     def make(self, config_dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """A fresh tensor, initialised in at least float32 and rounded once."""
+        """A fresh tensor, initialised in at least float32 and rounded once; each copy by itself."""
+        if self.copies is not None:
+            one = dataclasses.replace(self, copies=None)
+            return torch.stack([one.make(config_dtype, device) for _ in range(self.copies)])
         dtype = self.resolve_dtype(config_dtype)
         t = torch.empty(self.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
         if callable(self.init):
@@ -98,6 +108,10 @@ class Params(nn.Module):
         with torch.no_grad():
             getattr(self, name).copy_(value)
 
+    def of(self, expert: int) -> "Params":
+        """The tensors of one expert of a stack, under the same names: what is filled there is filled here."""
+        return OneOf(self, expert)  # type: ignore[return-value]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `to_empty` and the like run on each tensor."""
         specs, before = {}, {}
@@ -125,3 +139,18 @@ class Params(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.hollow = False
+
+
+class OneOf:
+    """One expert's tensors of a stack's: views under the same names."""
+
+    def __init__(self, stack: Params, expert: int) -> None:
+        self._stack, self._expert = stack, expert
+
+    def __getattr__(self, name: str) -> Tensor:
+        return getattr(self._stack, name)[self._expert]
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Overwrite one tensor in place, converting dtype and device."""
+        with torch.no_grad():
+            getattr(self, name).copy_(value)

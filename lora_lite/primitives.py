@@ -2,21 +2,45 @@
 
 A variant reduces its own tensors to one of these; the runtime calls `on_input` before the base layer and `on_output`
 after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with the same functions.
-M tokens, K in_features, N out_features, R rank.
+M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the method with a leading G.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .segments import Segments
 
+
+@dataclass
 class Primitive:
-    """A change to a layer's input, its output, or both. The default changes nothing."""
+    """A change to a layer's input, its output, or both. The default changes nothing.
+
+    With `segments`, which the runtime sets, its tensors are stacks with a leading G, and each row takes its own.
+    """
+
+    takes_segments: ClassVar[bool] = True  # not in a subclass with its own on_input or on_output, unless it says so
+    segments: Segments | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls) -> None:
+        if "takes_segments" not in vars(cls) and not {"on_input", "on_output"}.isdisjoint(vars(cls)):
+            cls.takes_segments = False
+
+    def of(self, matrix: int) -> Self:
+        """Of a stack the primitive of one matrix."""
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, segments=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
+
+    def on(self, segments: Segments | None) -> "Primitive":
+        """This primitive, whose tensors are stacks, on these segments; one that knows none on each run by itself."""
+        primitive = self if self.takes_segments or segments is None else OfRuns(self)
+        primitive.segments = segments
+        return primitive
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         """The x that the base layer gets, and whatever `on_output` will need of it."""
@@ -31,110 +55,139 @@ class Primitive:
 class LowRankAdd(Primitive):
     """y + scale · (dropout(x) Aᵀ) Bᵀ"""
 
-    A: Float[Tensor, "R K"]
-    B: Float[Tensor, "N R"]
+    takes_segments = True
+
+    A: Float[Tensor, "*G R K"]
+    B: Float[Tensor, "*G N R"]
     scale: float = 1.0
     dropout: float = 0.0
 
     @classmethod
     def side_by_side(cls, sums: "Sequence[LowRankAdd]") -> "LowRankAdd":
         """One sum that is all of these, which have no dropout: one look at x and y."""
-        return cls(torch.cat([each.A for each in sums]), torch.cat([each.scale * each.B for each in sums], 1))
+        A = torch.cat([each.A for each in sums], -2)
+        return cls(A, torch.cat([each.scale * each.B for each in sums], -1), segments=sums[0].segments)
+
+    @classmethod
+    def stacked(cls, sums: "Sequence[LowRankAdd]", segments: Segments) -> "LowRankAdd":
+        """One sum of which each row takes its own of these, which have the same dropout and may differ in rank: the
+        lower get zeros. Of sums that are stacks themselves, those of the first come first."""
+        R = max(each.A.shape[-2] for each in sums)
+        A = [pad(each.A, (0, 0, 0, R - each.A.shape[-2])) for each in sums]
+        B = [pad(each.scale * each.B, (0, R - each.A.shape[-2])) for each in sums]
+        put = torch.stack if A[0].ndim == 2 else torch.cat
+        return cls(put(A), put(B), 1.0, sums[0].dropout, segments=segments)
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout)
+        return ops.shrink(x, self.A, self.dropout, self.segments)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return ops.expand_add(y, carry, self.B, self.scale)
+        return ops.expand_add(y, carry, self.B, self.scale, self.segments)
 
 
 @dataclass
-class GroupedLowRankAdd(Primitive):
-    """y + (dropout(x) Aᵀ) Bᵀ with the A and B of each entry's group; none, where that is below 0. One look at x and y
-    however many groups there are."""
+class OfRuns(Primitive):
+    """Another primitive, which knows no segments, on each run of rows with the tensors of its own. A host sync."""
 
-    A: Float[Tensor, "G R K"]
-    B: Float[Tensor, "G N R"]
-    group: Int[Tensor, "batch"]
-    dropout: float = 0.0
-
-    @classmethod
-    def of(cls, parts: "Sequence[LowRankAdd]", group: Int[Tensor, "batch"]) -> Self:
-        """Of sums that may differ in rank; the lower get zeros."""
-        R = max(len(part.A) for part in parts)
-        A = torch.stack([pad(part.A, (0, 0, 0, R - len(part.A))) for part in parts])
-        B = torch.stack([pad(part.scale * part.B, (0, R - len(part.A))) for part in parts])
-        return cls(A, B, group, parts[0].dropout)
+    inner: Primitive
+    takes_segments = True
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout, self.group)
+        parts, carries = [], []
+        for matrix, rows in self._runs(x):
+            part = self.inner.of(matrix) if matrix is not None else Primitive()
+            out, carry = part.on_input(rows, ops)
+            parts.append(out)
+            carries.append((part, carry))
+        return torch.cat(parts), carries
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return ops.expand_add(y, carry, self.B, 1.0, self.group)
+        rows = (rows for _, rows in self._runs(y))
+        return torch.cat([part.on_output(each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)])
+
+    def _runs(self, t: Tensor) -> Iterator[tuple[int | None, Tensor]]:
+        assert self.segments is not None
+        return ((matrix, t[rows]) for matrix, rows in self.segments.runs(len(t)))
 
 
 @dataclass
 class OfRows(Primitive):
-    """Another primitive on some entries of the batch; the others pass."""
+    """Another primitive on some entries of the batch, or some rows of all; the others pass."""
 
     inner: Primitive
     rows: Int[Tensor, "some"]
+    batch_dim: int = 0
+    packed: bool = False  # `rows` counts tokens, whatever the dimensions before the last
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        part, carry = self.inner.on_input(x[self.rows], ops)
-        return x.index_copy(0, self.rows, part), carry
+        flat = self._flat(x)
+        part, carry = self.inner.on_input(flat.index_select(self.batch_dim, self.rows), ops)
+        return flat.index_copy(self.batch_dim, self.rows, part).view(x.shape), carry
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return y.index_copy(0, self.rows, self.inner.on_output(y[self.rows], carry, ops))
+        flat = self._flat(y)
+        part = self.inner.on_output(flat.index_select(self.batch_dim, self.rows), carry, ops)
+        return flat.index_copy(self.batch_dim, self.rows, part).view(y.shape)
+
+    def _flat(self, t: Tensor) -> Tensor:
+        return t.reshape(-1, t.shape[-1]) if self.packed else t
 
 
 @dataclass
 class LowRankAddRescale(Primitive):
     """g ∘ (y − bias + scale · (dropout(x) Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
 
-    A: Float[Tensor, "R K"]
-    B: Float[Tensor, "N R"]
+    takes_segments = True
+
+    A: Float[Tensor, "*G R K"]
+    B: Float[Tensor, "*G N R"]
     scale: float
-    m: Float[Tensor, "N"]
-    W: Any  # N×K as stored: a tensor, or a quantised weight of `lora_lite.quantized`
-    w_sq: Float[Tensor, "N"]
-    bias: Float[Tensor, "N"] | None
+    m: Float[Tensor, "*G N"]
+    W: Any  # N×K, or G×N×K, as stored: a tensor, or a quantised weight of `lora_lite.quantized`
+    w_sq: Float[Tensor, "*G N"]
+    bias: Float[Tensor, "*G N"] | None
     dropout: float = 0.0
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout)
+        return ops.shrink(x, self.A, self.dropout, self.segments)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)
-        return ops.expand_add_rescale(y, carry, self.B, self.scale, g, self.bias)
+        return ops.expand_add_rescale(y, carry, self.B, self.scale, g, self.bias, self.segments)
 
 
 @dataclass
 class InputLowRankAdd(Primitive):
     """x + (x Aᵀ) Bᵀ, before the base layer"""
 
-    A: Float[Tensor, "R K"]
-    B: Float[Tensor, "K R"]
+    takes_segments = True
+
+    A: Float[Tensor, "*G R K"]
+    B: Float[Tensor, "*G K R"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink_expand(x, self.A, self.B), None
+        return ops.shrink_expand(x, self.A, self.B, self.segments), None
 
 
 @dataclass
 class ScaleOutput(Primitive):
     """y ∘ g"""
 
-    g: Float[Tensor, "N"]
+    takes_segments = True
+
+    g: Float[Tensor, "*G N"]
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        return ops.scale(y, self.g)
+        return ops.scale(y, self.g, self.segments)
 
 
 @dataclass
 class ScaleInput(Primitive):
     """x ∘ g, before the base layer"""
 
-    g: Float[Tensor, "K"]
+    takes_segments = True
+
+    g: Float[Tensor, "*G K"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.scale(x, self.g), None
+        return ops.scale(x, self.g, self.segments), None

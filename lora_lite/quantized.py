@@ -9,6 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
+from . import shapes
 from .errors import AttachError
 from .placement import brought, whole
 
@@ -83,7 +84,8 @@ class FourBitWeight:
 
 
 def weight_of(layer: Any) -> Tensor | None:
-    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q. None: it has none.
+    """The tensor that holds a linear layer's weight, in whatever form; HQQ's layers call it W_q, GPTQ's and AWQ's
+    qweight. None: it has none.
 
     Of a parametrised weight (weight_norm, spectral_norm) one of those that it is made from: to ask for the weight
     itself would run the parametrisation, which may change its state.
@@ -91,7 +93,7 @@ def weight_of(layer: Any) -> Tensor | None:
     if is_parametrized(layer, "weight"):
         made_from = layer.parametrizations.weight
         return made_from.original if hasattr(made_from, "original") else made_from.original0
-    for name in ("weight", "W_q"):
+    for name in ("weight", "W_q", "qweight"):
         if isinstance(found := getattr(layer, name, None), Tensor):
             return found
     return None
@@ -139,7 +141,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         AttachError: the weight is of a kind that can't be read.
     """
     weight: Any = weight_of(layer)
-    shape = (layer.out_features, layer.in_features)
+    (K, N), experts = shapes.shape(layer), shapes.copies(layer)
+    shape = (N, K) if experts is None else (experts, N, K)
     kind = type(weight).__name__
     if weight.device.type == "meta":
         weight = brought(layer, "weight")
@@ -147,15 +150,16 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         weight = _of_parametrisation(layer)
     elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
-    elif weight is not getattr(layer, "weight", None):
+    elif not isinstance(getattr(layer, "weight", None), Tensor) and hasattr(layer, "dequantize"):
         weight = layer.dequantize()  # HQQ
     weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
+    weight = weight.t() if shapes.is_conv1d(layer) else weight
     if weight.is_floating_point() and weight.dtype.itemsize == 1:
         weight = _scaled_float8(layer, weight)
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
     if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
-        return FourBitWeight(weight.data, weight.quant_state, shape)
+        return FourBitWeight(weight.data, weight.quant_state, (N, K))
     if kind == "Int8Params":
         row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
         return Int8Weight(weight.data, row_absmax.float() / 127)

@@ -2,15 +2,19 @@
 
 M tokens, K in_features, N out_features, R rank. Leading dimensions of x and y are free; the products see M×K and M×N.
 Each operation takes its small operands in any floating dtype and computes in the dtype of its token-sized one, or in
-float32 where the CPU has no instructions for products in that.
+float32 where the CPU has no instructions for products in that. With `segments`, the small operands are stacks of G, and
+each row takes its own of them; a row that has none passes unchanged.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from . import segments as of_segments
+from .segments import Segments
 
 
 def _without_products() -> frozenset[torch.dtype]:
@@ -62,10 +66,13 @@ class _ScaleLowPrecision(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dt = torch.addcmul(dy, dy, (g - 1).to(dy.dtype))
         if ctx.needs_input_grad[1]:
-            dims = tuple(range(dy.ndim - 1))
-            dg = (dy * t).sum(dims, dtype=g.dtype)
-            if bias is not None:
-                dg = dg - bias * dy.sum(dims, dtype=g.dtype)
+            if g.ndim > 1:  # each row has a g of its own
+                dg = dy.to(g.dtype) * (t if bias is None else t - bias)
+            else:
+                dims = tuple(range(dy.ndim - 1))
+                dg = (dy * t).sum(dims, dtype=g.dtype)
+                if bias is not None:
+                    dg = dg - bias * dy.sum(dims, dtype=g.dtype)
         return dt, dg, None
 
 
@@ -74,24 +81,27 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _of_entries(stack: Float[Tensor, "G P Q"], group: Int[Tensor, "entries"]) -> Float[Tensor, "entries P Q"]:
-    """For each entry the matrix of its group; below 0: zeros."""
-    return torch.cat([stack, torch.zeros_like(stack[:1])])[group.clamp_min(-1)]
-
-
 def shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     dropout: float = 0.0,
-    group: Int[Tensor, "entries"] | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
-    argument, to the layer. With `group`, A is a stack, of which x's entry i takes matrix group[i]; below 0: none."""
+    argument, to the layer."""
+    if segments is not None:
+        return _shrink_segments(x, A, dropout, segments)
     dtype = product_dtype(x.device, x.dtype)
-    A, kept = A.to(dtype), (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
-    if group is None:
-        return x, _rows(kept) @ A.t()
-    return x, _rows(kept.reshape(len(group), -1, x.shape[-1]) @ _of_entries(A, group).mT)
+    kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
+    return x, _rows(kept) @ A.to(dtype).t()
+
+
+def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
+    rows = _rows(x)
+    if dropout:
+        return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments)[1]
+    rows, h = of_segments.shrink(rows, A, segments)
+    return rows.view(x.shape), h
 
 
 def expand_add(
@@ -99,56 +109,77 @@ def expand_add(
     h: Float[Tensor, "*M R"],
     B: Float[Tensor, "*G N R"],
     scale: float,
-    group: Int[Tensor, "entries"] | None = None,
+    segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
-    """y + scale · h Bᵀ. With `group`, B is a stack as A is in `shrink`."""
+    """y + scale · h Bᵀ."""
+    if segments is not None:
+        return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments).view(y.shape)
     dtype = product_dtype(y.device, y.dtype)
-    if group is not None:
-        Bs = _of_entries(scale * B.to(dtype), group)
-        return (y + (h.to(dtype).view(len(group), -1, h.shape[-1]) @ Bs.mT).view(y.shape)).to(y.dtype)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
     return torch.addmm(_rows(y).to(dtype), _rows(h).to(dtype), Bt, alpha=scale).view(y.shape).to(y.dtype)
 
 
-def shrink_expand(x: Float[Tensor, "*M K"], A: Float[Tensor, "R K"], B: Float[Tensor, "K R"]) -> Float[Tensor, "*M K"]:
+def shrink_expand(
+    x: Float[Tensor, "*M K"],
+    A: Float[Tensor, "*G R K"],
+    B: Float[Tensor, "*G K R"],
+    segments: Segments | None = None,
+) -> Float[Tensor, "*M K"]:
     """x + (x Aᵀ) Bᵀ."""
-    x, h = shrink(x, A)
-    return expand_add(x, h, B, 1.0)
+    x, h = shrink(x, A, 0.0, segments)
+    return expand_add(x, h, B, 1.0, segments)
 
 
 def expand_add_rescale(
     y: Float[Tensor, "*M N"],
     h: Float[Tensor, "*M R"],
-    B: Float[Tensor, "N R"],
+    B: Float[Tensor, "*G N R"],
     scale: float,
-    g: Float[Tensor, "N"],
-    bias: Float[Tensor, "N"] | None,
+    g: Float[Tensor, "*G N"],
+    bias: Float[Tensor, "*G N"] | None,
+    segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
     """g ∘ (y − bias + scale · h Bᵀ) + bias."""
-    return expand_add(_scale(y, g, bias), h, g.unsqueeze(1) * B, scale)
+    if segments is None:
+        return expand_add(_scale(y, g, bias), h, g.unsqueeze(-1) * B, scale)
+    rows = _rows(y)
+    mine = None if bias is None else segments.vectors(bias, len(rows), 0.0)
+    rescaled = _scale(rows, segments.vectors(g, len(rows), 1.0), mine).view(y.shape)
+    return expand_add(rescaled, h, g.unsqueeze(-1) * B, scale, segments)
 
 
-def scale(t: Float[Tensor, "*M D"], g: Float[Tensor, "D"]) -> Float[Tensor, "*M D"]:
+def scale(
+    t: Float[Tensor, "*M D"], g: Float[Tensor, "*G D"], segments: Segments | None = None
+) -> Float[Tensor, "*M D"]:
     """t ∘ g."""
-    return _scale(t, g, None)
+    if segments is None:
+        return _scale(t, g, None)
+    rows = _rows(t)
+    return _scale(rows, segments.vectors(g, len(rows), 1.0), None).view(t.shape)
 
 
 def row_norm(
     W: Any,
-    A: Float[Tensor, "R K"],
-    B: Float[Tensor, "N R"],
+    A: Float[Tensor, "*G R K"],
+    B: Float[Tensor, "*G N R"],
     scale: float,
-    w_sq: Float[Tensor, "N"],
-) -> Float[Tensor, "N"]:
+    w_sq: Float[Tensor, "*G N"],
+) -> Float[Tensor, "*G N"]:
     """‖W + scale·B A‖ of each row, from ‖W‖² (w_sq), W Aᵀ and the Gram matrix A Aᵀ: B A is never built.
 
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A w) + s²·b·(A Aᵀ)·b. Not differentiable: DoRA holds the norm constant (§4.3).
-    W is N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
+    W is N×K, or G×N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
     """
     with torch.no_grad(), without_autocast(w_sq.device):
         W = W if isinstance(W, Tensor) else W.dense()
-        A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
-        cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])
-        norm_sq = w_sq + ((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))).mul_(B).sum(1)
-        return norm_sq.clamp_min_(1e-12).sqrt_()
+        if W.ndim == 3:
+            return torch.stack([_row_norm(*each, scale) for each in zip(W, A, B, w_sq, strict=True)])
+        return _row_norm(W, A, B, w_sq, scale)
+
+
+def _row_norm(W: Tensor, A: Tensor, B: Tensor, w_sq: Tensor, scale: float) -> Tensor:
+    A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
+    cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])
+    norm_sq = w_sq + ((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))).mul_(B).sum(1)
+    return norm_sq.clamp_min_(1e-12).sqrt_()

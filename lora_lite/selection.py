@@ -7,18 +7,29 @@ from typing import cast
 from torch import nn
 
 from .attachment import attachments, chosen, require_attachment, settle_modules, sites_of, unwrap
+from .rows import Rows
+from .stacks import Stack
 
 
-def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
+def use(
+    model: nn.Module, *names: str | Sequence[str | None], lengths: Sequence[int] | None = None, batch_dim: int = 0
+) -> None:
     """Let only the adapters of these names act, until the next `use`. The others stay attached, without gradients.
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
-    Low-rank sums of several adapters then run as one: x and y are looked at once. An adapter that is attached later
-    acts too, on all entries.
+    Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
+    an entry stands for all its beams and returned sequences. An adapter that is attached later acts on all entries.
+
+    Args:
+        model: with adapters attached.
+        names: of adapters that act on everything, or one list with a name for each entry of a batch.
+        lengths: tokens of each entry, where sequences are packed into one row (padding-free training).
+        batch_dim: which dimension of the layers' inputs counts the entries; 1 where a model puts the sequence first.
 
     Raises:
         AttachError: one of them is not attached.
-        ValueError: no name is given, or an entry of a batch would need modules that train in full for itself.
+        ValueError: no name is given, `lengths` or `batch_dim` do not fit, an entry of a batch would need modules that
+            train in full for itself, or the adapters of entries stand on experts alone, which do not see the batch.
     """
     by_row = len(names) == 1 and not isinstance(names[0], str)
     of_rows = tuple(names[0] if by_row else names)
@@ -27,13 +38,36 @@ def use(model: nn.Module, *names: str | Sequence[str | None]) -> None:
     model = unwrap(model)
     wanted = {require_attachment(model, cast(str, name)).name for name in of_rows if not (by_row and name is None)}
     off = frozenset(each.name for each in attachments(model)) - wanted
-    if by_row and (whole := [each.name for each in attachments(model) if each.whole.names and each.name in wanted]):
+    rows = None
+    if by_row:
+        rows = Rows(cast("tuple[str | None, ...]", of_rows), None if lengths is None else tuple(lengths), batch_dim)
+        _require_rows(model, rows, wanted)
+    elif lengths is not None or batch_dim:
+        raise ValueError("use: lengths and batch_dim belong to a list of names, one for each entry")
+    for site in sites_of(model):
+        site.off, site.rows = off, rows
+    settle_modules(model)
+
+
+def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:
+    if whole := [each.name for each in attachments(model) if each.whole.names and each.name in wanted]:
         raise ValueError(
             f"use: {', '.join(whole)} trains whole modules (modules_to_save), which no entry has for itself"
         )
-    for site in sites_of(model):
-        site.off, site.rows = off, cast("tuple[str | None, ...]", of_rows) if by_row else None
-    settle_modules(model)
+    if rows.batch_dim not in (0, 1):
+        raise ValueError(f"use: batch_dim must be 0 or 1; got {rows.batch_dim}")
+    if rows.lengths is not None:
+        if len(rows.lengths) != len(rows.names) or not all(isinstance(n, int) and n >= 0 for n in rows.lengths):
+            raise ValueError(f"use: lengths must hold a number of tokens for each of {len(rows.names)} names")
+        if rows.batch_dim:
+            raise ValueError("use: lengths are of sequences that are packed in order; leave batch_dim out")
+        return
+    adapted = [target.layer for each in attachments(model) if each.name in wanted for target in each.targets]
+    if adapted and all(isinstance(layer, Stack) for layer in adapted):
+        raise ValueError(
+            f"use: {', '.join(sorted(wanted))} stand on experts alone, which get tokens and do not see the batch; give "
+            "lengths=[...], the number of tokens of each entry"
+        )
 
 
 @contextmanager

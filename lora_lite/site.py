@@ -21,7 +21,10 @@ from .errors import AttachError
 from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
-from .primitives import GroupedLowRankAdd, LowRankAdd, OfRows, Primitive
+from .primitives import LowRankAdd, OfRows, Primitive
+from .rows import Rows
+from .segments import Segments
+from .stacks import Stack
 
 
 class Piece(NamedTuple):
@@ -37,6 +40,13 @@ class Call(NamedTuple):
     layer: nn.Module
     frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known
     running: list[tuple[Piece, Any]]  # with what on_input kept
+
+
+class Routed(NamedTuple):
+    """Of a stack's call: whose the rows are, and their tokens."""
+
+    segments: Segments
+    tokens: Any
 
 
 class _Thread(threading.local):
@@ -55,7 +65,7 @@ class Site(nn.ModuleDict):
         super().__init__()
         self.name = name or type(layer).__name__  # of the layer in its model
         self.off: frozenset[str] = frozenset()  # adapters that don't act
-        self.rows: tuple[str | None, ...] | None = None  # of each entry of a batch the adapter, where they share it
+        self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
         self.ran = self.ran_with_grad = False  # whether the layer has been called. A compiled call leaves no trace
         self.handles: list[RemovableHandle] = []
         self.train(layer.training)
@@ -100,7 +110,8 @@ class Site(nn.ModuleDict):
         x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
-        for piece in site.pieces(acting, layer, x):
+        routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
+        for piece in site.pieces(acting, layer, x, routed):
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))
         if key is None:
@@ -137,15 +148,17 @@ class Site(nn.ModuleDict):
         adapters = cast("dict[str, Adapter]", self._modules)
         return [(name, adapter) for name, adapter in adapters.items() if name not in self.off]
 
-    def pieces(self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor) -> list[Piece]:
-        """What to run, in order. Low-rank sums that act together become one: on all rows with their ranks side by side,
-        on rows of their own as a grouped sum. The rest nests: each acts on the input that the one before it leaves, and
-        on the output likewise."""
+    def pieces(
+        self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor, routed: Routed | None = None
+    ) -> list[Piece]:
+        """What to run, in order; around a stack on the segments of its rows. Low-rank sums that act together become
+        one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
+        the input that the one before it leaves, and on the output likewise."""
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
-            piece = self._piece(adapter, layer, x)
-            if self.rows is not None and name in self.rows:
+            piece = self._piece(adapter, layer, x, routed)
+            if self.rows is not None and name in self.rows.names:
                 if not by_row:
                     together.append([])  # their place
                 by_row[name] = piece
@@ -155,35 +168,37 @@ class Site(nn.ModuleDict):
                 together.append([piece])
         found: list[Piece] = []
         for pieces in together:
-            found += [_as_one(pieces)] if pieces else self._of_rows(by_row, x)
+            found += [_as_one(pieces)] if pieces else self._of_rows(cast(Rows, self.rows), by_row, x, routed)
         return found
 
-    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor) -> Piece:
+    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor, routed: Routed | None) -> Piece:
         if adapter.valueless and x.device.type != "meta":
             raise AttachError(
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        return Piece(adapter.primitive(layer), select(adapter.backend, x.device, x.dtype)[0])
+        return Piece(
+            adapter.primitive(layer).on(routed.segments if routed else None),
+            select(adapter.backend, x.device, x.dtype)[0],
+        )
 
-    def _of_rows(self, by_row: dict[str, Piece], x: Tensor) -> list[Piece]:
+    def _of_rows(self, rows: Rows, by_row: dict[str, Piece], x: Tensor, routed: Routed | None) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
-        dropout, one grouped sum."""
-        rows = self.rows or ()
-        if len(x) != len(rows):
-            raise ValueError(
-                f"use(model, [...]) named the adapters of {len(rows)} entries, and a layer got {len(x)} ({self.name}); "
-                "name one for each entry of the batch, in layers whose input keeps the batch as its first dimension"
-            )
-        pieces, ops = list(by_row.values()), next(iter(by_row.values())).ops
+        dropout, as one sum of which each row takes its own."""
+        names, pieces, ops = list(by_row), list(by_row.values()), next(iter(by_row.values())).ops
         sums = [piece.primitive for piece in pieces if type(piece.primitive) is LowRankAdd and piece.ops is ops]
-        if len(sums) == len(pieces) and len({each.dropout for each in sums}) == 1:
-            names = list(by_row)
-            group = [names.index(name) if name in by_row else -1 for name in rows]
-            return [Piece(GroupedLowRankAdd.of(sums, torch.tensor(group, device=x.device)), ops)]
-        own = {name: [i for i, each in enumerate(rows) if each == name] for name in by_row}
+        as_one = len(sums) == len(pieces) and len({each.dropout for each in sums}) == 1
+        if routed is not None:
+            if as_one:
+                segments = rows.of_experts(*routed, names, self.name)
+                return [Piece(LowRankAdd.stacked(sums, segments), ops)]
+            own = {name: rows.of_experts(*routed, [name], self.name) for name in names}
+            return [Piece(piece.primitive.on(own[name]), piece.ops) for name, piece in by_row.items()]
+        if as_one and rows.batch_dim == 0:
+            return [Piece(LowRankAdd.stacked(sums, rows.segments(x, names, self.name)), ops)]
+        packed = rows.lengths is not None
         return [
-            Piece(OfRows(piece.primitive, torch.tensor(own[name], device=x.device)), piece.ops)
+            Piece(OfRows(piece.primitive, rows.entries(x, name, self.name), rows.batch_dim, packed), piece.ops)
             for name, piece in by_row.items()
         ]
 

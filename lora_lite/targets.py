@@ -1,4 +1,4 @@
-"""Find the layers to adapt, by structure: anything with in_features, out_features and a weight. And say why not.
+"""Find the layers to adapt, by structure: anything with the shape of a linear map and a weight. And say why not.
 
 What a user names is a promise: each entry of `target_names`, `rank_pattern`, `alpha_pattern`, `layers` and of an
 `exclude_names` that is not the default must find something, or `find_targets` raises.
@@ -18,6 +18,8 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
+from .shapes import features, shape
+from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
 
 # Names of square layers that write into the residual stream; any other square layer reads from it.
@@ -28,7 +30,15 @@ _WRITERS = re.compile(
     re.IGNORECASE,
 )
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", STACKS)
+
+
+_ROLES: dict[Role, str] = {
+    "reader": "reads from the residual stream",
+    "writer": "writes into the residual stream",
+    "inner": "neither reads from nor writes into the residual stream",
+    "expert": "stacked experts, which target_roles or target_names must name",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,7 @@ def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear and for whatever has its shape: quantised layers are no subclasses that we import. A wrapper
     that passes for what it wraps (torch.compile's) is none, nor is a layer that has not got its shape yet."""
     return (
-        isinstance(getattr(module, "in_features", None), int)
-        and isinstance(getattr(module, "out_features", None), int)
+        features(module) is not None
         and not any(wrapped in module._modules for wrapped in _WRAPPED)
         and (weight := weight_of(module)) is not None
         and not is_lazy(weight)
@@ -59,8 +68,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def candidates(model: nn.Module) -> list[Target]:
-    """Every linear layer of the model, in its order."""
-    linears = {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+    """Every linear layer of the model, and every stack of experts, in its order."""
+    everything = dict(_layers(model))
+    stacks = {name: layer for name, layer in everything.items() if isinstance(layer, Stack)}
+    linears = {name: layer for name, layer in everything.items() if name not in stacks}
     by_weight: dict[int, list[str]] = {}
     for name, layer in linears.items():
         by_weight.setdefault(id(weight_of(layer)), []).append(name)
@@ -71,14 +82,30 @@ def candidates(model: nn.Module) -> list[Target]:
         Target(
             name,
             layer,
-            _role(name, layer, widths.of(name)),
+            "expert" if name in stacks else _role(name, layer, widths.of(name)),
             mesh_of(model, name, weight_of(layer)),
             blocks.of(name),
             id(layer) in heads or id(weight_of(layer)) in heads,
             isinstance(parent_of(model, name), nn.Sequential),
         )
-        for name, layer in linears.items()
+        for name, layer in everything.items()
+        if name in linears or name in stacks
     ]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Whatever may be adapted, by name."""
+    for path, module in model.named_modules():
+        name = plain_name(path)
+        if is_linear(module):
+            yield name, module
+        elif is_experts(module) and STACKS not in module._modules:
+            yield from ((f"{name}.{key}" if name else key, stack) for key, stack in stacks_of(module).items())
+
+
+def stacks_among(targets: Iterable[Target]) -> list[Stack]:
+    """Those of the targets that are stacks of experts."""
+    return [target.layer for target in targets if isinstance(target.layer, Stack)]
 
 
 def parent_of(model: nn.Module, name: str) -> nn.Module | None:
@@ -130,8 +157,7 @@ def _why_not(target: Target, cfg: AdapterConfig) -> str:
     if cfg.layers is not None and target.block not in cfg.layers:
         return f"not in layers={cfg.layers}"
     if cfg.target_roles and target.role not in cfg.target_roles:
-        inner = ": neither reads from nor writes into the residual stream" if target.role == "inner" else ""
-        return f"role {target.role}{inner}"
+        return f"role {target.role}: {_ROLES[target.role]}"
     return ""
 
 
@@ -237,9 +263,9 @@ class _Widths:
         counts: dict[str, Counter[int]] = {}
         for name, layer in linears.items():
             for block in self._around(name):
-                counts.setdefault(block, Counter()).update((layer.in_features, layer.out_features))
+                counts.setdefault(block, Counter()).update(shape(layer))
         self.by_block = {block: width for block, counter in counts.items() if (width := self._most(counter))}
-        everything: Counter[int] = Counter(w for m in linears.values() for w in (m.in_features, m.out_features))
+        everything: Counter[int] = Counter(w for m in linears.values() for w in shape(m))
         self.outside = set(self.by_block.values())
         if not self.outside:
             self.outside = {self.declared[0]} if self.declared else {w for w, _ in everything.most_common(1)}
@@ -259,7 +285,7 @@ class _Widths:
 
 
 def _role(name: str, layer: Any, widths: set[int]) -> Role:
-    reads, writes = layer.in_features in widths, layer.out_features in widths
+    reads, writes = (size in widths for size in shape(layer))
     if reads and writes:
         return "writer" if _WRITERS.search(name) else "reader"
     return "reader" if reads else "writer" if writes else "inner"

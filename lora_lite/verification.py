@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
+from .segments import Segments
 from .selection import only
 from .site import Site
+from .stacks import Stack
 from .targets import Target
 
 _CEILING = 0.1  # no rounding explains a larger relative error, however wrong the layer's own weight is
@@ -46,6 +48,16 @@ class Comparison:
     def __str__(self) -> str:
         name = self.worst
         return f"{self.layer} ({self.backend}): {name} {self.errors[name]:.1e}, allowed {self.allowed[name]:.1e}"
+
+
+class Call(NamedTuple):
+    """A call of an adapted layer: its input, with the segments of its rows where it is a stack, and the gradient of its
+    output."""
+
+    target: Target
+    x: Tensor
+    segments: Segments | None
+    dy: Tensor
 
 
 def verify(
@@ -80,7 +92,7 @@ def verify(
     with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)
-        rows = [_compare(target, attachment.adapters[target.name], x, dy, rtol) for target, x, dy in calls]
+        rows = [_compare(call, attachment.adapters[call.target.name], rtol) for call in calls]
     wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
         worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
@@ -102,12 +114,10 @@ def _unseen(sites: Iterable[Site]) -> Iterator[None]:
             site.ran, site.ran_with_grad = ran, with_grad
 
 
-def _require_all(
-    model: nn.Module, calls: list[tuple[Target, Tensor, Tensor]], targets: list[Target], partial: bool
-) -> None:
+def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], partial: bool) -> None:
     if not calls:
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
-    ran = {target.name for target, _, _ in calls}
+    ran = {call.target.name for call in calls}
     here, gone = here_and_gone(model, targets)
     idle = whole_kinds(here, {t.name for t in here} - ran, blocks=True) + gone
     if idle and not partial:
@@ -117,13 +127,17 @@ def _require_all(
         )
 
 
-def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[Target, Tensor, Tensor]]:
-    """For each call of an adapted layer its input and the gradient of its output."""
-    seen: list[tuple[Target, Tensor]] = []
+def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
+    """Each call of an adapted layer."""
+    seen: list[tuple[Target, Tensor, Segments | None]] = []
     outputs: list[Tensor] = []
 
     def before(target: Target) -> Callable[..., None]:
-        return lambda module, args, kwargs: seen.append((target, input_of(target.name, args, kwargs).detach()))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            segments = kwargs["segments"] if isinstance(module, Stack) else None
+            seen.append((target, input_of(target.name, args, kwargs).detach(), segments))
+
+        return hook
 
     def after(module: nn.Module, args: Any, y: Tensor) -> None:
         outputs.append(y)
@@ -138,7 +152,7 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
     finally:
         for handle in handles:
             handle.remove()
-    without = [target.name for (target, _), y in zip(seen, outputs, strict=True) if not y.requires_grad]
+    without = [target.name for (target, *_), y in zip(seen, outputs, strict=True) if not y.requires_grad]
     if without:
         warnings.warn(
             f"verify: these layers ran without gradients, under no_grad or the like, and their adapters would not "
@@ -149,9 +163,9 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[tuple[T
     found = torch.autograd.grad(loss, live, allow_unused=True) if live and loss.requires_grad else [None] * len(live)
     grads = iter(found)
     calls = []
-    for (target, x), y in zip(seen, outputs, strict=True):
+    for (target, x, segments), y in zip(seen, outputs, strict=True):
         dy = next(grads) if y.requires_grad else y.detach()
-        calls.append((target, x, torch.zeros_like(y) if dy is None else dy))
+        calls.append(Call(target, x, segments, torch.zeros_like(y) if dy is None else dy))
     return calls
 
 
@@ -180,15 +194,16 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def _compare(target: Target, adapter: Adapter, x: Tensor, dy: Tensor, rtol: float | None) -> Comparison:
+def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
+    target, x, segments, dy = call
     layer: Any = target.layer
     wide = torch.promote_types(x.dtype, torch.float32)
 
-    want = _results(adapter, lambda x: adapter.by_reference(layer, x), x.to(wide), dy)
+    want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), x.to(wide), dy)
     # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
-    plain = _results(adapter, lambda x: adapter.by_reference(layer, x, dense=False), x, dy)
+    plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
     with _without_dropout(adapter):
-        got = _results(adapter, layer, x, dy)
+        got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
     roundings = 4 * torch.finfo(x.dtype).eps / 2
     errors = {name: _error(got[name], want[name]) for name in want}
     allowed = {name: rtol or min(max(2 * _error(plain[name], want[name]), roundings), _CEILING) for name in want}

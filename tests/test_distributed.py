@@ -7,29 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import assert_close, attach, llama, randomize, token_ids
+from models import assert_close, attach, randomize, token_ids
+from two_processes import MODELS
 
 import lora_lite as ll
 
 SCRIPT = Path(__file__).parent / "support" / "two_processes.py"
 CASES = [
-    ("ddp", "lora"),
-    ("attached, then sharded", "dora"),
-    ("attached, then sharded", "hra"),
-    ("loaded, then sharded", "delora"),
-    ("sharded, then loaded", "lora"),
-    ("sharded, then loaded", "dora"),
-    ("sharded, then loaded", "antipasto"),
-    ("sharded over a 2-D mesh, then loaded", "lora"),
-    ("sharded and used, then attached", "pissa"),
+    ("ddp", "lora", "llama"),
+    ("attached, then sharded", "dora", "llama"),
+    ("attached, then sharded", "hra", "llama"),
+    ("loaded, then sharded", "delora", "llama"),
+    ("sharded, then loaded", "lora", "llama"),
+    ("sharded, then loaded", "dora", "llama"),
+    ("sharded, then loaded", "antipasto", "llama"),
+    ("sharded over a 2-D mesh, then loaded", "lora", "llama"),
+    ("sharded and used, then attached", "pissa", "llama"),
+    ("ddp", "lora", "qwen3_moe"),
+    ("attached, then sharded", "lora", "qwen3_moe"),
+    ("sharded, then loaded", "dora", "qwen3_moe"),
 ]
 
 
-def started(variant: str, folder: Path) -> Any:
+def started(variant: str, name: str, folder: Path) -> Any:
     """The model of a case, and its adapter's start in a file."""
     torch.manual_seed(0)
-    model: Any = llama()
-    attach(model, variant)
+    make, fields = MODELS[name]
+    model: Any = make()
+    attach(model, variant, **fields)
     randomize(model, by=0.2)
     folder.mkdir()
     ll.save(model, folder / "start.safetensors")
@@ -39,17 +44,17 @@ def started(variant: str, folder: Path) -> Any:
 def test_same_as_one_process(tmp_path: Path) -> None:
     """Each way to spread and adapt a model; and first what is refused, with the model as it was."""
     folders = {case: tmp_path / str(i) for i, case in enumerate(CASES)}
-    models = {case: started(case[1], folder) for case, folder in folders.items()}
-    cases = [("refused", "lora", str(tmp_path)), *((*case, str(folder)) for case, folder in folders.items())]
+    models = {case: started(*case[1:], folder) for case, folder in folders.items()}
+    cases = [("refused", "lora", "llama", str(tmp_path)), *((*case, str(folder)) for case, folder in folders.items())]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run([*torchrun, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     for case, folder in folders.items():
-        compare(models[case], folder, " ".join(case))
+        compare(models[case], MODELS[case[2]][0](), folder, " ".join(case))
 
 
-def compare(model: Any, folder: Path, case: str) -> None:
+def compare(model: Any, other: Any, folder: Path, case: str) -> None:
     seen = torch.load(folder / "seen.pt", weights_only=True)
     ids, optimizer = token_ids(4, 12), torch.optim.SGD(ll.parameters(model), lr=0.1)
     for step in range(2):
@@ -61,7 +66,6 @@ def compare(model: Any, folder: Path, case: str) -> None:
             for i, (got, p) in enumerate(zip(seen["grads"], ll.parameters(model), strict=True)):
                 assert_close(got, p.grad, 1e-4, f"{case}: gradient {i}")
         optimizer.step()
-    other: Any = llama()
     ll.load(other, folder / "adapter.safetensors")
     with torch.no_grad():
         assert_close(other(ids).logits, model(ids).logits, 1e-5, case)

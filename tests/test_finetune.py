@@ -261,6 +261,28 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_mixture_on_disk(finetune: Any, tiny: Path, tmp_path: Path) -> None:
+    """Its experts train by name, and a run's adapter loads into the model."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path / "mixture"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    names = ("q_proj$", r"experts\.(gate_up|down)_proj$")
+    result = finetune.run(settings(finetune, folder, tmp_path, variant="lora", target_names=names, lr=1e-2))
+    assert result["reloaded_max_abs_logit_difference"] == 0
+    assert result["after"]["loss"] < result["before"]["loss"]
+    (adapter,) = tmp_path.glob("runs/*/adapter.safetensors")
+    shapes = {name.partition("layers.0.")[2]: tuple(t.shape) for name, t in load_file(adapter).items()}
+    assert shapes["mlp.experts.gate_up_proj.lora_A"][::2] == (4, 32)
+
+
 def test_nothing_to_resume_is_said(finetune: Any, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="Nothing to resume"):
         finetune.run(settings(finetune, tiny, tmp_path, resume=True))

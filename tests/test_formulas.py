@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite.reference
+from lora_lite.segments import Segments
 from lora_lite.variants.antipasto import rotation
 
 R, ALPHA = 4, 6.0
@@ -321,6 +322,8 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
             self.dtypes[args[-1].dtype] += 1
+        elif func.namespace == "lora_lite":  # products of segments
+            self.dtypes[args[0].dtype] += 1
         return func(*args, **kwargs or {})
 
 
@@ -360,12 +363,13 @@ def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> N
         return torch.stack(of_entries)
 
     def ours(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        _, h = lora_lite.reference.shrink(x, A, group=group)
-        return lora_lite.reference.expand_add(y, h, B, SCALE, group)
+        segments = Segments.equal(group, x.shape[1])
+        _, h = lora_lite.reference.shrink(x, A, segments=segments)
+        return lora_lite.reference.expand_add(y, h, B, SCALE, segments)
 
     with Products() as seen:
         got = run(dtype, torch.float32, ours)
-    assert (seen.dtypes[dtype] > 0) == (cpu == "all products")
+    assert not seen.dtypes[dtype], "many small products start too slowly in 16 bits"
     plain, exact = run(dtype, torch.float32, eager), run(torch.float64, torch.float64, eager)
     for mine, theirs, want in zip(got, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype
@@ -375,6 +379,18 @@ def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.dtype, cpu: str) -> None:
+    """Over several draws: a gradient of four numbers is by chance twice as far off."""
+    draws = [low_precision_results(variant, dtype) for _ in range(6)]
+    for name in draws[0]:
+        got, plain, want = (torch.stack(each) for each in zip(*(draw[name] for draw in draws), strict=True))
+        assert got.dtype == plain.dtype
+        error, eager_error = rel_error(got, want), rel_error(plain, want)
+        assert eager_error < 0.03, f"{name}: the eager formula is no measure, it is off by {eager_error:.2e}"
+        assert error <= 1.5 * eager_error, f"{name}: {error:.2e} against {eager_error:.2e}"
+
+
+def low_precision_results(variant: str, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Output and gradients by name: ours, eager PyTorch's, float64's."""
     model, layer, adapter, cfg = single(variant, 96, 80, True, dtype)
     x = torch.randn(2, 33, 96).to(dtype).requires_grad_()
     dy = torch.randn(2, 33, 80).to(dtype)
@@ -391,8 +407,4 @@ def test_low_precision_error_is_no_worse_than_eager(variant: str, dtype: torch.d
     exact = run(FORMULAS[variant](exact_layer, exact_p, exact_x, cfg), exact_x, exact_p)
     plain = run(eager(variant, layer, adapter, x, cfg), x, adapter)
     got = run(model(x), x, adapter)
-    for name, want in exact.items():
-        assert got[name].dtype == plain[name].dtype
-        error, eager_error = rel_error(got[name], want), rel_error(plain[name], want)
-        assert eager_error < 0.03, f"{name}: the eager formula is no measure, it is off by {eager_error:.2e}"
-        assert error <= 1.5 * eager_error, f"{name}: {error:.2e} against {eager_error:.2e}"
+    return {name: (got[name], plain[name], want) for name, want in exact.items()}

@@ -277,3 +277,34 @@ def test_other_libraries(quantise: Any, variant: str, tmp_path: Path) -> None:
     ll.load(model, tmp_path / "adapter.safetensors")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, trained)
+
+
+class Unreadable(nn.Module):
+    """A quantised layer of a kind that nobody here knows: packed numbers, and a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 12, 10
+        self.register_buffer("qweight", torch.randint(0, 100, (10, 12), dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight.to(x.dtype) / 100).t()
+
+
+@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra"])
+def test_what_needs_no_weight_takes_a_layer_that_can_t_be_read(variant: str) -> None:
+    """As on the dense layer that it stands for; the other methods are refused by name."""
+    layer, dense = nn.Sequential(Unreadable()), nn.Sequential(nn.Linear(12, 10, bias=False))
+    dense[0].weight.data.copy_(layer[0].qweight / 100)
+    x = torch.randn(5, 12)
+    assert torch.allclose(layer(x), dense(x), atol=1e-6)
+    for model in (layer, dense):
+        torch.manual_seed(0)
+        attach(model, variant, target_names=("0",), dtype=torch.float32)
+        randomize(model)
+    assert_close(layer(x), dense(x), 1e-5)
+    ll.diagnose(layer)
+    ll.detach(layer)
+    for other in ("pissa", "dora", "delora", "antipasto"):
+        with pytest.raises(ll.AttachError, match=r"0 \(12 → 10\): .*int32.* which this variant can't read; use"):
+            attach(layer, other, target_names=("0",))

@@ -1,5 +1,6 @@
 """Several adapters on one model: each by itself, all at once, one after another, and stacked as IA³'s paper has it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models import (
     llama,
     load_tests,
     logits,
+    qwen3_moe,
     randomize,
     snapshot,
     token_ids,
@@ -305,6 +307,111 @@ def test_low_rank_sums_run_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [(3, 4, 12)]
 
 
+def three_methods(model: Any) -> Any:
+    """LoRA, DoRA and HRA on everything, under the names a, b and c."""
+    for name, variant in (("a", "lora"), ("b", "dora"), ("c", "hra")):
+        ll.attach(model, config(variant, target_roles=()), name=name)
+    randomize(model, by=0.3)
+    return model
+
+
+@pytest.mark.parametrize("methods", ["sums", "mixed"])
+def test_packed_sequences(methods: str) -> None:
+    """Runs of any length in one row, an empty one and one without an adapter among them."""
+    model: Any = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 7))
+    if methods == "mixed":
+        three_methods(model)
+    else:
+        for i, name in enumerate(("a", "b", "c")):
+            ll.attach(model, config("lora", r=i + 2, target_roles=()), name=name)
+        randomize(model, by=0.3)
+    names, lengths = ["c", "a", None, "b", "a"], [4, 1, 3, 0, 5]
+    x = torch.randn(1, 13, 12)
+    want = []
+    for name, part in zip(names, x.split(lengths, 1), strict=True):
+        if name is None:
+            with ll.disabled(model):
+                want.append(model(part))
+        else:
+            ll.use(model, name)
+            want.append(model(part))
+    wanted, dy = torch.cat(want, 1), torch.randn(1, 13, 7)
+    grads = torch.autograd.grad(wanted, ll.parameters(model), dy, allow_unused=True)
+    ll.use(model, names, lengths=lengths)
+    for view in (x, x[0]):
+        got = model(view)
+        assert_close(got.view(1, 13, 7), wanted, 1e-5)
+    mine = torch.autograd.grad(got, ll.parameters(model), dy[0], allow_unused=True)
+    for i, theirs in zip(mine, grads, strict=True):
+        if theirs is not None and theirs.norm() > 0:
+            assert_close(i, theirs, 1e-5)
+        else:
+            assert i is None or not i.any()
+    with pytest.raises(ValueError, match="lengths add up to 13 tokens, and 0 got 12"):
+        model(x[:, 1:])
+
+
+@pytest.mark.parametrize("methods", ["sums", "mixed"])
+def test_a_batch_on_the_second_dimension(methods: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(12, 10))
+    three_methods(model)
+    names = ["a", None, "a"] if methods == "sums" else ["c", "a", "b"]
+    x = torch.randn(5, 3, 12)
+    want = []
+    for i, name in enumerate(names):
+        ll.use(model, name or "a")
+        with ll.disabled(model) if name is None else contextlib.nullcontext():
+            want.append(model(x[:, i]))
+    ll.use(model, names, batch_dim=1)
+    assert_close(model(x), torch.stack(want, 1), 1e-5)
+    with pytest.raises(ValueError, match="3 entries, and a layer got 5"):
+        model(x.transpose(0, 1))
+    with pytest.raises(ValueError, match=r"0 got an input of shape \(3, 12\), whose dimension 1 counts no entries"):
+        model(x[0])
+    ll.use(model, names)
+    with pytest.raises(ValueError, match=r"shape \(12,\), whose dimension 0 counts no entries"):
+        model(x[0, 0])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_beams_take_their_entry_s_adapter(options: dict[str, int]) -> None:
+    """Each entry generates what it does alone; outside of `generate` a multiple of the entries is an error."""
+    model: Any = three_methods(llama())
+    ids, names = token_ids(3, 6), ["b", "a", "c"]
+    more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    want = []
+    for i, name in enumerate(names):
+        ll.use(model, name)
+        want.append(model.generate(ids[i : i + 1], **more))
+    ll.use(model, names)
+    assert torch.equal(model.generate(ids, **more), torch.cat(want))
+    with pytest.raises(ValueError, match="adapters of 3 entries, and a layer got 6"):
+        model(ids.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("hra", "dora")], ids=str)
+def test_rows_sent_to_experts(methods: tuple[str, str]) -> None:
+    """By entry of the batch, and by tokens of the experts' own input."""
+    model: Any = qwen3_moe()
+    for i, variant in enumerate(methods):
+        names = {"target_names": ("q_proj$", r"\.experts\.")} if i else {"target_names": (r"\.experts\.",), "r": 2}
+        ll.attach(model, config(variant, **names), name="ab"[i])
+    randomize(model, by=0.3)
+    ids = token_ids(4)
+    want = row_by_row(model, ids)
+    direction = torch.randn_like(want)
+    of_want = torch.autograd.grad((want * direction).sum(), ll.parameters(model))
+    ll.use(model, ROWS)
+    got = model(ids).logits
+    assert_close(got, want, 1e-5)
+    for mine, theirs in zip(torch.autograd.grad((got * direction).sum(), ll.parameters(model)), of_want, strict=True):
+        assert_close(mine, theirs, 1e-4)
+    ll.use(model, ROWS, lengths=[17] * 4)
+    assert_close(model(ids).logits, want, 1e-5)
+    with pytest.raises(ValueError, match=r"a stand on experts alone, .* give lengths="):
+        ll.use(model, ["a", None])
+
+
 def test_rows_must_fit_the_batch() -> None:
     model = of_two("lora")
     ll.use(model, ROWS)
@@ -312,8 +419,16 @@ def test_rows_must_fit_the_batch() -> None:
         model(token_ids(3))
     with pytest.raises(ll.AttachError, match="under the name 'c'"):
         ll.use(model, ["a", "c"])
-    with pytest.raises(ValueError, match="name at least one"):
-        ll.use(model, [])
+    for names, options, message in (
+        ([], {}, "name at least one"),
+        (["a"], {"lengths": [3, 4]}, "lengths must hold a number of tokens for each of 1 names"),
+        (["a"], {"lengths": [-3]}, "lengths must hold"),
+        (["a"], {"lengths": [3], "batch_dim": 1}, "leave batch_dim out"),
+        (["a"], {"batch_dim": 2}, "batch_dim must be 0 or 1; got 2"),
+        ("a", {"lengths": [3]}, "belong to a list of names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ll.use(model, names, **options)
 
 
 @pytest.mark.parametrize("rows", [False, True])

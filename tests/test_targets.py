@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import ARCHITECTURES, assert_same, bert, gpt_neox, llama, qwen3, snapshot
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -134,7 +136,6 @@ def test_layers(architecture: str) -> None:
     ("variant", "architecture", "want"),
     [
         ("ia3", "llama", {"k_proj", "v_proj"}),
-        ("ia3", "gpt_neox", {"query_key_value"}),
         ("ia3", "bert", {"key", "value"}),
         ("ia3_ff", "llama", {"down_proj"}),
         ("ia3_ff", "gpt_neox", {"dense_4h_to_h"}),
@@ -147,6 +148,49 @@ def test_defaults_of_ia3(variant: str, architecture: str, want: set[str]) -> Non
     assert len(found) == 2 * len(want)
     if (variant, architecture) == ("ia3_ff", "bert"):
         assert all(t.layer.in_features == 56 for t in found), "the feed-forward output, not the attention's"
+
+
+def built(name: str, **fields: Any) -> nn.Module:
+    """The tiny model of a config class of transformers, on the meta device."""
+    config = getattr(transformers, name)(vocab_size=32, **fields)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config)
+
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+_MLA = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "scaled", "fed"),
+    [
+        ("T5Config", _T5, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["t5"][:2], "wo"),
+        ("DebertaV2Config", _SMALL, TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["deberta-v2"][:2], "dense"),
+        ("DeepseekV3Config", {**_SMALL, **_MLA, "first_k_dense_replace": 1}, ["kv_b_proj"], "down_proj"),
+        ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 1, "n_head": 4}, [], "c_proj"),
+        ("Phi3Config", {**_SMALL, "pad_token_id": 0}, [], "down_proj"),
+        ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 1}, [], "down_proj"),
+        ("ModernBertConfig", {**_SMALL, "pad_token_id": 0}, [], "Wo"),
+        ("GPTNeoXConfig", _SMALL, [], "dense_4h_to_h"),
+    ],
+)
+def test_ia3_scales_keys_values_and_the_feed_forward(
+    config: str, fields: dict[str, Any], scaled: list[str], fed: str
+) -> None:
+    """PEFT's table names the keys and values where they have layers of their own. Where one layer computes queries
+    too, IA3 is refused, naming it. The feed-forward layer is never one of the attention's."""
+    model = built(config, **fields)
+    found = [target.name for target in find_targets(model, ll.IA3FFConfig())]
+    assert found
+    assert {name.rpartition(".")[2] for name in found} == {fed}
+    assert not any("attention" in name.lower() or ".attn" in name for name in found), found
+    if scaled:
+        found = [target.name for target in find_targets(model, ll.IA3Config())]
+        assert {name.rpartition(".")[2] for name in found} == set(scaled)
+    else:
+        with pytest.raises(ll.AttachError, match=r"query_key_value|qkv_proj|Wqkv|c_attn"):
+            find_targets(model, ll.IA3Config())
 
 
 class LinearLike(nn.Module):

@@ -54,12 +54,14 @@ class AntiPaSTOConfig(AdapterConfig):
         self.require(self.svd in get_args(SVD), "svd", f"one of {get_args(SVD)}")
 
 
-def rotation(rot_T: Float[Tensor, "blocks upper"], size: int, max_angle: float) -> Float[Tensor, "blocks size size"]:
+def rotation(
+    rot_T: Float[Tensor, "*E blocks upper"], size: int, max_angle: float
+) -> Float[Tensor, "*E blocks size size"]:
     """Cayley rotations from the upper triangles of their generators."""
     rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
     rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
-    upper = rot_T.new_zeros(rot_T.shape[0], size, size)
-    upper[:, rows, cols] = rot_T
+    upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
+    upper[..., rows, cols] = rot_T
     skew = (upper - upper.mT) / 2
     limit = 2 * math.tan(max_angle / 2)
     X = limit * torch.tanh(skew / limit) / 2
@@ -94,7 +96,7 @@ class AntiPaSTO(Variant):
 
     @staticmethod
     def statistic(p: Params, layer: nn.Module, cfg: Any) -> MeanAbsProjection:
-        pool = min(2 * cfg.r, layer.in_features, layer.out_features)  # type: ignore[call-overload]
+        pool = min(2 * cfg.r, p.lora_U.shape[0], p.lora_Vh.shape[1])
         svd = top_svd(dense_weight(layer, torch.float32), pool, cfg.svd)
         return MeanAbsProjection(svd, needs=cfg.r)
 
@@ -109,13 +111,17 @@ class AntiPaSTO(Variant):
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
         U, S, Vh, S_new = p.lora_U, p.lora_S, p.lora_Vh, p.lora_S + p.lora_delta_s
         if cfg.rotate_basis == "none":
-            return LowRankAdd(p.lora_delta_s[:, None] * Vh, U, dropout=cfg.dropout)
+            return LowRankAdd(p.lora_delta_s[..., None] * Vh, U, dropout=cfg.dropout)
         R = rotation(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
+
+        def rotated(rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
+            return (R @ rows.unflatten(-2, (-1, cfg.block_size)).to(R.dtype)).flatten(-3, -2)
+
         if cfg.rotate_basis == "V":
-            R_Vh = (R @ Vh.view(len(R), cfg.block_size, -1).to(R.dtype)).view(Vh.shape)
-            return LowRankAdd(S_new[:, None] * R_Vh - S[:, None] * Vh, U, dropout=cfg.dropout)
-        U_R = (R @ U.t().reshape(len(R), cfg.block_size, -1).to(R.dtype)).view(U.shape[1], -1).t()
-        return LowRankAdd(Vh, U_R * S_new - U * S, dropout=cfg.dropout)
+            A = S_new[..., None] * rotated(Vh) - S[..., None] * Vh
+            return LowRankAdd(A, U, dropout=cfg.dropout)
+        B = rotated(U.mT).mT * S_new[..., None, :] - U * S[..., None, :]
+        return LowRankAdd(Vh, B, dropout=cfg.dropout)
 
 
 def _fill(p: Params, U: Tensor, S: Tensor, Vh: Tensor) -> None:

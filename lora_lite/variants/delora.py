@@ -57,6 +57,6 @@ class DeLoRA(Variant):
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
         A, B = p.lora_A, p.lora_B
-        norms = A.norm(dim=1).clamp_min(1e-4) * B.norm(dim=0).clamp_min(1e-4)
+        norms = A.norm(dim=-1).clamp_min(1e-4) * B.norm(dim=-2).clamp_min(1e-4)
         strength = p.lora_lambda / (cfg.r * norms)
-        return LowRankAdd(A * strength[:, None] * p.lora_wnorm, B, dropout=cfg.dropout)
+        return LowRankAdd(A * strength[..., None] * p.lora_wnorm[..., None, :], B, dropout=cfg.dropout)

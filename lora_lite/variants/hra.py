@@ -51,7 +51,7 @@ class HRA(Variant):
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> InputLowRankAdd:
         U = p.lora_U
-        V = normalize(U.to(torch.promote_types(U.dtype, torch.float32)), dim=1)
-        T_inverse = (V @ V.t()).tril(-1) + 0.5 * torch.eye(cfg.r, dtype=V.dtype, device=V.device)
+        V = normalize(U.to(torch.promote_types(U.dtype, torch.float32)), dim=-1)
+        T_inverse = (V @ V.mT).tril(-1) + 0.5 * torch.eye(cfg.r, dtype=V.dtype, device=V.device)
         TV = torch.linalg.solve_triangular(T_inverse, V, upper=False)
-        return InputLowRankAdd(V, -TV.t())
+        return InputLowRankAdd(V, -TV.mT)

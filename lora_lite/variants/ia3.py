@@ -19,11 +19,18 @@ from ..variant import Variant, register
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(AdapterConfig):
-    """IA³ on outputs; see `AdapterConfig`. r and alpha are not used. Targets keys and values by default."""
+    """IA³ on outputs; see `AdapterConfig`. r and alpha are not used. Targets keys and values by default.
+
+    The paper scales keys and values, not queries. A layer that computes all three (query_key_value, Wqkv, qkv_proj,
+    c_attn) is therefore no default: a model with no other is refused, until `target_names` names that layer.
+    """
 
     variant: ClassVar[str] = "ia3"
     target_roles: tuple = ()
-    target_names: tuple[str, ...] = (r"(^|\.)(k_proj|v_proj|key|value|k_lin|v_lin|query_key_value)$",)
+    target_names: tuple[str, ...] = (
+        r"(^|\.)(k_proj|v_proj|key|value|key_proj|value_proj|k_lin|v_lin|kv_b_proj)$",
+        r"Attention\.(k|v)$",  # T5
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,7 +43,11 @@ class IA3FFConfig(AdapterConfig):
 
     variant: ClassVar[str] = "ia3_ff"
     target_roles: tuple = ()
-    target_names: tuple[str, ...] = (r"(^|\.)(down_proj|fc2|lin2|dense_4h_to_h)$", r"layer\.\d+\.output\.dense$")
+    target_names: tuple[str, ...] = (
+        r"(^|\.)(down_proj|fc2|lin2|dense_4h_to_h)$",
+        r"(^|\.)(mlp\.(Wo|c_proj)|DenseReluDense\.wo)$",  # ModernBERT, BigCode, T5
+        r"layer\.\d+\.output\.dense$",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,6 +65,6 @@ class PiSSA(Variant):
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:
-        A = torch.cat([p.lora_A, p.lora_A0])
-        B = torch.cat([p.lora_B, -p.lora_B0], dim=1)
+        A = torch.cat([p.lora_A, p.lora_A0], dim=-2)
+        B = torch.cat([p.lora_B, -p.lora_B0], dim=-1)
         return LowRankAdd(A, B, cfg.scale, cfg.dropout)

@@ -1,4 +1,4 @@
-"""Dropout and groups in the low-rank kernels: the mask, and results with it, against independent formulas.
+"""Dropout in the low-rank kernels: the mask, and results with it, against independent formulas.
 
 The mask's oracle is its generator in numpy, written from the paper and held to the authors' known answers; results are
 compared with the formula in float64 by the rules of test_correct.py.
@@ -16,6 +16,8 @@ from philox import dropout_mask, philox
 from torch import Tensor
 
 from lora_lite.kernels import lowrank, ops, tuning
+from lora_lite.kernels.common import Runs
+from lora_lite.segments import Segments
 
 correct = load_tests("kernels/test_correct")
 DTYPES = correct.DTYPES
@@ -125,67 +127,25 @@ def test_lowrank_add_with_dropout(dtype: torch.dtype, M: int, K: int, N: int, R:
     correct.compare(ours, plain, inputs, dtype)
 
 
-@pytest.mark.usefixtures("_watched")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "K", "N", "R", "group"),
-    [
-        (1, 61, 67, 4, [1, 0, -1, 2, 2, 0, 1]),  # generation: a token an entry
-        (33, 50, 130, 16, [0, 1]),
-        (70, 144, 101, 100, [2, -1, 2, 0]),
-        (130, 61, 67, 20, [1]),  # two of three groups get nothing
-        (9, 64, 48, 300, [1, 0, 2, -1]),
-        (0, 64, 48, 16, [1, 0]),
-    ],
-)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_grouped(dtype: torch.dtype, tokens: int, K: int, N: int, R: int, group: list[int], dropout: float) -> None:
-    """An A and a B for each entry; those of group −1 leave y and x's gradient alone."""
-    mask = dropout_mask(SEED, len(group) * tokens, K, dropout).view(len(group), tokens, K)
-    which = torch.tensor(group)
-
-    def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        rows = []
-        for i, each in enumerate(group):
-            change = 0.0
-            if each >= 0:
-                kept = x[i] * mask[i].to(x.dtype)
-                change = 0.7 * (kept @ A[each].to(x.dtype).t()) @ B[each].to(x.dtype).t()
-            rows.append(x[i] @ W.t() + change)
-        return torch.stack(rows) + 0 * (A.sum() + B.sum())
-
-    def ours(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        with with_seed(SEED):
-            x, h = ops.shrink(x, A, dropout, which)
-        return ops.expand_add(x @ W.t(), h, B, 0.7, which)
-
-    inputs = lambda: {  # noqa: E731
-        "x": torch.randn(len(group), tokens, K).to(dtype).requires_grad_(),
-        "A": correct.parameter(3, R, K, dtype=torch.float32, scale=K**-0.5),
-        "B": correct.parameter(3, N, R, dtype=torch.float32, scale=R**-0.5),
-        "W": (torch.randn(N, K) * K**-0.5).to(dtype),
-    }
-    correct.compare(ours, plain, inputs, dtype)
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 def test_passes_are_the_same(grouped: bool) -> None:
     """The mask is computed, not stored: each token-sized tensor is read and written as often as without dropout, and
     there is no other of that size."""
     M, K, N, R = 200, 260, 300, 20
-    group = torch.tensor([1, -1, 0, 1]) if grouped else None
+    segments = Segments.equal(torch.tensor([1, -1, 0, 1]), 50) if grouped else None
     stack = (3,) if grouped else ()
     bf16 = torch.bfloat16
     x, y, h = (torch.randn(M, size).to(bf16).requires_grad_() for size in (K, N, R))
     A, B = (torch.randn(*stack, *shape).to(bf16) for shape in ((R, K), (N, R)))
-    options = (group, torch.tensor([SEED]), 0.1)
+    runs = Runs.read(Runs.of(segments, x, 3))
+    options = (runs, torch.tensor([SEED]), 0.1)
     wanted = {
         "x": (1, 0), "y": (1, 0), "dy": (1, 0), "dx_base": (1, 0), "out": (0, 1), "dx": (0, 1),
     }  # fmt: skip
     with tuning.force(config=tuning.Config(32, 64), programs=20), launches.watch() as seen:
         lowrank.launch_shrink(x, A, bf16, *options)
         lowrank.launch_expand(y, h, B, 0.7, None, None, *options)
-        lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, group=group)
+        lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
         lowrank.launch_shrink_backward(torch.randn(M, K).to(bf16), h, x, A, True, True, None, *options)
     found = set()
     for launch in seen:
@@ -199,11 +159,12 @@ def test_passes_are_the_same(grouped: bool) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_opcheck(dropout: float, grouped: bool) -> None:
-    group = torch.tensor([1, 0, -1]) if grouped else None
+    segments = Segments.equal(torch.tensor([1, 0, -1]), 2) if grouped else None
     stack = (2,) if grouped else ()
     seed = torch.tensor([SEED]) if dropout else None
     x, y, h = (torch.randn(3, 2, 12).requires_grad_(), torch.randn(3, 2, 10).requires_grad_(), torch.randn(6, 4))
     A, B = torch.randn(*stack, 4, 12).requires_grad_(), torch.randn(*stack, 10, 4).requires_grad_()
+    group = Runs.of(segments, x, 2)
     torch.library.opcheck(lowrank._shrink, (x, A, torch.float32, group, seed, dropout))
     torch.library.opcheck(lowrank._expand_add, (y, h, B, 0.7, group))
     x, y, A, B = (t.detach() for t in (x, y, A, B))

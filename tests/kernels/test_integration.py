@@ -12,7 +12,7 @@ from typing import Any
 import launches
 import pytest
 import torch
-from models import load_tests, randomize
+from models import VARIANTS, assert_close, attach, calibration_batches, load_tests, randomize, token_ids
 from torch import nn
 
 import lora_lite as ll
@@ -67,3 +67,25 @@ def test_sums_that_act_together_launch_as_often_as_one() -> None:
             layer(x.clone().requires_grad_()).sum().backward()
         counts.append(sorted(launched))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixture_of_experts(variant: str) -> None:
+    """Every method on stacked experts: each call's output and gradients are the float32 reference's."""
+    model: Any = load_tests("test_experts").MIXTURES["gpt_oss"]().bfloat16()
+    attach(model, variant, calibration_batches(12), target_names=(r"layers\.1.*\.experts\.",))
+    randomize(model)
+    rows = ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()})
+    assert [row.backend for row in rows] == ["triton", "triton"]
+
+
+def test_a_compiled_mixture() -> None:
+    """Without a graph break, tables of runs included."""
+    block = load_tests("test_experts").MIXTURES["qwen3_moe"]().model.layers[0].mlp
+    ll.attach(block, ll.LoRAConfig(r=4, target_names=(r"experts\.",)))
+    randomize(block)
+    compiled = torch.compile(block, fullgraph=True)
+    for length in (9, 5):
+        x = torch.randn(2, length, 32, requires_grad=True)
+        (mine,), (theirs,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (compiled, block))
+        assert_close(mine, theirs, 1e-5)

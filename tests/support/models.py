@@ -60,10 +60,23 @@ def qwen3(seed: int = 0, **sizes: Any) -> nn.Module:
     return build(transformers.Qwen3ForCausalLM, config, seed)
 
 
+def qwen3_moe(seed: int = 0, **sizes: Any) -> nn.Module:
+    """A mixture of four experts, of which a token visits two."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    config = transformers.Qwen3MoeConfig(**{**SIZES, **_GROUPED, "head_dim": 8, **experts, **sizes})
+    return build(transformers.Qwen3MoeForCausalLM, config, seed)
+
+
 def gemma(seed: int = 0, **sizes: Any) -> nn.Module:
     """Gains around zero, scaled and tied embeddings."""
     config = transformers.GemmaConfig(**{**SIZES, **_GROUPED, "head_dim": 8, "num_key_value_heads": 1, **sizes})
     return build(transformers.GemmaForCausalLM, config, seed)
+
+
+def gpt2(seed: int = 0, **sizes: Any) -> nn.Module:
+    """Conv1D layers, whose weight is stored in × out, one of them fused."""
+    config = transformers.GPT2Config(**{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, **sizes})
+    return build(transformers.GPT2LMHeadModel, config, seed)
 
 
 def gpt_neox(seed: int = 0, **sizes: Any) -> nn.Module:
@@ -145,6 +158,8 @@ def attach(model: nn.Module, variant: str, batches: Any = None, **fields: Any) -
     """Attach a variant at its start, calibrated on random tokens where it needs that."""
     if variant == "eva" and batches is None:
         batches = calibration_batches(vocab=getattr(getattr(model, "config", None), "vocab_size", VOCAB))
+    if variant == "ia3" and isinstance(model, transformers.GPTNeoXForCausalLM):
+        fields = {"target_names": ("query_key_value$",), **fields}  # it computes queries too, and is no default
     return ll.attach(model, config(variant, **fields), calibration_data=batches)
 
 

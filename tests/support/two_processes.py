@@ -1,6 +1,6 @@
 """Run by torchrun, two processes on gloo: trains two steps on halves of a batch and writes what one process can check.
 
-Argument: a folder with cases.json, a list of [how the model is spread and adapted, a variant, its own folder]. Rank 0
+Argument: a folder with cases.json, a list of [how the model is spread and adapted, variant, model, folder]. Rank 0
 writes losses and gradients; the adapter is saved by `ll.save`. All cases in one run: starting takes longest.
 """
 
@@ -13,7 +13,7 @@ import environment  # noqa: F401  (before models, which imports transformers)
 import pytest
 import torch
 import torch.distributed as dist
-from models import attach, llama, randomize, token_ids
+from models import attach, llama, qwen3_moe, randomize, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,25 +22,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_lite as ll
 
+MODELS = {"llama": (llama, {}), "qwen3_moe": (qwen3_moe, {"target_names": ("q_proj$", r"\.experts\.")})}
+
 
 def whole(t: torch.Tensor) -> torch.Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def main(kind: str, variant: str, folder: Path) -> None:
+def main(kind: str, variant: str, name: str, folder: Path) -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)  # as the tests do
-    model: Any = llama()
+    make, fields = MODELS[name]
+    model: Any = make()
     if kind == "refused":
         refusals(model)
         return
     wrapped = model
     match kind:
         case "ddp":
-            attached(model, variant)
+            attached(model, variant, **fields)
             wrapped = DistributedDataParallel(model)
         case "attached, then sharded":
-            attached(model, variant)
+            attached(model, variant, **fields)
             shard(model)
         case "loaded, then sharded":
             ll.load(model, folder / "start.safetensors")
@@ -56,7 +59,7 @@ def main(kind: str, variant: str, folder: Path) -> None:
             model(input_ids=token_ids(), labels=token_ids()).loss.backward()
             model.zero_grad()
             torch.manual_seed(rank)  # what is drawn on the first process counts
-            attached(model, variant)
+            attached(model, variant, **fields)
     before = {name: whole(p.detach()).clone() for name, p in model.named_parameters() if not p.requires_grad}
     late = kind.startswith("sharded")
     assert all(isinstance(p, DTensor) != late for p in ll.parameters(model)) or kind == "ddp"
@@ -84,8 +87,8 @@ def main(kind: str, variant: str, folder: Path) -> None:
         torch.save({"losses": torch.stack(losses), "grads": grads}, folder / "seen.pt")
 
 
-def attached(model: Any, variant: str) -> None:
-    attach(model, variant)
+def attached(model: Any, variant: str, **fields: Any) -> None:
+    attach(model, variant, **fields)
     randomize(model, by=0.2)
 
 
@@ -111,7 +114,7 @@ def refusals(model: Any) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for kind, variant, folder in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
+    for kind, variant, name, folder in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
         print("case:", kind, variant, file=sys.stderr)
-        main(kind, variant, Path(folder))
+        main(kind, variant, name, Path(folder))
     dist.destroy_process_group()

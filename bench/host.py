@@ -1,0 +1,173 @@
+"""CPU time that an adapted layer adds to a training step, and its launches: `just bench-host`. No GPU is needed.
+
+A step is a forward and a backward of one nn.Linear, small enough that computing takes next to nothing and what is left
+is the host's work; the bare layer's step is taken off. The kernels go all the way to the launch and not further (see
+launch_path.py). Launches are counted at the size that is named, where sums of parts depend on it.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import peft
+import torch
+from launch_path import torch_launches, without_launching
+from machine import RESULTS, write
+from rivals import peft_config
+from torch import Tensor, nn
+
+import lora_lite as ll
+
+METHODS = {
+    "lora": ll.LoRAConfig, "pissa": ll.PiSSAConfig, "dora": ll.DoRAConfig,
+    "hra": ll.HRAConfig, "ia3": ll.IA3Config, "antipasto": ll.AntiPaSTOConfig,
+}  # fmt: skip
+WIDTH, TOKENS, RANK = 64, 8, 16
+COUNTED = {"M": 8192, "K": 4096, "N": 4096, "r": RANK}
+
+
+class Costless(torch.autograd.Function):
+    """A product's shapes without the product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy.new_empty(*dy.shape[:-1], COUNTED["K"]), None
+
+
+class CostlessLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Costless.apply(x, self.weight)  # type: ignore[return-value]
+
+
+def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear) -> nn.Module:
+    layer = kind(K, N, bias=False, dtype=torch.bfloat16)
+    return nn.ModuleDict({"layer": layer}).requires_grad_(False)
+
+
+def config(method: str) -> Any:
+    rank = {} if method == "ia3" else {"r": RANK}
+    alpha = {} if method in ("ia3", "antipasto") else {"alpha": 32.0}
+    return METHODS[method](target_names=(r"layer",), dtype=torch.float32, **rank, **alpha)
+
+
+def ours(method: str, backend: str, base: nn.Module) -> nn.Module:
+    ll.attach(base, config(method), backend=backend)
+    return base["layer"]  # type: ignore[index]
+
+
+def rival(method: str) -> nn.Module | None:
+    cfg = peft_config(method, RANK, 32.0, ["layer"])
+    base = model(WIDTH, WIDTH)
+    return None if cfg is None else peft.get_peft_model(base, cfg).base_model.model["layer"]  # type: ignore
+
+
+def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
+    """Gradients are dropped after each, as `zero_grad` does."""
+    x = torch.randn(M, K).to(torch.bfloat16).requires_grad_()
+    dy = torch.zeros(M, K, dtype=torch.bfloat16)
+    own = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def step() -> None:
+        layer(x).backward(dy)
+        for t in own:
+            t.grad = None
+
+    return step
+
+
+def medians(steps: dict[str, Callable[[], None]], rounds: int, calls: int = 20) -> dict[str, float]:
+    """CPU µs of each step: of interleaved rounds."""
+    for step in steps.values():
+        for _ in range(3 * calls):
+            step()
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    gc.disable()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.process_time()
+            for _ in range(calls):
+                step()
+            took[name].append(1e6 * (time.process_time() - start) / calls)
+    gc.enable()
+    return {name: statistics.median(each) for name, each in took.items()}
+
+
+def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
+    """A method's figures beside PEFT's."""
+    context = without_launching() if backend == "triton" else nullcontext({})
+    with context as counts:
+        steps = {"base": step_of(model(WIDTH, WIDTH)["layer"], TOKENS, WIDTH)}  # type: ignore[index]
+        steps["ours"] = step_of(ours(method, backend, model(WIDTH, WIDTH)), TOKENS, WIDTH)
+        if (theirs := rival(method)) is not None:
+            steps["peft"] = step_of(theirs, TOKENS, WIDTH)
+        took = medians(steps, rounds)
+        added = {name: took[name] - took["base"] for name in steps if name != "base"}
+        base_launches = torch_launches(steps["base"])
+        result = {
+            "method": method,
+            "backend": backend,
+            "base_us": took["base"],
+            "added_us": added,
+            "ratio": added["ours"] / added["peft"] if "peft" in added else None,
+            "peft_launches": torch_launches(steps["peft"]) - base_launches if "peft" in steps else None,
+        }
+        if backend == "triton":
+            result["launches"] = launches(method, counts)
+        else:
+            result["launches"] = {"ours": 0, "torch": torch_launches(steps["ours"]) - base_launches}
+    return result
+
+
+def launches(method: str, counts: Any) -> dict[str, Any]:
+    """Of a layer and step at the size that is named, casts and sums among them. Singular vectors are as good as any."""
+    shape = COUNTED["N"], COUNTED["K"]
+
+    def any_svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(shape[0], r), torch.ones(r), torch.randn(r, shape[1])
+
+    with (
+        mock.patch("lora_lite.variants.pissa.top_svd", any_svd),
+        mock.patch("lora_lite.variants.antipasto.top_svd", any_svd),
+    ):
+        layer = ours(method, "triton", model(shape[1], shape[0], CostlessLinear))
+    step = step_of(layer, COUNTED["M"], COUNTED["K"])
+    step()
+    counts.clear()
+    step()
+    by_name = dict(counts)
+    return {"ours": sum(by_name.values()), "torch": torch_launches(step), "kernels": by_name}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=60, help="interleaved rounds of 20 steps")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--dry", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row(method, "triton", arguments.rounds) for method in arguments.methods]
+    if "lora" in arguments.methods:
+        rows.append(row("lora", "reference", arguments.rounds))
+    for each in rows:
+        added = "  ".join(f"{name} {us:7.1f} µs" for name, us in each["added_us"].items())
+        ratio = "" if each["ratio"] is None else f"  ratio {each['ratio']:.2f}"
+        print(f"{each['method']:10} {each['backend']:10} {added}{ratio}  launches {each['launches']}", flush=True)
+    if not arguments.dry:
+        settings = {"width": WIDTH, "tokens": TOKENS, "r": RANK, "rounds": arguments.rounds, "counted_at": COUNTED}
+        write(RESULTS / "host.json", {"settings": settings, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Runs everything of a kernel's launch but the launch, on CPU tensors, so that host time is measured without a GPU.
+
+Triton's own binder, specialisation and compiler run for an H100; the compiled kernel is then left alone, and results
+are whatever memory held. What this leaves out of a real step: the launch itself (2 to 4 µs a kernel, PyTorch's too).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from lora_lite import backend
+from lora_lite.kernels import interpreter
+
+# Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
+_NAMES = (
+    "empty empty_like empty_strided new_empty view _unsafe_view view_as as_strided detach alias expand "
+    "expand_as slice select transpose t permute reshape squeeze unsqueeze split unbind narrow diagonal "
+    "result_type resize_ resolve_conj resolve_neg lift_fresh to _to_copy contiguous _reshape_alias item "
+    "is_nonzero "
+)
+_FREE = {f"aten::{name}" for name in _NAMES.split()}
+
+
+@contextmanager
+def without_launching() -> Iterator[Counter[str]]:
+    """The kernels run for CPU tensors within the context, up to the launch. Yields how often each would have."""
+    if interpreter.ACTIVE:
+        raise RuntimeError("TRITON_INTERPRET is set, and the interpreter has no launch path")
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_active_torch_device=lambda: torch.device("cpu"),
+        is_active=lambda: True,
+    )
+    counts: Counter[str] = Counter()
+    run, active = jit.JITFunction.run, driver._active  # type: ignore[attr-defined]
+
+    def run_dry(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        counts[self.__name__] += 1
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    driver.set_active(device)  # type: ignore[arg-type]
+    backend._in_force.clear()
+    try:
+        with (
+            mock.patch.object(jit.JITFunction, "run", run_dry),
+            mock.patch.object(interpreter, "ACTIVE", True),  # what lets `select` choose kernels for a CPU
+        ):
+            yield counts
+    finally:
+        driver._active = active  # type: ignore[attr-defined]
+        backend._in_force.clear()
+
+
+def torch_launches(step: Any) -> int:
+    """How many kernels of PyTorch's a call would launch: its operators that call no other and compute something."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    count = 0
+    for event in profile.events() or ():
+        inner = [child for child in event.cpu_children if child.name.startswith("aten::") and not _free(child.name)]
+        count += event.name.startswith("aten::") and not _free(event.name) and not inner
+    return count
+
+
+def _free(name: str) -> bool:
+    return name in _FREE

@@ -1,0 +1,96 @@
+"""Operators that cost a step little: PyTorch's custom operators where something looks at operators, plain calls else.
+
+A custom operator's way through the dispatcher and its generated autograd cost more CPU time than a kernel's launch.
+Nothing needs them in eager mode, so there a call is the function itself, in an `autograd.Function` where a gradient is
+wanted. `torch.compile`, export, fake tensors, tensor subclasses, function transforms and dispatch modes (selective
+checkpointing, FLOP counters) get the operator.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack  # type: ignore[attr-defined]
+from torch._C._functorch import peek_interpreter_stack
+from torch._library.custom_ops import CustomOpDef
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_dispatching = False
+
+
+@contextmanager
+def dispatched() -> Iterator[None]:
+    """Every call is the operator's: for tests, which run both ways."""
+    global _dispatching
+    before, _dispatching = _dispatching, True
+    try:
+        yield
+    finally:
+        _dispatching = before
+
+
+def _watched() -> bool:
+    """Whether something in force wants to see operators."""
+    return (
+        _dispatching
+        or torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class Operator(CustomOpDef):
+    """A custom operator that in eager mode is called without the dispatcher."""
+
+    _function: Callable[..., Any] | None = None  # with the operator's gradient
+
+    def __call__(self, *args: Any) -> Any:
+        if _watched():
+            return super().__call__(*args)
+        needs_grad, grad_enabled = False, torch.is_grad_enabled()
+        for each in args:
+            if isinstance(each, Tensor):
+                if type(each) not in _PLAIN:
+                    return super().__call__(*args)
+                needs_grad |= grad_enabled and each.requires_grad
+        if not needs_grad:
+            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                return self._init_fn(*args)
+        # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
+        return super().__call__(*args) if self._function is None else self._function(*args)
+
+    def register_autograd(self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None]) -> None:
+        """As of a custom operator. One function a node: a `setup_context` beside `forward` would bind every call's
+        arguments to its signature anew, which takes longer than the rest."""
+        super().register_autograd(backward, setup_context=setup_context)
+        call = self._init_fn
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            # Nor are views recorded: an output that is known for one could not be written to later.
+            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                output = call(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            found = backward(ctx, *grads)  # of a list of tensors, an operator's backward gives a list
+            return tuple([None if isinstance(grad, list) else grad for grad in found])
+
+        bases: tuple[type, ...] = (torch.autograd.Function,)
+        members = {"forward": staticmethod(forward), "backward": staticmethod(of_arguments)}
+        self._function = type(self._name, bases, members).apply  # type: ignore[attr-defined]
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """`torch.library.custom_op` for a function that writes to none of its arguments and returns new tensors."""
+
+    def of(call: Callable[..., Any]) -> Operator:
+        op = torch.library.custom_op(name, call, mutates_args=())
+        op.__class__ = Operator
+        return cast(Operator, op)
+
+    return of

@@ -1,0 +1,50 @@
+"""Operators: plain calls and dispatched ones agree, in results, gradients and errors."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_lite.kernels import lowrank, operators, scale
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    same, h = lowrank.shrink(x, A)
+    return lowrank.expand_add(same, h, B, 0.7)
+
+
+def rescaled(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return scale.scale(lowrank.shrink_expand(x, A, B), A[0])
+
+
+@pytest.mark.parametrize("layer", [low_rank, rescaled])
+def test_plain_calls_give_the_bits_of_dispatched_ones(layer) -> None:
+    x, A, B = (torch.randn(size, requires_grad=True) for size in ((3, 5, 9), (4, 9), (9, 4)))
+    y = layer(x, A, B)
+    y = y.mul_(2)  # not a view that autograd forbids to write to
+    grads = torch.autograd.grad(y.square().sum(), (x, A, B))
+    with operators.dispatched():
+        y_dispatched = layer(x, A, B).mul(2)
+        again = torch.autograd.grad(y_dispatched.square().sum(), (x, A, B))
+    assert torch.equal(y, y_dispatched)
+    assert all(torch.equal(a, b) and a.norm() > 0 for a, b in zip(grads, again, strict=True))
+
+
+def test_a_second_derivative_is_an_error_not_a_constant() -> None:
+    t, g = torch.randn(3, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    (dg,) = torch.autograd.grad(scale.scale(t, g).square().sum(), g, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(dg.sum(), g)
+
+
+def test_a_dispatch_mode_sees_the_operator() -> None:
+    seen = []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with See():
+        scale.scale(torch.randn(3, 5), torch.randn(5))
+    assert "lora_lite.scale.default" in seen

@@ -1,0 +1,450 @@
+"""A mixture's stacked experts: every method on them, against dense weights expert by expert."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    calibration_batches,
+    llama,
+    load_tests,
+    logits,
+    randomize,
+    rel_error,
+    snapshot,
+    token_ids,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import GptOssConfig
+from transformers.integrations.finegrained_fp8 import FP8Experts
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from zoo import TEXT, ZOO, of
+
+import lora_lite as ll
+from lora_lite.calibration import InputPCA
+from lora_lite.peft_experts import flat
+from lora_lite.segments import Segments
+from lora_lite.stacks import Stack
+
+FORMULAS = load_tests("test_formulas").FORMULAS
+ON_EXPERTS = r"\.experts\.(gate_up|up|down)_proj$"
+MIXTURES: dict[str, Callable[[], nn.Module]] = {
+    **{name: ZOO[name][0] for name in ("qwen3_moe", "mixtral", "deepseek_v3")},
+    "olmoe": of("OlmoeForCausalLM", "OlmoeConfig", **TEXT, num_experts=4, num_experts_per_tok=2),
+    "granitemoe": of("GraniteMoeForCausalLM", "GraniteMoeConfig", **TEXT, num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": of(
+        "GptOssForCausalLM", "GptOssConfig", **TEXT, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "nemotron_h": of(
+        "NemotronHForCausalLM", "NemotronHConfig", **TEXT, layers_block_type=["moe", "full_attention"],
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, moe_shared_expert_intermediate_size=24,
+        head_dim=8,
+    ),
+}  # fmt: skip
+
+
+def mixture(name: str = "qwen3_moe") -> Any:
+    return MIXTURES[name]()
+
+
+def adapted(model: Any, variant: str = "lora", **fields: Any) -> ll.Attachment:
+    """The model with random adapters of rank 3 on its experts."""
+    attachment = attach(model, variant, **{"target_names": (ON_EXPERTS,), "r": 4, **fields})
+    randomize(model)
+    return attachment
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_model_with_dense_weights_computes_the_same(name: str) -> None:
+    """And so do all gradients: W + s·B A, by transformers' own eager implementation. In float64, but for a model that
+    computes its norms in float32 whatever its dtype."""
+    dtype, tolerance = (torch.float32, 1e-5) if name == "nemotron_h" else (torch.float64, 1e-9)
+    model = mixture(name).to(dtype)
+    base = copy.deepcopy(model)
+    base.config._experts_implementation = "eager"
+    attachment = adapted(model, dtype=dtype)
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    out = model(**batch)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    got = torch.autograd.grad(out.loss, [model.get_parameter(n) for n in names])
+
+    merged = {}
+    for target in attachment.targets:
+        stack: Any = target.layer
+        p = attachment.adapters[target.name]
+        delta = attachment.cfg.scale * p.lora_B @ p.lora_A
+        weight = base.get_parameter(target.name)
+        merged[target.name] = weight + (delta.mT if stack.experts.is_transposed else delta)
+    want_out = functional_call(base, merged, kwargs=batch)
+    want = torch.autograd.grad(want_out.loss, [model.get_parameter(n) for n in names])
+    assert_close(out.logits, want_out.logits, tolerance)
+    for n, mine, theirs in zip(names, got, want, strict=True):
+        assert theirs.abs().max() > 0, n
+        assert_close(mine, theirs, tolerance, n)
+
+
+def stack_of(variant: str, of_model: torch.dtype, **fields: Any) -> tuple[Stack, Any, Segments]:
+    """One adapted stack, the adapter, and segments in which an expert has no row and another has one."""
+    model = mixture("gpt_oss").to(of_model)
+    model.config._experts_implementation = "eager"  # the others know no float64
+    attachment = adapted(model, variant, target_names=("layers.1.*\\.down_proj$",), **fields)
+    target = attachment.targets[0]
+    return target.layer, attachment.adapters[target.name], Segments(torch.tensor([5, 5, 6, 13], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [*((v, {}) for v in VARIANTS), ("antipasto", {"rotate_basis": "U", "block_size": 2})],
+    ids=str,
+)
+def test_each_expert_has_the_method_s_own_formula(variant: str, fields: dict[str, Any]) -> None:
+    stack, adapter, segments = stack_of(variant, torch.float64, dtype=torch.float64, alpha=6.0, **fields)
+    x = torch.randn(13, stack.in_features, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(13, stack.out_features, dtype=torch.float64)
+    leaves = [x, *(p for p in adapter.parameters() if p.requires_grad)]
+    y = stack(x, segments=segments)
+    got = torch.autograd.grad(y, leaves, dy)
+    parts, start = [], 0
+    for i, end in enumerate(segments.ends.tolist()):
+        parts.append(FORMULAS[variant](stack.expert(i), adapter.of(i), x[start:end], adapter.cfg))
+        start = end
+    want = torch.cat(parts)
+    assert_close(y, want, 1e-9)
+    for mine, theirs in zip(got, torch.autograd.grad(want, leaves, dy), strict=True):
+        assert theirs.abs().max() > 0
+        assert_close(mine, theirs, 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "delora", "ia3", "hra"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_in_low_precision_as_near_as_the_dense_formula(variant: str, dtype: torch.dtype) -> None:
+    """The formula expert by expert in the tokens' dtype is the measure, both against float64."""
+    stack, adapter, segments = stack_of(variant, dtype, alpha=6.0)
+    x, dy = torch.randn(13, stack.in_features).to(dtype), torch.randn(13, stack.out_features).to(dtype)
+
+    def dense(to: torch.dtype) -> list[Tensor]:
+        wide, start, parts = x.to(to).requires_grad_(), 0, []
+        for i, end in enumerate(segments.ends.tolist()):
+            parts.append(FORMULAS[variant](stack.expert(i).to(to), As(adapter.of(i), to), wide[start:end], adapter.cfg))
+            start = end
+        y = torch.cat(parts)
+        return [y, *torch.autograd.grad(y, [wide, *(p for p in adapter.parameters() if p.requires_grad)], dy.to(to))]
+
+    leaf = x.clone().requires_grad_()
+    y = stack(leaf, segments=segments)
+    got = [y, *torch.autograd.grad(y, [leaf, *(p for p in adapter.parameters() if p.requires_grad)], dy)]
+    for mine, plain, exact in zip(got, dense(dtype), dense(torch.float64), strict=True):
+        error, eager = rel_error(mine, exact), rel_error(plain, exact)
+        assert error <= max(1.5 * eager, 1e-5 if dtype == torch.float32 else 0), f"{error:.1e} against {eager:.1e}"
+
+
+class As:
+    """An adapter's tensors in another dtype."""
+
+    def __init__(self, p: Any, dtype: torch.dtype) -> None:
+        self.p, self.dtype = p, dtype
+
+    def __getattr__(self, name: str) -> Tensor:
+        return getattr(self.p, name).to(self.dtype)
+
+
+# ---- in a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_the_start_is_the_base_and_detach_restores_it(name: str, variant: str) -> None:
+    model = mixture(name)
+    before, want = snapshot(model), logits(model)
+    implementation = model.config._experts_implementation
+    batches = calibration_batches(12)
+    attachment = attach(model, variant, batches, target_names=(ON_EXPERTS,), r=4)
+    assert {target.role for target in attachment.targets} == {"expert"}
+    assert_close(logits(model), want, 1e-5)
+    randomize(model)
+    assert rel_error(logits(model), want) > 1e-3
+    assert model.config._experts_implementation == implementation, "the config that a model is saved with"
+    ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()})
+    ll.detach(model)
+    assert_same(model, before)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_cached_generation_is_uncached_generation(name: str) -> None:
+    """`generate` swaps the implementation that the config names; ours stays."""
+    model = mixture(name)
+    adapted(model)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    ids = token_ids(2, 5)
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    stack = next(m for m in model.modules() if isinstance(m, Stack))
+    assert stack.experts.config._experts_implementation == "lora_lite"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_copies_and_merged_weights(variant: str, tmp_path: Path) -> None:
+    """On experts with a transposed weight and a bias, and attention beside them."""
+    model = mixture("gpt_oss")
+    attach(model, variant, calibration_batches(12), target_names=(ON_EXPERTS, "q_proj$"), r=4)
+    randomize(model)
+    want = logits(model)
+    ll.save(model, tmp_path / "adapter.safetensors")
+    twin = copy.deepcopy(model)
+    ll.detach(model)
+    assert torch.equal(logits(twin), want), "a copy runs its own"
+    ll.load(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(logits(model), want)
+    merged = ll.merged_state_dict(model)
+    ll.detach(model)
+    assert merged.keys() == model.state_dict().keys()
+    model.load_state_dict(merged)
+    assert_close(logits(model), want, 1e-5)
+
+
+def test_save_merged_writes_a_plain_mixture(tmp_path: Path) -> None:
+    model = mixture()
+    adapted(model)
+    want = logits(model)
+    ll.save_merged(model, tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    assert_close(logits(plain), want, 1e-5)
+    assert plain.config._experts_implementation != "lora_lite"
+
+
+def test_checkpointing_and_compile() -> None:
+    model = mixture()
+    adapted(model)
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+
+    def grads(run: Callable[..., Any]) -> list[Tensor]:
+        return list(torch.autograd.grad(run(**batch).loss, [model.get_parameter(n) for n in names]))
+
+    want = grads(model.train())
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        for p in model.parameters():
+            p.grad = None
+        model(**batch).loss.backward()
+        for name, theirs in zip(names, want, strict=True):
+            assert_close(model.get_parameter(name).grad, theirs, 1e-5, name)
+    model.gradient_checkpointing_disable()
+    block = model.model.layers[0].mlp
+    compiled = torch.compile(block, fullgraph=True)
+    for length in (17, 9, 12):
+        x = torch.randn(2, length, 32, requires_grad=True)
+        (mine,), (theirs,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (compiled, block))
+        assert_close(mine, theirs, 1e-5)
+
+
+def test_accounts_of_a_mixture() -> None:
+    """Experts are not in the default roles, and the summary says how large a part they are."""
+    model = mixture()
+    default = ll.attach(model, ll.LoRAConfig(r=4))
+    assert {t.role for t in default.targets} == {"reader", "writer"}
+    said = [each for each in default.left_out if "expert" in each.why]
+    assert [each.count for each in said] == [2, 2]
+    sizes = [p.numel() for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
+    assert sum(each.share for each in said) == pytest.approx(sum(sizes) / default.beside.size)
+    assert "target_roles or target_names must name" in default.summary()
+    ll.detach(model)
+
+    attachment = ll.attach(model, ll.LoRAConfig(r=4, target_roles=("reader", "expert"), rank_pattern={"down_proj": 2}))
+    assert not [each for each in attachment.left_out if "expert" in each.why]
+    assert "32 → 40, 4 experts" in attachment.summary()
+    randomize(model)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    rows = {row.layer: row for row in ll.diagnose(model).rows}
+    for target in attachment.targets:
+        if target.role == "expert":
+            p, stack = attachment.adapters[target.name], target.layer
+            delta = attachment.cfg.for_layer(target.name).scale * p.lora_B @ p.lora_A
+            assert p.lora_A.shape[1] == (2 if "down_proj" in target.name else 4)
+            size = stack.weight.norm()
+            assert rows[target.name].relative_change == pytest.approx((delta.norm() / size).item(), rel=1e-4)
+            assert 1 < rows[target.name].effective_rank < p.lora_A.shape[1]
+            assert not rows[target.name].dead
+
+
+def test_r_divided_among_experts(tmp_path: Path) -> None:
+    """As many ranks for a token as in a dense layer; the file loads without knowing of it."""
+    model = mixture()
+    cfg = ll.LoRAConfig(
+        r=8, target_names=("q_proj$", ON_EXPERTS), divide_r_among_experts=True, rank_pattern={"0.*n_p": 3}
+    )
+    attachment = ll.attach(model, cfg)
+    ranks = {name.partition("layers.")[2]: a.cfg.r for name, a in attachment.adapters.items()}
+    assert ranks == {
+        "0.self_attn.q_proj": 8, "0.mlp.experts.gate_up_proj": 4, "0.mlp.experts.down_proj": 3,
+        "1.self_attn.q_proj": 8, "1.mlp.experts.gate_up_proj": 4, "1.mlp.experts.down_proj": 4,
+    }  # fmt: skip
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.detach(model)
+    assert {a.cfg.r for a in ll.load(model, tmp_path / "a.safetensors").adapters.values()} == {8, 4, 3}
+    with pytest.raises(ll.AttachError, match="no stack of experts is adapted"):
+        ll.attach(mixture(), ll.LoRAConfig(divide_r_among_experts=True))
+
+
+def test_refusals_name_the_experts() -> None:
+    model = mixture()
+    untouched = snapshot(model)
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(
+        ll.AttachError, match=r"layers.1.mlp.experts.gate_up_proj .*Qwen3MoeExperts .*expert parallelism"
+    ):
+        ll.attach(model, ll.LoRAConfig(target_names=(ON_EXPERTS,)))
+    model.model.layers[1].mlp.experts._is_expert_parallel = False
+    own = type(model.model.layers[0].mlp.experts)
+    kinds: list[tuple[Callable[[Any], nn.Module], str]] = [
+        (lambda config: own(config).to(torch.float8_e4m3fn), r"0.mlp.experts.gate_up_proj .* are quantised .*float8"),
+        (lambda config: own(config).to("meta"), r"0.mlp.experts.gate_up_proj .* offloaded or hold no values"),
+        (lambda config: FP8Experts(config, block_size=(16, 16)), "stacked experts that FP8Experts runs"),
+        (lambda config: Mxfp4GptOssExperts(GptOssConfig(num_local_experts=2)), "stacked experts that Mxfp4GptOssExp"),
+    ]
+    for make, said in kinds:
+        other = mixture()
+        other.model.layers[0].mlp.experts = make(other.config)
+        with pytest.raises(ll.AttachError, match=said):
+            ll.attach(other, ll.LoRAConfig(target_names=(r"layers.0.*\.experts\.",)))
+    with pytest.raises(
+        ll.CalibrationError, match=r"gave \d tokens to its expert \d \(\d of 4 experts lack some\), and .* 5 are"
+    ):
+        attach(model, "eva", [{"input_ids": token_ids(1, 8)}], target_names=(ON_EXPERTS,))
+    assert_same(model, untouched)
+    adapted(model)
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ll.AttachError, match="expert parallelism was switched on after attach"):
+        logits(model)
+
+
+def test_eva_learns_from_the_rows_that_an_expert_got() -> None:
+    """Its directions are those of the routed rows, padding left out."""
+    model = mixture()
+    batches = [{"input_ids": ids, "attention_mask": (torch.rand(ids.shape) > 0.3).long()} for ids in
+               (token_ids(4, 40, seed=s) for s in range(3))]  # fmt: skip
+    seen: list[list[Tensor]] = [[] for _ in range(4)]
+
+    def keep(module: Any, args: Any) -> None:
+        hidden, index, _ = args
+        for i, each in enumerate(seen):
+            each.append(hidden[(index == i).any(-1) & mask.flatten().bool()])
+
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(keep)
+    for batch in batches:
+        mask = batch["attention_mask"]
+        logits_of = model(**batch)
+        del logits_of
+    handle.remove()
+    attachment = attach(model, "eva", batches, target_names=("layers.0.*gate_up_proj$",), center=False)
+    A = next(iter(attachment.adapters.values())).lora_A
+    for mine, rows in zip(A, seen, strict=True):
+        pca = InputPCA(4, center=False)
+        for batch_rows in rows:
+            pca.update(batch_rows)
+        wanted = pca.components()
+        assert_close(mine.mT @ mine, wanted.mT @ wanted, 1e-4)
+
+
+def test_a_primitive_that_knows_no_segments() -> None:
+    """It runs on each expert's rows with that expert's tensors; rows of none pass."""
+
+    @dataclass
+    class Shift(ll.Primitive):
+        b: Tensor
+
+        def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+            return 2 * x, len(x)
+
+        def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+            assert carry == len(y)
+            return y + self.b
+
+    segments = Segments(torch.tensor([2, 2, 5], dtype=torch.int32), torch.tensor([1, 0, -1]))
+    b, x, y = torch.randn(2, 3), torch.randn(6, 4), torch.randn(6, 3)
+    primitive = Shift(b).on(segments)
+    got, carry = primitive.on_input(x, None)
+    assert torch.equal(got, torch.cat([2 * x[:2], x[2:]]))
+    assert torch.equal(primitive.on_output(y, carry, None), torch.cat([y[:2] + b[1], y[2:]]))
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def of_peft(name: str, stacks: tuple[str, ...]) -> Any:
+    """PEFT's LoRA on the same parameters, with random tensors."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=[f"experts.{each}" for each in stacks],
+        rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 2},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(mixture(name), config).eval()
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("stacks", [("gate_up_proj", "down_proj"), ("gate_up_proj",)], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_peft_s_files_both_ways(name: str, stacks: tuple[str, ...], tmp_path: Path) -> None:
+    """What PEFT saves we compute, gradients included, and it what we save; attention beside the experts in one file."""
+    theirs = of_peft(name, stacks)
+    want = logits(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = mixture(name)
+    attachment: Any = ll.import_peft(model, tmp_path / "theirs")
+    assert {t.name.rpartition(".")[2] for t in attachment.targets} == {"q_proj", *stacks}
+    assert_close(logits(model), want, 1e-5)
+
+    batch = {"input_ids": token_ids(), "labels": token_ids()}
+    grads = []
+    for each in (model, theirs):
+        for p in each.parameters():
+            p.grad = None
+        each(**batch).loss.backward()
+    inner = f"model.layers.0.mlp.experts{'.base_layer' * (len(stacks) - 1)}"
+    its = theirs.base_model.model.get_submodule(inner)
+    mine = attachment.adapters["model.layers.0.mlp.experts.gate_up_proj"]
+    grads = flat(mine.lora_A.grad, mine.lora_B.grad)
+    assert_close(grads[0], its.lora_A.default.weight.grad, 1e-4)
+    assert_close(grads[1], its.lora_B.default.weight.grad, 1e-4)
+
+    randomize(model, seed=1)
+    want = logits(model)
+    ll.export_peft(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_close(logits(peft.PeftModel.from_pretrained(mixture(name), tmp_path / "ours")), want, 1e-5)
+    ll.detach(model)
+    ll.import_peft(model, tmp_path / "ours")
+    assert_close(logits(model), want, 1e-6)
+
+
+def test_what_peft_has_not_on_experts(tmp_path: Path) -> None:
+    model = mixture()
+    adapted(model, "dora")
+    with pytest.raises(ll.AttachError, match="PEFT has no dora on stacked experts"):
+        ll.export_peft(model, tmp_path / "a")
+    ll.detach(model)
+    adapted(model)
+    with pytest.raises(ll.AttachError, match=r"uniform=True.*no stacked experts"):
+        ll.export_peft(model, tmp_path / "a", uniform=True)
+    assert not (tmp_path / "a").exists()
+    of_peft("qwen3_moe", ("down_proj",)).save_pretrained(tmp_path / "b")
+    with pytest.raises(ll.CheckpointError, match=r"no stacked experts experts.down_proj \(target_parameters\)"):
+        ll.import_peft(llama(), tmp_path / "b")
