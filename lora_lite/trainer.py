@@ -145,7 +145,7 @@ def _save_pretrained(
     own = own_tensors(model, state_dict)
     quantizer = vars(model).pop("hf_quantizer", None)  # it would write the whole base instead
     try:
-        type(model).save_pretrained(model, folder, *args, state_dict=own, **kwargs)
+        type(model).save_pretrained(model, folder, *args, state_dict=dict(own), **kwargs)  # it empties the dict
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer

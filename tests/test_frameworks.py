@@ -109,6 +109,14 @@ def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
     ll.load(again, tmp_path / "last" / "adapter.safetensors")
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    gathered = model.state_dict()  # as a trainer has it of a sharded model, on one process
+    model.save_pretrained(tmp_path / "gathered", state_dict=dict(gathered))
+    stored = load_file(tmp_path / "gathered" / "adapter.safetensors")
+    assert stored.keys() == ll.state_dict(model).keys()
+    assert all(torch.equal(stored[name], t) for name, t in ll.state_dict(model).items())
+    gathered.pop(next(name for name in gathered if ".lora_lite." in name))
+    with pytest.raises(ll.CheckpointError, match=r"lacks .*lora_lite"):
+        model.save_pretrained(tmp_path / "lacking", state_dict=gathered)
     copied = copy.deepcopy(model)
     randomize(copied)
     copied.save_pretrained(tmp_path / "copy")

@@ -1,6 +1,9 @@
 """Trainers of other libraries: TRL, sentence-transformers, Lightning, Fabric, accelerate's states, DeepSpeed."""
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -595,3 +598,64 @@ def test_load_state_dict_is_strict() -> None:
         with pytest.raises(ll.CheckpointError, match=f"load_state_dict: .*({name}|another)"):
             ll.load_state_dict(model, {key: torch.zeros_like(t) for key, t in wrong.items()})
         assert all(torch.equal(t, tensors[key]) for key, t in ll.state_dict(model).items())
+
+
+# ---- DeepSpeed ----
+
+ZERO = [
+    ("attached", "lora", 1),
+    ("attached", "dora", 2),
+    ("attached", "hra", 3),
+    ("partitioned, then attached", "hra", 3),
+    ("partitioned, then attached", "pissa", 3),
+    ("partitioned, then loaded", "delora", 3),
+    ("trainer", "dora", 3),
+]
+
+
+def test_deepspeed(tmp_path: Path) -> None:
+    """ZeRO-1, -2 and -3 on two processes: the adapter that one process trains, in one complete file; and a Trainer's
+    checkpoint, which one process writes from what DeepSpeed has gathered."""
+    cases = []
+    for i, (kind, variant, stage) in enumerate(ZERO):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        model = adapted(variant, start=kind == "partitioned, then attached")
+        ll.save(model, folder / "start.safetensors")
+        cases.append((kind, variant, stage, str(folder)))
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).parent / "support" / "deepspeed_processes.py"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    # ./dev installs it apart, where transformers does not find it: it would import it each time it saves a model.
+    paths = os.pathsep.join([str(Path(sys.prefix) / "deepspeed"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*torchrun, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for kind, variant, _, name in cases:
+        folder, ids, other = Path(name), token_ids(4, 12), llama()
+        ll.load(other, folder / "adapter.safetensors")
+        if kind == "trainer":
+            tensors, checkpoint = load_file(folder / "adapter.safetensors"), folder / "checkpoint-2"
+            stored = load_file(checkpoint / "adapter.safetensors")
+            assert stored.keys() == tensors.keys()
+            assert all(torch.equal(stored[key], t) for key, t in tensors.items())
+            assert all(".lora_lite." in key for key in load_file(checkpoint / "model.safetensors"))
+            continue
+        model = adapted(variant, start=kind == "partitioned, then attached")
+        optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        assert_close(logits(other), logits(model), 1e-5, f"{kind} {variant}")
+
+
+def adapted(variant: str, start: bool) -> Any:
+    torch.manual_seed(0)
+    model = llama()
+    attach(model, variant)
+    if not start:
+        randomize(model, by=0.2)
+    return model
