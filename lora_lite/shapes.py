@@ -3,6 +3,8 @@ Conv1D (GPT-2's, whose weight is stored in × out), a mixture's stack."""
 
 from typing import Any
 
+from .stacks import Stack
+
 
 def features(layer: Any) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that acts on the last dimension; None: it is no such layer."""
@@ -25,7 +27,7 @@ def is_conv1d(layer: Any) -> bool:
 
 def copies(layer: Any) -> int | None:
     """How many matrices of that shape a stack of experts has; None: it is no stack."""
-    return getattr(layer, "num_experts", None)
+    return layer.num_experts if isinstance(layer, Stack) else None
 
 
 def described(layer: Any) -> str:

@@ -35,6 +35,15 @@ LLAMA = {
 }
 
 
+def test_a_linear_that_counts_experts_is_no_stack() -> None:
+    """As routers do that are linears themselves."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    model[0].num_experts = 4  # type: ignore[assignment]
+    attachment = ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    assert attachment.adapters["0"].lora_A.shape == (2, 8)
+    model(torch.randn(3, 8)).sum().backward()
+
+
 def test_llama() -> None:
     """q_proj and o_proj are square: their names tell them apart."""
     assert kinds(llama()) == LLAMA
