@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..operators import operator
 from ..segments import Segments
 from . import interpreter
 from .tuning import Config, cdiv, power_of_2, programs
@@ -36,14 +37,17 @@ def inside(rows, cols, M, N):
     return (rows < M)[:, None] & (cols < N)[None, :]
 
 
+SHARE = 64  # rows of a share in a table; blocks of rows divide it
+_SHARE = tl.constexpr(SHARE)
+
+
 @triton.jit
-def share_of_rows(i, each, M, table, BLOCK: tl.constexpr):
-    """(first row of share i, end of the rows that it may touch, its matrix). Without a table the shares follow each
-    other, `each` rows long; with one, which has a share's first row, its end and its matrix, its shares are cut into
-    some of BLOCK rows."""
-    first, last, matrix = i * each, M, 0
+def share_of_rows(i, M, table, BLOCK: tl.constexpr):
+    """(first row of block i, end of the rows that it may touch, its matrix). Without a table the blocks follow each
+    other; with one, which has a share's first row, its end and its matrix, they are cut from its shares."""
+    first, last, matrix = i * BLOCK, M, 0
     if table is not None:
-        per: tl.constexpr = 64 // BLOCK
+        per: tl.constexpr = _SHARE // BLOCK
         entry = table + i // per * 3
         first = tl.load(entry) + i % per * BLOCK
         last, matrix = tl.load(entry + 1), tl.load(entry + 2)
@@ -94,9 +98,6 @@ def _sum_parts_kernel(parts, out, order, starts, P, size, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(1).to(tl.int64) * size + at, total, mask=at < size)
 
 
-SHARE = 64  # rows of a share in a table; blocks of rows divide it
-
-
 class Runs(NamedTuple):
     """The rows of a token-sized tensor in shares that are of one run each. Made on the device: its grids are as large
     as any runs could need, and the shares left over have no rows. Rows without a matrix have shares too.
@@ -111,7 +112,7 @@ class Runs(NamedTuple):
     starts: Int[Tensor, "G+1"]
 
     @classmethod
-    def of(cls, segments: Segments | None, x: Tensor, G: int) -> "list[Tensor]":
+    def of(cls, segments: Segments | None, x: Tensor, G: int) -> list[Tensor]:
         """The tensors of those of x's rows in segments, of G matrices, made once for each number of rows; operators
         take them as a list. Empty: there are no segments."""
         if segments is None:
@@ -120,18 +121,18 @@ class Runs(NamedTuple):
         return segments.once(("runs", M, G), lambda: make_runs(segments.ends, segments.which, M, G))
 
     @classmethod
-    def read(cls, tensors: "list[Tensor]") -> "Runs | None":
+    def read(cls, tensors: list[Tensor]) -> "Runs | None":
         """What `of` has listed."""
         return cls(*tensors) if tensors else None
 
 
-def _rows_of_a_part(M: int, device: torch.Tensor) -> int:
-    """Parts as long as some for each multiprocessor's quarter allow: kernels have several blocks of columns."""
-    wanted = max(programs(device) // 4, 1)
+def _rows_of_a_part(M: int, t: Tensor) -> int:
+    """A part for every fourth multiprocessor of t's device: kernels have several blocks of columns for each."""
+    wanted = max(programs(t) // 4, 1)
     return SHARE * max(-(-M // (wanted * SHARE)), 1)
 
 
-@torch.library.custom_op("lora_lite::runs", mutates_args=())
+@operator("lora_lite::runs")
 def make_runs(ends: Tensor, which: Tensor | None, M: int, G: int) -> list[Tensor]:
     """The tensors of `Runs`."""
     parts = _shares(ends, which, M, _rows_of_a_part(M, ends))
@@ -178,14 +179,14 @@ def parts_of(M: int, block: int, wanted: int, runs: Runs | None) -> tuple[int, i
     return (*split(M, block, wanted), None) if runs is None else (len(runs.parts), 0, runs.parts)
 
 
-def parts_like(out: Tensor, count: int, runs: "Runs | None" = None) -> Float[Tensor, "P ..."]:
+def parts_like(out: Tensor, count: int, runs: Runs | None = None) -> Float[Tensor, "P ..."]:
     """Room for `count` partial results of `out`, which `sum_parts` adds in a fixed order; one part is `out` itself. Of
     runs `out` holds a result for each matrix."""
     shape = out.shape if runs is None else out.shape[1:]
     return out[None] if count == 1 and runs is None else out.new_empty(count, *shape, dtype=torch.float32)
 
 
-def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, runs: "Runs | None" = None) -> Tensor:
+def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, runs: Runs | None = None) -> Tensor:
     """Σ parts, added in float32 and rounded once into `out`; of runs, for each matrix those of its own."""
     order, starts, groups = (None, None, 1) if runs is None else (runs.order, runs.starts, len(out))
     if (len(parts) > 1 or runs is not None) and out.numel() > 0:

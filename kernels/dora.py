@@ -12,10 +12,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ..operators import operator
 from ..segments import Segments
 from .common import Runs, rows_of
 from .lowrank import launch_expand, launch_expand_backward
-from .operators import operator
 
 
 @operator("lora_lite::expand_add_rescale")

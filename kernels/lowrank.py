@@ -27,6 +27,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..operators import operator
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -51,7 +52,6 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
-from .operators import operator
 from .tuning import Config, cdiv, programs, tuned
 
 # Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
@@ -68,7 +68,7 @@ def _shrink_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s): rows of block i, and columns of part s. h holds a result a part."""
-    top, last, matrix = share_of_rows(tl.program_id(0), BLOCK_M, M, table, BLOCK_M)
+    top, last, matrix = share_of_rows(tl.program_id(0), M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * k_per_program
@@ -96,7 +96,7 @@ def _expand_kernel(
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
     blocks = tl.cdiv(N, BLOCK_N)
-    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, BLOCK_M, M, table, BLOCK_M)
+    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)
@@ -328,11 +328,8 @@ def launch_expand_backward(
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         blocks = cdiv(N, config.cols)
         count, each, table = parts_of(M, config.rows, full_waves(programs(dy), blocks, M, config.rows), runs)
-        dhs, dBs, dgs = (
-            parts_like(dh, blocks if in_parts else 1),
-            parts_like(dB, count, runs),
-            parts_like(dg, count, runs),
-        )
+        dhs = parts_like(dh, blocks if in_parts else 1)
+        dBs, dgs = parts_like(dB, count, runs), parts_like(dg, count, runs)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
                 dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..operators import operator
 from .common import block_of, device, inside, small, tile
-from .operators import operator
 from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------

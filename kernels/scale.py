@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from ..operators import operator
 from ..segments import Segments
 from .common import (
     Runs,
@@ -30,7 +31,6 @@ from .common import (
     sum_parts,
     tile,
 )
-from .operators import operator
 from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ from .tuning import Config, cdiv, programs, tuned
 def _scale_kernel(t, g, out, table, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """One tile a program; neighbouring programs take neighbouring columns of the same rows."""
     blocks = tl.cdiv(N, BLOCK_N)
-    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, BLOCK_M, M, table, BLOCK_M)
+    top, last, matrix = share_of_rows(tl.program_id(0) // blocks, M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)

@@ -109,7 +109,7 @@ def attach(
             cfg = planned
             targets, adapters, reasons = _built(model, variant, cfg, backend)
         for t in targets:
-            _calibrate(adapters[t.name], gathered[t.name])
+            _calibrate(adapters[t.name], t.layer, gathered[t.name])
     else:
         init(targets, adapters)
     derive(targets, adapters)
@@ -283,10 +283,9 @@ def _statistic(adapter: Adapter, layer: nn.Module) -> Statistic:
     return OfExperts(found) if isinstance(layer, Stack) else found[0]
 
 
-def _calibrate(adapter: Adapter, statistic: Statistic) -> None:
+def _calibrate(adapter: Adapter, layer: nn.Module, statistic: Statistic) -> None:
     found = statistic.of if isinstance(statistic, OfExperts) else [statistic]
-    tensors = [adapter.of(i) for i in range(len(found))] if isinstance(statistic, OfExperts) else [adapter]
-    for p, each in zip(tensors, found, strict=True):
+    for (p, _), each in zip(_each(adapter, layer), found, strict=True):
         adapter.variant.calibrate(p, each, adapter.cfg)
 
 

@@ -188,12 +188,11 @@ def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Att
     return attachments
 
 
-def _stacks(attachments: list[Attachment], names: dict[str, str]) -> list[Target]:
+def _stacks(attachment: Attachment, names: dict[str, str]) -> list[Target]:
     """The adapted stacks of experts, under the names that they have now."""
     return [
         dataclasses.replace(target, name=names[target.name])
-        for each in attachments
-        for target in each.targets
+        for target in attachment.targets
         if isinstance(target.layer, Stack)
     ]
 
@@ -201,9 +200,7 @@ def _stacks(attachments: list[Attachment], names: dict[str, str]) -> list[Target
 def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[str, Any]:
     """The fields of PEFT's config that are not of a method's own."""
     current = [current_names(model, each.targets) for each in attachments]
-    stacks = [
-        target.name for names, each in zip(current, attachments, strict=True) for target in _stacks([each], names)
-    ]
+    stacks = [target.name for names, each in zip(current, attachments, strict=True) for target in _stacks(each, names)]
     layers = [
         (each.cfg.variant, layer)
         for names, each in zip(current, attachments, strict=True)
@@ -243,7 +240,7 @@ def _as_lora(
     attachment: Attachment, adapters: dict[str, Adapter], names: dict[str, str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors, ranks, alphas = {}, {}, {}
-    in_file = names_in_file(_stacks([attachment], names))
+    in_file = names_in_file(_stacks(attachment, names))
     for target in attachment.targets:
         name = names[target.name]
         adapter = adapters[name]

@@ -178,9 +178,8 @@ def _stack(site: Site, stack: Stack, base: Tensor, dtype: torch.dtype | None) ->
     merged = W.mT if stack.experts.is_transposed else W
     b = None if bias is None else torch.empty_like(bias, dtype=dtype)
     for i in range(stack.num_experts):
-        of_bias = None if bias is None else bias.detach()[i]
-        weight, new_bias = _through([each.of(i) for each in primitives], site.name, stack.weight[i], of_bias)
-        merged[i] = weight
+        linear = stack.expert(i)
+        merged[i], new_bias = _through([each.of(i) for each in primitives], site.name, linear.weight, linear.bias)
         if b is not None and new_bias is not None:
             b[i] = new_bias
     return {key: W} if b is None else {key: W, f"{key}_bias": b}

@@ -1,17 +1,15 @@
 """Rows: which adapter each entry of a batch takes, as `use` was told, and what that means for a layer's rows."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .segments import Segments
-
-T = TypeVar("T")
+from .segments import Segments, once
 
 
 class Tokens(NamedTuple):
@@ -41,9 +39,9 @@ class Rows:
         which = self._which(by_row, x.device)
         if self.lengths is not None:
             self._check_tokens(x.numel() // x.shape[-1], layer)
-            return self._once(("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
+            return once(self._made, ("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
         each = self._times(x, layer) * (x[0].numel() // x.shape[-1])
-        return self._once(("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
+        return once(self._made, ("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
 
     def of_experts(self, segments: Segments, tokens: Tokens, by_row: Sequence[str], layer: str) -> Segments:
         """The runs of rows that are sorted by expert, then by token: one for each expert and entry. Expert e of the
@@ -77,7 +75,7 @@ class Rows:
             own = torch.tensor([each == name for each in self.names], device=x.device)
             return own.repeat_interleave(torch.tensor(lengths, device=x.device)).nonzero().flatten()
 
-        return self._once((name, lengths[0], x.device), make)
+        return once(self._made, (name, lengths[0], x.device), make)
 
     # ---- checks ----
 
@@ -109,18 +107,11 @@ class Rows:
 
     def _which(self, by_row: Sequence[str], device: torch.device) -> Int[Tensor, "entries"]:
         index = [by_row.index(name) if name in by_row else -1 for name in self.names]
-        return self._once(("which", *by_row, device), lambda: torch.tensor(index, device=device))
+        return once(self._made, ("which", *by_row, device), lambda: torch.tensor(index, device=device))
 
     def _ends(self, device: torch.device) -> Int[Tensor, "entries"]:
         lengths = self.lengths or ()
-        return self._once(("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
-
-    def _once(self, key: object, make: Callable[[], T]) -> T:
-        if torch.compiler.is_compiling():
-            return make()  # a constant of the graph
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return once(self._made, ("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
 
 
 def _generating() -> bool:

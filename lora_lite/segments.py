@@ -3,8 +3,8 @@
 One thing serves a mixture's experts (rows sorted by expert), packed sequences, and a batch whose entries have adapters
 of their own. M rows, S runs, G matrices of a stack, each P×Q.
 
-On a CPU each run is multiplied by itself while it is in the cache; elsewhere the device finds the runs, without a host
-sync. Under torch.compile the products are operators, which it need not look into.
+On a CPU sums are added run by run, while a run is in the cache; elsewhere the device finds the runs, without a host
+sync.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +15,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .operators import operator
+
 T = TypeVar("T")
 
 # Products of runs without a host sync, from torch 2.10; before that, and in float64, run by run.
 grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 _GROUPED = (torch.float32, torch.bfloat16, torch.float16) if grouped_mm is not None else ()
+
+
+def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    """What `make` makes, kept in `made`. A graph that is compiled makes its own."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,7 @@ class Segments:
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` makes, made once: layers and their backwards share what follows from the segments."""
-        if torch.compiler.is_compiling():
-            return make()
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        return once(self._made, key, make)
 
     def runs(self, M: int) -> Iterator[tuple[int | None, slice]]:
         """(matrix, rows) of each run that is not empty, what belongs to none at the end; no matrix: None. Asks the
@@ -75,9 +82,7 @@ class Segments:
 
 def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments) -> Float[Tensor, "M P"]:
     """Of each row its product with its matrix's transpose; zeros where it has none. x and stack are of one dtype."""
-    if torch.compiler.is_compiling():
-        return _product(x, stack, segments.ends, segments.which, segments.whole)
-    return _Product.apply(x, stack, segments)  # type: ignore[return-value]
+    return _product(x, stack, segments.ends, segments.which, segments.whole)
 
 
 def shrink(
@@ -217,25 +222,10 @@ def _aligned(t: Tensor) -> Tensor:
     return torch.nn.functional.pad(t, (0, -t.shape[-1] % step)).contiguous()
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments) -> Tensor:
-        needs_x, needs_stack, _ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_stack else None, stack if needs_x else None)
-        ctx.segments, ctx.G = segments, len(stack)
-        return _grouped(x, stack, segments)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        x, stack = ctx.saved_tensors
-        dx = None if stack is None else _grouped(dy, stack.mT, ctx.segments)
-        return dx, None if x is None else _grouped_outer(dy, x, ctx.segments, ctx.G), None
+# ---- operators -------------------------------------------------------------------------------------------------------
 
 
-# ---- operators, for torch.compile ------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("lora_lite::segment_product", mutates_args=())
+@operator("lora_lite::segment_product")
 def _product(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool) -> Tensor:
     return _grouped(x, stack, Segments(ends, which, whole))
 
@@ -245,7 +235,7 @@ def _(x: Tensor, stack: Tensor, ends: Tensor, which: Tensor | None, whole: bool)
     return x.new_empty(x.shape[0], stack.shape[1])
 
 
-@torch.library.custom_op("lora_lite::segment_outer", mutates_args=())
+@operator("lora_lite::segment_outer")
 def _outer(dy: Tensor, x: Tensor, ends: Tensor, which: Tensor | None, G: int) -> Tensor:
     return _grouped_outer(dy, x, Segments(ends, which), G)
 

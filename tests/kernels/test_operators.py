@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lite.kernels import lowrank, operators, scale
+from lora_lite import operators
+from lora_lite.kernels import lowrank, scale
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -63,17 +63,19 @@ class Operator(CustomOpDef):
         # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
         return super().__call__(*args) if self._function is None else self._function(*args)
 
-    def register_autograd(self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None]) -> None:
+    def register_autograd(
+        self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None
+    ) -> None:
         """As of a custom operator. One function a node: a `setup_context` beside `forward` would bind every call's
         arguments to its signature anew, which takes longer than the rest."""
         super().register_autograd(backward, setup_context=setup_context)
-        call = self._init_fn
+        call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
             # Nor are views recorded: an output that is known for one could not be written to later.
             with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
                 output = call(*args)
-            setup_context(ctx, args, output)
+            keep(ctx, args, output)
             return output
 
         def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
