@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import environment  # noqa: F401  (before models, which imports transformers)
 import pytest
 import torch
-from models import ARCHITECTURES, smollm2, smollm2_folder
+from models import ARCHITECTURES, llama, load_tests, smollm2, smollm2_folder
 from torch import nn
 
 
@@ -22,6 +23,14 @@ def _seeded() -> Iterator[None]:
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """A fresh tiny model of each architecture."""
     return ARCHITECTURES[request.param]()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk, as wide as bitsandbytes' 4-bit blocks, to load quantised."""
+    folder = tmp_path_factory.mktemp("base")
+    llama(**load_tests("test_quantized").SIZES).save_pretrained(folder)  # type: ignore[operator]
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -202,13 +202,6 @@ def test_accelerate(variant: str, tmp_path: Path) -> None:
 quantized = load_tests("test_quantized")
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama(**quantized.SIZES).save_pretrained(folder)  # type: ignore[operator]
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_a_quantised_base_in_a_trainer(kind: str, base_folder: Path, tmp_path: Path) -> None:

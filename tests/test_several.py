@@ -255,16 +255,21 @@ def row_by_row(model: Any, ids: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_adapter_for_each_row(variant: str) -> None:
-    model, ids = of_two(variant), token_ids(4)
+def together_and_alone(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Logits of all rows at once and row by row, and the gradients of both. The rows stay in use."""
     want = row_by_row(model, ids)
     direction = torch.randn_like(want)
     of_want = torch.autograd.grad((want * direction).sum(), ll.parameters(model))
     ll.use(model, ROWS)
     got = model(ids).logits
+    return got, want, torch.autograd.grad((got * direction).sum(), ll.parameters(model)), of_want
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_for_each_row(variant: str) -> None:
+    model, ids = of_two(variant), token_ids(4)
+    got, want, of_got, of_want = together_and_alone(model, ids)
     assert_close(got, want, 1e-5)
-    of_got = torch.autograd.grad((got * direction).sum(), ll.parameters(model))
     mine, its = (torch.cat([grad.flatten() for grad in grads]) for grads in (of_got, of_want))
     assert_close(mine, its, 1e-5, "gradients")
     with ll.disabled(model):
@@ -398,13 +403,9 @@ def test_rows_sent_to_experts(methods: tuple[str, str]) -> None:
         ll.attach(model, config(variant, **names), name="ab"[i])
     randomize(model, by=0.3)
     ids = token_ids(4)
-    want = row_by_row(model, ids)
-    direction = torch.randn_like(want)
-    of_want = torch.autograd.grad((want * direction).sum(), ll.parameters(model))
-    ll.use(model, ROWS)
-    got = model(ids).logits
+    got, want, of_got, of_want = together_and_alone(model, ids)
     assert_close(got, want, 1e-5)
-    for mine, theirs in zip(torch.autograd.grad((got * direction).sum(), ll.parameters(model)), of_want, strict=True):
+    for mine, theirs in zip(of_got, of_want, strict=True):
         assert_close(mine, theirs, 1e-4)
     ll.use(model, ROWS, lengths=[17] * 4)
     assert_close(model(ids).logits, want, 1e-5)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -87,13 +87,6 @@ SUPERVISED: dict[str, dict[str, Any]] = {
     "padding-free": {"padding_free": True, "max_length": None},
     "checkpointing": {"gradient_checkpointing": True},
 }
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    llama(**quantized.SIZES).save_pretrained(folder)  # type: ignore[operator]
-    return folder
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -519,6 +512,20 @@ def test_lightning(tmp_path: Path) -> None:
         fit(rest, 6, tmp_path / "two.ckpt")
 
 
+def stepping(model: Any, optimizer: Any, library: Any) -> Callable[[], float]:
+    """A training step on the same tokens each time, with the library's own backward."""
+    ids = token_ids()
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        library.backward(loss)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
 def test_fabric(tmp_path: Path) -> None:
     """Everything through Fabric's wrapper, detach too; a checkpoint of the adapter alone."""
     import lightning
@@ -526,15 +533,7 @@ def test_fabric(tmp_path: Path) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = trained()
     wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(ll.parameters(model), lr=1e-2))
-    ids = token_ids()
-
-    def step() -> float:
-        loss = wrapped(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        optimizer.step()
-        return loss.item()
-
+    step = stepping(wrapped, optimizer, fabric)
     step()
     fabric.save(tmp_path / "fabric.ckpt", {"adapter": ll.state_dict(wrapped), "optimizer": optimizer})
     ll.save(wrapped, tmp_path / "adapter.safetensors")
@@ -556,7 +555,7 @@ def test_states_of_accelerate(alone: bool, tmp_path: Path) -> None:
     """`save_state` and `load_state` as they are, and by two hooks with the adapter alone."""
     from accelerate import Accelerator
 
-    model, accelerator, ids = trained("dora"), Accelerator(cpu=True), token_ids()
+    model, accelerator = trained("dora"), Accelerator(cpu=True)
     wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(ll.parameters(model), lr=1e-2))
 
     def saving(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
@@ -569,13 +568,7 @@ def test_states_of_accelerate(alone: bool, tmp_path: Path) -> None:
         accelerator.register_save_state_pre_hook(saving)
         accelerator.register_load_state_pre_hook(loading)
 
-    def step() -> float:
-        loss = wrapped(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        return loss.item()
-
+    step = stepping(wrapped, optimizer, accelerator)
     step()
     accelerator.save_state(str(tmp_path))
     losses = [step(), step()]
