@@ -17,7 +17,7 @@ from .errors import (
     KernelMismatchError,
     LoraLiteError,
 )
-from .interchange import export_peft, import_peft
+from .interchange import export_diffusers, export_peft, import_diffusers, import_peft
 from .left_out import LeftOut
 from .merging import merged_state_dict, save_merged
 from .params import Params, ParamSpec
@@ -78,7 +78,9 @@ __all__ = [
     "detach",
     "diagnose",
     "disabled",
+    "export_diffusers",
     "export_peft",
+    "import_diffusers",
     "import_peft",
     "load",
     "load_state_dict",

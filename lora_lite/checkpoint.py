@@ -25,6 +25,7 @@ from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
 from .idle import current_names, describe
 from .params import SITE
+from .renaming import Renaming, proposal
 from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
@@ -95,7 +96,7 @@ def _contents(
         "format": "lora-lite",
         "format_version": str(FORMAT_VERSION),
         "library_version": __version__,
-        "config": json.dumps(attachment.cfg.to_dict()),
+        "config": json.dumps(attachment.cfg.renamed(names).to_dict()),
         "base_model": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
@@ -164,22 +165,38 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, backend: str = "auto") -> Attachment:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    backend: str = "auto",
+    prefix_map: Mapping[str, str] | None = None,
+) -> Attachment:
     """Attach the adapter in `path` under `name`: no calibration data, no SVD.
 
     Also reads the original lora-lite's files.
 
+    Args:
+        prefix_map: beginnings of layers' names in the file → in this model, where they differ: {"model.layers":
+            "model.language_model.layers"}.
+
     Raises:
         AttachError: an adapter is attached already.
         CheckpointError: the file is unreadable or newer, its variant unknown, a tensor missing, unexpected or of the
-            wrong shape, or the model is not the one that it was trained on. The model is untouched.
+            wrong shape, or the model is not the one that it was trained on; a `prefix_map` that helps is proposed. The
+            model is untouched.
     """
-    model, path = unwrap(model), Path(path)
+    model, path, moved = unwrap(model), Path(path), Renaming(prefix_map)
     check_backend(backend)
     check_free(model, name)
     try:
         metadata, tensors = read_tensors(path)
         cfg, variant = _config(metadata)
+        moved.check(tensors)
+        of_layers = {key: t for key, t in tensors.items() if key not in _listed(metadata, "whole_tensors")}
+        cfg = cfg.renamed({old: moved.new(old) for old in _layers(of_layers)})
+        tensors, metadata = moved.keys(tensors), _moved(metadata, moved)
         whole = _whole_modules(model, metadata, tensors)
         targets = named_targets(model, metadata, tensors)
         adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
@@ -207,17 +224,54 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
 def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> WholeModules:
     """The modules that the file holds in full, filled; their tensors are taken out of `tensors`."""
     try:
-        names = json.loads(metadata.get("whole_modules", "[]"))
-        found = {name: tensors.pop(name) for name in json.loads(metadata.get("whole_tensors", "[]"))}
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"its modules that train in full are not readable, or {error} is missing") from error
-    return filled(model, names, found)
+        found = {name: tensors.pop(name) for name in _listed(metadata, "whole_tensors")}
+    except KeyError as error:
+        raise CheckpointError(f"{error} is missing, of a module that trains in full") from error
+    return filled(model, _listed(metadata, "whole_modules"), found)
+
+
+def _listed(metadata: dict[str, str], field: str) -> list[str]:
+    """A list of names in a file's metadata; empty where there is none."""
+    try:
+        return json.loads(metadata.get(field, "[]"))
+    except ValueError as error:
+        raise CheckpointError(f"its {field} are not readable ({error})") from error
+
+
+def _moved(metadata: dict[str, str], moved: Renaming) -> dict[str, str]:
+    """The metadata with the names that the layers and modules have in the model."""
+    if not moved.prefixes or "format" not in metadata:
+        return metadata
+    shapes = {moved.new(name): each for name, each in _shapes(metadata).items()}
+    lists = {
+        field: json.dumps([moved.new(name) for name in _listed(metadata, field)])
+        for field in ("whole_modules", "whole_tensors")
+    }
+    return {**metadata, **lists, "targets": json.dumps(shapes), "fingerprint": _fingerprint(shapes)}
+
+
+def _shapes(metadata: dict[str, str]) -> dict[str, list[int]]:
+    """The file's target layers and their shapes."""
+    try:
+        shapes = json.loads(metadata.get("targets", ""))
+    except ValueError as error:
+        raise CheckpointError(f"its list of target layers is not readable ({error})") from error
+    if metadata.get("fingerprint") != _fingerprint(shapes):
+        raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
+    return shapes
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 
 def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
     """Modules that train in full, with these tensors; a CheckpointError where they are not the model's."""
-    if strange := [name for name in names if name not in dict(model.named_modules())]:
-        raise CheckpointError(f"the model has no module {first_of(strange)}, which the file holds in full")
+    modules = [path for path, _ in model.named_modules()]
+    if strange := [name for name in names if name not in modules]:
+        raise CheckpointError(
+            f"the model has no module {first_of(strange)}, which the file holds in full{proposal(names, modules)}"
+        )
     whole = whole_modules(model, names)
     if problems := mismatches(whole.tensors(), tensors):
         raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
@@ -281,15 +335,8 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
 def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
     """The layers that the file names, checked against the model. The original's files name them in their tensors."""
     layers = {target.name: target for target in candidates(model)}
-    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
-    shapes = {}
-    if "format" in metadata:
-        try:
-            shapes = json.loads(metadata.get("targets", ""))
-        except ValueError as error:
-            raise CheckpointError(f"its list of target layers is not readable ({error})") from error
-        if metadata.get("fingerprint") != _fingerprint(shapes):
-            raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
+    names = _layers(tensors)
+    shapes = _shapes(metadata) if "format" in metadata else {}
     problems = []
     for name in shapes or names:
         target = layers.get(name)
@@ -301,6 +348,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
     if problems:
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
+            f"{proposal(list(shapes or names), layers)}"
         )
     for target in (targets := [layers[name] for name in shapes or names]):
         with naming(target):

@@ -141,6 +141,15 @@ class AdapterConfig:
         """This config with the r and the alpha that its patterns give the layer of that name."""
         return self._with_patterns_of(lambda pattern: re.search(pattern, name) is not None)
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """This config for layers that have other names now, by the old ones: what the patterns gave a layer stays."""
+        if all(old == new for old, new in names.items()) or not (self.rank_pattern or self.alpha_pattern):
+            return self
+        own = {rf"^{re.escape(new)}$": self.for_layer(old) for old, new in names.items()}
+        ranks = {new: cfg.r for new, cfg in own.items() if cfg.r != self.r}
+        alphas = {new: cfg.alpha for new, cfg in own.items() if cfg.alpha != self.alpha}
+        return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
+
     def _with_patterns_of(self, applies: Callable[[str], bool]) -> Self:
         values: dict[str, Any] = {}
         for name, patterns in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):

@@ -33,7 +33,7 @@ from zoo import TEXT, ZOO, of
 
 import lora_lite as ll
 from lora_lite.calibration import InputPCA
-from lora_lite.peft_experts import flat
+from lora_lite.interchange.experts import flat
 from lora_lite.segments import Segments
 from lora_lite.stacks import Stack
 
@@ -441,9 +441,11 @@ def test_what_peft_has_not_on_experts(tmp_path: Path) -> None:
     with pytest.raises(ll.AttachError, match="PEFT has no dora on stacked experts"):
         ll.export_peft(model, tmp_path / "a")
     ll.detach(model)
-    adapted(model)
-    with pytest.raises(ll.AttachError, match=r"uniform=True.*no stacked experts"):
-        ll.export_peft(model, tmp_path / "a", uniform=True)
+    adapted(model, target_names=(r"experts\.gate_up_proj$",))
+    with pytest.raises(ll.AttachError, match=r"experts.gate_up_proj: vLLM takes stacked experts with their down_proj"):
+        ll.export_peft(model, tmp_path / "a", for_="vllm")
+    with pytest.raises(ll.AttachError, match=r"gate_up_proj: llama\.cpp's converter knows no adapter of stacked"):
+        ll.export_peft(model, tmp_path / "a", for_="llama.cpp")
     assert not (tmp_path / "a").exists()
     of_peft("qwen3_moe", ("down_proj",)).save_pretrained(tmp_path / "b")
     with pytest.raises(ll.CheckpointError, match=r"no stacked experts experts.down_proj \(target_parameters\)"):

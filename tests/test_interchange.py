@@ -293,14 +293,20 @@ def test_import_on_an_attached_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "antipasto"])
-def test_uniform_files(variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reader", ["peft", "vllm", "llama.cpp"])
+def test_uniform_files(variant: str, reader: Any, tmp_path: Path) -> None:
     """One rank and one alpha for all: a reader that knows no patterns computes the same, and PEFT does."""
     model: Any = llama()
     fields = {"rank_pattern": {"q_proj": 2 if variant != "antipasto" else 8}}
     fields |= {"alpha_pattern": {r"1\.mlp": 11.0}, "rslora": True} if variant != "antipasto" else {}
     attach(model, variant, **fields)
     randomize(model, by=0.3)
-    ll.export_peft(model, tmp_path, uniform=True)
+    if variant == "dora" and reader != "peft":
+        with pytest.raises(ll.AttachError, match=rf"for_='{reader}'.*takes LoRA, and dora is none.*save_merged"):
+            ll.export_peft(model, tmp_path / "none", for_=reader)
+        assert not (tmp_path / "none").exists()
+        return
+    ll.export_peft(model, tmp_path, uniform=reader == "peft", for_=reader)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["rank_pattern"] == written["alpha_pattern"] == {}
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -314,5 +320,132 @@ def test_uniform_files(variant: str, tmp_path: Path) -> None:
                 A = tensors.get(f"base_model.model.{name}.lora_A.weight")
                 if A is not None:
                     B = tensors[f"base_model.model.{name}.lora_B.weight"]
-                    layer.weight += written["lora_alpha"] / written["r"] * B @ A
+                    ranks = {"llama.cpp": len(A)}  # of the tensor; the others take the config's
+                    layer.weight += written["lora_alpha"] / ranks.get(reader, written["r"]) * B @ A
             assert_close(plain(token_ids()).logits, model(token_ids()).logits, 1e-5)
+
+
+@EACH_VARIANT
+def test_every_file_says_r_and_alpha(variant: str, tmp_path: Path) -> None:
+    """Readers ask for them before they look at what the file holds."""
+    ll.export_peft(trained(llama(), variant), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert isinstance(written["r"], int)
+    assert isinstance(written["lora_alpha"], int | float)
+    assert written["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "variant", "fields", "what"),
+    [
+        ("vllm", "ia3", {}, "takes LoRA, and ia3 is none"),
+        ("llama.cpp", "hra", {}, "takes LoRA, and hra is none"),
+        ("vllm", "lora", {"modules_to_save": (r"\.norm$",)}, r"vLLM takes no modules .* model\.norm\.weight"),
+        ("vllm", "lora", {"r": 600}, "its rank is 600, and vLLM's largest is 512"),
+        (
+            "llama.cpp",
+            "lora",
+            {"modules_to_save": ("embed_tokens",)},
+            r"norms beside a LoRA .* model\.embed_tokens\.weight",
+        ),
+        (
+            "llama.cpp",
+            "lora",
+            {"target_names": ("lm_head",)},
+            "lm_head: llama.cpp keeps no head that is tied to the embedding",
+        ),
+    ],
+)
+def test_what_a_server_would_refuse(reader: Any, variant: str, fields: Any, what: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 640, "intermediate_size": 640, "head_dim": 320} if fields.get("r") else {}
+    model = llama(tie_word_embeddings=True, **sizes)
+    attach(model, variant, **fields)
+    with pytest.raises(ll.AttachError, match=f"{what}; write merged weights"):
+        ll.export_peft(model, tmp_path / "none", for_=reader)
+    assert not (tmp_path / "none").exists()
+    if fields == {"modules_to_save": (r"\.norm$",)}:
+        ll.export_peft(model, tmp_path, for_="llama.cpp")
+        return
+    ll.export_peft(model, tmp_path)
+    with pytest.raises(ValueError, match=r"for_ must be one of 'peft', 'vllm', 'llama.cpp'; got 'ollama'"):
+        ll.export_peft(model, tmp_path, for_="ollama")  # type: ignore[arg-type]
+
+
+# ---- layers that have moved ------------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A model whose layers have other names: model.layers has become model.language_model.layers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision = nn.Linear(32, 32)  # not the same names
+        self.model = nn.ModuleDict({"language_model": model.model})
+        self.lm_head, self.config = model.lm_head, model.config
+
+    def forward(self, ids: Tensor) -> Any:
+        hidden = self.model["language_model"](input_ids=ids).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden))
+
+
+MOVED = {"model.layers": "model.language_model.layers"}
+PATTERNS = {
+    "rank_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 2},
+    "alpha_pattern": {r"^model\.layers\.1": 40.0},
+}
+
+
+@pytest.mark.parametrize("form", ["ours", "peft"])
+def test_layers_that_have_moved(form: str, tmp_path: Path) -> None:
+    """Ranks and alphas by the old names stay with their layers, also in the files written afterwards."""
+    ours = trained(llama(), "lora", **PATTERNS)
+    path = tmp_path / "adapter.safetensors" if form == "ours" else tmp_path
+    (ll.save if form == "ours" else ll.export_peft)(ours, path)
+    read: Any = ll.load if form == "ours" else ll.import_peft
+    other = Wrapped(llama())
+    before = snapshot(other)
+    with pytest.raises(
+        ll.CheckpointError, match=rf"have other names here, pass prefix_map={MOVED}".replace("{", r"\{")
+    ):
+        read(other, path)
+    with pytest.raises(ll.CheckpointError, match="prefix_map: 'layers' begins none of its names"):
+        read(other, path, prefix_map={"layers": "model"})
+    assert_same(other, before)
+    attachment = read(other, path, prefix_map=MOVED)
+    assert_close(logits(other), logits(ours), 1e-6)
+    assert all(name.startswith("model.language_model.layers") for name in attachment.adapters)
+    ll.save(other, tmp_path / "again")
+    ll.export_peft(other, tmp_path / "peft")
+    for again, file in ((ll.load, "again"), (ll.import_peft, "peft")):
+        fresh = Wrapped(llama())
+        again(fresh, tmp_path / file)
+        assert_close(logits(fresh), logits(ours), 1e-6)
+
+
+def test_modules_that_have_moved(tmp_path: Path) -> None:
+    """Modules that train in full, too; several beginnings at once, and a target_modules that is an expression."""
+    config = peft.LoraConfig(r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["model.norm"])
+    theirs = saved_by_peft(llama(), config, tmp_path)
+    prefixes = {**MOVED, "model.norm": "model.language_model.norm"}
+    other = Wrapped(llama())
+    with pytest.raises(ll.CheckpointError, match=r"pass prefix_map=\{'model.norm': 'model.language_model.norm'\}"):
+        ll.import_peft(other, tmp_path, prefix_map=MOVED)
+    ll.import_peft(other, tmp_path, prefix_map=prefixes)
+    assert_close(logits(other), logits(theirs), 1e-5)
+    ll.save(other, tmp_path / "ours")
+    back: Any = llama()
+    ll.load(back, tmp_path / "ours", prefix_map={new: old for old, new in prefixes.items()})
+    assert_close(logits(back), logits(theirs), 1e-5)
+
+
+def test_blocks_that_change_places_take_their_patterns_along(tmp_path: Path) -> None:
+    """What a file says of a layer is under the name that the layer has when it is written."""
+    ours: Any = llama()
+    attach(ours, "lora", alpha_pattern={r"layers\.1\.": 50.0}, rank_pattern={r"layers\.0\..*q_proj": 2})
+    randomize(ours, by=0.3)
+    ours.model.layers = nn.ModuleList(reversed(ours.model.layers))
+    want = logits(ours)
+    ll.save(ours, tmp_path / "file")
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(logits(ours), want, 1e-6)

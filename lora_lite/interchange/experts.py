@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from jaxtyping import Float
 from torch import Tensor
 
-from .errors import CheckpointError
-from .stacks import stacks_of
-from .targets import Target
+from ..errors import CheckpointError
+from ..stacks import stacks_of
+from ..targets import Target
 
 _NESTED = ".base_layer"
 

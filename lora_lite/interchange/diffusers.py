@@ -1,0 +1,174 @@
+"""export_diffusers and import_diffusers: the file that diffusers' `load_lora_weights` and `save_lora_weights` use.
+
+One `pytorch_lora_weights.safetensors` has PEFT's tensors of several models of a pipeline, each under its name there
+("unet", "transformer", "text_encoder"), and PEFT's config of each as metadata (diffusers/loaders/lora_base.py). Without
+the metadata a reader takes alpha for the rank.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..attachment import DEFAULT, Attachment, require_attachment, unwrap
+from ..checkpoint import first_of, names_now, read_tensors, replace_file, standalone, warn_of_losses
+from ..errors import AttachError, CheckpointError
+from ..renaming import Renaming
+from .exporting import as_lora
+from .formats import PREFIX
+from .importing import attach_stored
+
+_FILE = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"
+# What a file without metadata says of a layer beside its tensors: alpha under the layer's name.
+_ALPHA = ".alpha"
+
+
+def export_diffusers(
+    model: nn.Module | Mapping[str, nn.Module],
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    uniform: bool = False,
+) -> None:
+    """Write the attached adapter as `pytorch_lora_weights.safetensors`; `pipeline.load_lora_weights(folder)` then
+    computes the same.
+
+    What `export_peft` writes as LoRA, and DoRA. Ranks and alphas of each layer are kept in the metadata.
+
+    Args:
+        model: a UNet or a transformer of diffusers, or a text encoder of transformers; or several that are adapted, by
+            their names in the pipeline: {"unet": unet, "text_encoder": text_encoder}.
+        name: which adapter, where several are attached.
+        uniform: one rank, and scales in B, for readers that know no metadata (diffusers before 0.35).
+
+    Raises:
+        AttachError: nothing is attached, the method is no LoRA or DoRA, or modules train in full beside it.
+        CheckpointError: the folder can't be written, or a tensor has no values or not its shape.
+    """
+    folder = Path(folder)
+    models = dict(model) if isinstance(model, Mapping) else {place_of(unwrap(model)): model}
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
+    for place, part in models.items():
+        config, its_tensors = _of_model(unwrap(part), name, uniform)
+        configs |= {f"{place}.{field}": value for field, value in config.items()}
+        tensors |= {f"{place}.{key}": t for key, t in its_tensors.items()}
+    metadata = {"format": "pt", _METADATA: json.dumps(configs, indent=2, sort_keys=True)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / _FILE, lambda path: save_file(tensors, path, metadata=metadata))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"export_diffusers: can't write {folder}: {error}") from error
+
+
+def import_diffusers(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    backend: str = "auto",
+    place: str | None = None,
+    prefix_map: Mapping[str, str] | None = None,
+) -> Attachment:
+    """Attach, under `name`, the LoRA or DoRA that diffusers saved for this model.
+
+    Args:
+        path: the file, or the folder that has a `pytorch_lora_weights.safetensors`.
+        place: the model's name in the pipeline: "unet", "transformer", "text_encoder". By default its class's.
+        prefix_map: beginnings of layers' names in the file → in this model, where they differ.
+
+    Raises:
+        AttachError: an adapter is attached already.
+        CheckpointError: the file is unreadable, has nothing of this place, is in another program's format, or does not
+            fit the model. The model is untouched.
+    """
+    path = Path(path)
+    file = path / _FILE if path.is_dir() else path
+    place = place or place_of(unwrap(model))
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        metadata, tensors = read_tensors(file)
+        return _in_pefts_terms(place, metadata, tensors)
+
+    found = attach_stored(model, read, f"import_diffusers: {file}", name, backend, Renaming(prefix_map))
+    assert isinstance(found, Attachment)  # only an IA3 becomes two
+    return found
+
+
+def place_of(model: nn.Module) -> str:
+    """What diffusers' pipelines call a model of this class."""
+    kind = type(model)
+    if kind.__module__.startswith("transformers."):
+        return "text_encoder"
+    return "unet" if "UNet" in kind.__name__ else "transformer"
+
+
+def _of_model(model: nn.Module, name: str | None, uniform: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    attachment = require_attachment(model, name)
+    if attachment.whole.names:
+        raise AttachError(
+            f"export_diffusers: diffusers takes no modules that train in full ({', '.join(attachment.whole.names)}); "
+            "use save(model, path)"
+        )
+    names = names_now(model, attachment, "export_diffusers")
+    adapters = {names[layer]: adapter for layer, adapter in standalone(attachment, "export_diffusers").items()}
+    warn_of_losses(model, attachment, "export_diffusers")
+    config, tensors = as_lora(attachment, adapters, names, uniform, "export_diffusers")
+    return {
+        **config,
+        "bias": "none",
+        "lora_dropout": attachment.cfg.dropout,
+        "target_modules": list(names.values()),
+    }, tensors
+
+
+def _in_pefts_terms(
+    place: str, metadata: dict[str, str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of one model of the pipeline as PEFT's files have them."""
+    start = f"{place}."
+    mine = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+    if not mine:
+        places = ", ".join(sorted({key.partition(".")[0] for key in tensors})[:5])
+        raise CheckpointError(
+            f"it has nothing for {place!r}; its names begin with {places}. Say which by place=; a file of another "
+            "program is rewritten by pipeline.load_lora_weights(path) and pipeline.save_lora_weights(folder, ...)"
+        )
+    alphas = {key.removesuffix(_ALPHA): float(mine.pop(key)) for key in list(mine) if key.endswith(_ALPHA)}
+    if strange := [key for key in mine if ".lora_A." not in key and ".lora_B." not in key and "lora_mag" not in key]:
+        raise CheckpointError(
+            f"it holds {first_of(strange)}, which are not in diffusers' present format; rewrite it by "
+            "pipeline.load_lora_weights(path) and pipeline.save_lora_weights(folder, ...)"
+        )
+    try:
+        configs = json.loads(metadata.get(_METADATA, "{}"))
+        config = {key.removeprefix(start): value for key, value in configs.items() if key.startswith(start)}
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"its {_METADATA} are not readable ({error})") from error
+    config = config or _from_tensors(mine, alphas)
+    return {**config, "peft_type": "LORA"}, {PREFIX + key: t for key, t in mine.items()}
+
+
+def _from_tensors(tensors: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, Any]:
+    """The config of a file without metadata: alpha is the rank where the file does not say it."""
+    end = ".lora_A.weight"
+    ranks = {key.removesuffix(end): len(t) for key, t in tensors.items() if key.endswith(end)}
+    own = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
+    usual = {
+        "r": Counter(ranks.values()).most_common(1)[0][0],
+        "lora_alpha": Counter(own.values()).most_common(1)[0][0],
+    }
+    return {
+        **usual,
+        "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual["r"]},
+        "alpha_pattern": {f"^{layer}": alpha for layer, alpha in own.items() if alpha != usual["lora_alpha"]},
+        "target_modules": list(ranks),
+        "use_dora": any("lora_magnitude_vector" in key for key in tensors),
+    }

@@ -1,0 +1,337 @@
+"""import_peft: an adapter that PEFT saved, attached."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..attaching import build, check_free, derive, init, install, whole_modules
+from ..attachment import DEFAULT, Attachment, unwrap
+from ..backend import check_backend
+from ..checkpoint import fill, filled, first_of, named_targets, not_in_file, read_tensors
+from ..config import AdapterConfig
+from ..errors import CheckpointError, LoraLiteError
+from ..renaming import Renaming, proposal
+from ..stacks import Stack
+from ..targets import Target, candidates
+from ..variant import REGISTRY
+from ..whole_modules import WholeModules
+from .experts import names_in_file, stacked
+from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, TENSORS
+
+# Fields of PEFT's configs that say where an adapter came from or how it was trained, not what it computes; or are read.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "delora_lambda", "eva_config", "exclude_modules",
+    "feedforward_modules", "inference_mode", "init_ia3_weights", "init_lora_weights", "init_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
+    "fan_in_fan_out", "modules_to_save", "target_parameters",
+}  # fmt: skip
+# Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
+_CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+
+
+def import_peft(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    backend: str = "auto",
+    prefix_map: Mapping[str, str] | None = None,
+) -> Attachment | dict[str, Attachment]:
+    """Attach, under `name`, the adapter that PEFT saved in `folder`.
+
+    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns and dropout.
+    An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the outputs
+    and `name` + "_ff" for the inputs, and a dict of both is returned.
+
+    Args:
+        prefix_map: beginnings of layers' names in the file → in this model, where they differ.
+
+    Raises:
+        AttachError: an adapter is attached already.
+        CheckpointError: the files are unreadable, of another method, have tensors or options that lora-lite does not
+            compute, or lack a layer that `target_modules` matches; the message names them, and proposes a `prefix_map`
+            where one helps. The model is untouched.
+    """
+    folder = Path(folder)
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return _read_config(folder), read_tensors(_tensor_file(folder))[1]
+
+    return attach_stored(model, read, f"import_peft: {folder}", name, backend, Renaming(prefix_map))
+
+
+def attach_stored(
+    model: nn.Module,
+    read: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]],
+    what: str,
+    name: str,
+    backend: str,
+    moved: Renaming,
+) -> Attachment | dict[str, Attachment]:
+    """Attach what `read` returns, a config and tensors in PEFT's terms, or raise an error that begins with `what`."""
+    model = unwrap(model)
+    check_backend(backend)
+    check_free(model, name)
+    ready: dict[str, tuple[AdapterConfig, str, list[Target], dict[str, Adapter]]] = {}
+    try:
+        config, stored = read()
+        named = _variant(config)
+        moved.check([key.removeprefix(PREFIX) for key in stored])
+        whole = _whole_modules(model, config.get("modules_to_save") or [], stored, moved)
+        tensors = _unstacked(model, config, _ours(named, _without_bases(model, stored, moved)), moved)
+        _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors}, moved)
+        for variant, of_variant in _by_variant(named, moved.keys(tensors)).items():
+            own = f"{name}_ff" if ready else name
+            cfg = _config(variant, config, moved)
+            cfg = cfg.renamed({old: moved.new(old) for old in (key.rpartition(".")[0] for key in tensors)})
+            ready[own] = (cfg, backend, *_adapters(model, cfg, config, of_variant, backend))
+    except LoraLiteError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    for own in ready:
+        check_free(model, own)
+    without = not_in_file(model, {layer for _, _, _, adapters in ready.values() for layer in adapters})
+    no_modules = whole_modules(model, [])
+    attached = {
+        own: install(model, own, *parts, without, whole if own == name else no_modules) for own, parts in ready.items()
+    }
+    return attached if len(attached) > 1 else attached[name]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"its adapter_config.json is not readable ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError("its adapter_config.json is no object")
+    return config
+
+
+def _tensor_file(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            "its tensors are a pickle (adapter_model.bin), which can run any code when it is read; save it again with "
+            "safe_serialization=True where you trust it"
+        )
+    return path
+
+
+def _variant(config: dict[str, Any]) -> str:
+    kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
+    refused = [
+        f"{name}={value!r}"
+        for name, value in config.items()
+        if (value and name not in _HARMLESS) or (name == "bias" and value != "none")
+    ]
+    if refused:
+        raise CheckpointError(f"lora-lite does not compute its {', '.join(refused)}")
+    if kind == "LORA" and start.startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save "
+            "it with path_initial_model_for_weight_conversion"
+        )
+    match kind:
+        case "LORA":
+            return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
+        case "IA3":
+            return "ia3"
+        case "DELORA" | "HRA":
+            return kind.lower()
+    raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3 and HRA")
+
+
+def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under our names."""
+    ours = {its: mine for mine, its in TENSORS.get(variant, ("", LORA))[1].items()}
+    ours |= {its: mine for mine, its in EMBEDDING.items()} if "lora_A.weight" in ours else {}
+    found, strange = {}, []
+    for name, t in tensors.items():
+        layer, its = next(((name.removesuffix(f".{its}"), its) for its in ours if name.endswith(f".{its}")), (name, ""))
+        if its and layer.startswith(PREFIX):
+            found[f"{layer.removeprefix(PREFIX)}.{ours[its]}"] = t
+        else:
+            strange.append(name)
+    if strange:
+        raise CheckpointError(f"lora-lite adapts linear layers and can't take {first_of(strange)}")
+    return found
+
+
+def _without_bases(model: nn.Module, stored: dict[str, Tensor], moved: Renaming) -> dict[str, Tensor]:
+    """The tensors but the base's own embeddings, which PEFT saves beside an adapter of theirs."""
+    end, own = ".base_layer.weight", dict(model.named_parameters(remove_duplicate=False))
+    for key in [key for key in stored if key.startswith(PREFIX) and key.endswith(end)]:
+        layer = key.removeprefix(PREFIX).removesuffix(end)
+        base = own.get(f"{moved.new(layer)}.weight")
+        if base is not None and not torch.equal(base.detach().cpu(), stored[key].to(base.dtype)):
+            raise CheckpointError(f"its base has another {layer} than this model: in its vocabulary or its values")
+    return {key: t for key, t in stored.items() if not key.endswith(end)}
+
+
+def _unstacked(
+    model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], moved: Renaming
+) -> dict[str, Tensor]:
+    """The tensors with those of experts as stacks, under the names of their parameters."""
+    wanted = config.get("target_parameters") or []
+    if not wanted:
+        return tensors
+    found = {moved.old(t.name): replace(t, name=moved.old(t.name)) for t in candidates(model) if _is_stack(t)}
+    mine = [t for t in found.values() if _peft_matches(wanted, t.name)]
+    if missing := [name for name in wanted if not any(_peft_matches([name], t.name) for t in mine)]:
+        raise CheckpointError(f"the model has no stacked experts {first_of(missing)} (target_parameters)")
+    tensors = dict(tensors)
+    for name, layer in names_in_file(mine).items():
+        if not {f"{layer}.lora_A", f"{layer}.lora_B"} <= tensors.keys():
+            raise CheckpointError(f"its target_parameters match {name}, and it has no tensors for that")
+        parts = (tensors.pop(f"{layer}.{key}") for key in ("lora_A", "lora_B"))
+        stack: Any = found[name].layer
+        tensors |= dict(zip((f"{name}.lora_A", f"{name}.lora_B"), stacked(*parts, stack.num_experts), strict=True))
+    return tensors
+
+
+def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor], moved: Renaming) -> WholeModules:
+    """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
+    old = {moved.old(path): path for path, _ in model.named_modules() if path}
+    modules = [path for name, path in old.items() if name.endswith(tuple(names))]  # PEFT asks for no whole parts here
+    if missing := [name for name in names if not any(path.endswith(name) for path in old)]:
+        raise CheckpointError(
+            f"the model has no module {first_of(missing)}, which it trains in full (modules_to_save)"
+            f"{proposal(missing, old)}"
+        )
+    found = {}
+    for first, aliases in whole_modules(model, modules).names_in(model).items():
+        in_file = {alias: PREFIX + moved.old(alias) for alias in aliases}
+        mine = {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
+        if len(mine) < len(aliases) or any(not torch.equal(t, next(iter(mine.values()))) for t in mine.values()):
+            raise CheckpointError(
+                f"this model ties {' and '.join(aliases)}, and it trains {' and '.join(mine) or 'none of them'} apart"
+                if len(aliases) > 1
+                else f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}"
+            )
+        found[first] = next(iter(mine.values()))
+    return filled(model, modules, found)
+
+
+def _proposal(name: str, stored: Mapping[str, Tensor]) -> str:
+    """The prefix_map under which a tensor of the file that is no adapter's has this name."""
+    end = name.split(".")[-2:]  # the module and its parameter
+    names = [key.removeprefix(PREFIX) for key in stored if key.split(".")[-2:] == end]
+    return next((found for each in names if (found := proposal([each], [name]))), "")
+
+
+def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str], moved: Renaming) -> None:
+    """Raise where the file's layers are not those that its `target_modules` match, as PEFT matches them."""
+    old = [(t, moved.old(t.name)) for t in candidates(model)]
+    wanted, left = config.get("target_modules") or [], config.get("exclude_modules") or []
+    blocks = config.get("layers_to_transform")
+    blocks = {blocks} if isinstance(blocks, int) else set(blocks or ())
+    names = [
+        name
+        for t, name in old
+        if not _is_stack(t)
+        and _peft_matches(wanted, name)
+        and not _peft_matches(left, name)
+        and not (t.is_head and wanted == "all-linear")
+        and (not blocks or t.block in blocks)
+    ]
+    parameters = config.get("target_parameters") or []
+    extra = [name for name in sorted(layers) if not (_peft_matches(wanted, name) or _peft_matches(parameters, name))]
+    if (wanted or parameters) and extra:
+        raise CheckpointError(f"its target_modules do not match {first_of(extra)}, for which it has tensors")
+    if missing := [name for name in names if name not in layers]:
+        raise CheckpointError(
+            f"its target_modules match {len(names)} layers of this model, and it has no tensors for "
+            f"{first_of(missing)}: the file is not whole, or is of another model"
+        )
+
+
+def _is_stack(target: Target) -> bool:
+    """Whether PEFT has it among `target_parameters`."""
+    return isinstance(target.layer, Stack)
+
+
+def _peft_matches(wanted: str | list[str], name: str) -> bool:
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+
+def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """IA3's file may have both kinds: N×1 on outputs, 1×K on inputs. All others have one."""
+    if variant != "ia3":
+        return {variant: tensors}
+    kinds: dict[str, dict[str, Tensor]] = {"ia3": {}, "ia3_ff": {}}
+    for name, t in tensors.items():
+        kinds["ia3" if t.shape[-1] == 1 else "ia3_ff"][name] = t
+    return {kind: found for kind, found in kinds.items() if found} or {variant: tensors}
+
+
+def _adapters(
+    model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], tensors: dict[str, Tensor], backend: str
+) -> tuple[list[Target], dict[str, Adapter]]:
+    targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+    adapters = {t.name: build(t, REGISTRY[cfg.variant], cfg, backend) for t in targets}
+    if cfg.variant == "pissa":
+        init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
+        tensors |= {
+            f"{layer}.{key}": getattr(adapter, key)
+            for layer, adapter in adapters.items()
+            for key in ("lora_A0", "lora_B0")
+        }
+    _reshape(adapters, tensors)
+    fill(adapters, tensors)
+    derive(targets, adapters)
+    return targets, adapters
+
+
+def _config(variant: str, config: dict[str, Any], moved: Renaming) -> AdapterConfig:
+    names, inputs = config.get("target_modules") or [], config.get("feedforward_modules") or []
+    if isinstance(names, list) and isinstance(inputs, list) and variant in ("ia3", "ia3_ff"):
+        names = [name for name in names if (name in inputs) == (variant == "ia3_ff")]
+    fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
+    if isinstance(names, list):
+        names = [*names, *(config.get("target_parameters") or ())]
+        fields["target_names"] = tuple(rf"(^|\.){re.escape(moved.new(name))}$" for name in names)
+    if variant == "delora":
+        fields["lambda0"] = float(config.get("delora_lambda") or 15.0)
+    if dropout := config.get(DROPOUT.get(str(config.get("peft_type")), "")):
+        fields["dropout"] = float(dropout)
+    if variant == "pissa":
+        fields["svd"] = "exact"
+    if "r" in config:
+        fields["r"] = config["r"]
+        fields["rank_pattern"] = _as_searched(config.get("rank_pattern"))
+    if "lora_alpha" in config:
+        fields["alpha"] = config["lora_alpha"]
+        fields["rslora"] = bool(config.get("use_rslora"))
+        fields["alpha_pattern"] = _as_searched(config.get("alpha_pattern"))
+    return REGISTRY[variant].config(**fields)
+
+
+def _as_searched(patterns: dict[str, Any] | None) -> dict[str, Any]:
+    """PEFT wants its patterns at the end of a name, from its start or after a dot; ours are searched for."""
+    return {
+        rf"^{key.removeprefix('^')}$" if key.startswith("^") else rf"(^|\.)({key})$": value
+        for key, value in (patterns or {}).items()
+    }
+
+
+def _reshape(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+    """PEFT keeps some tensors transposed or with an axis of size 1."""
+    for layer, adapter in adapters.items():
+        for key, wanted in adapter.state_dict().items():
+            t = tensors.get(f"{layer}.{key}")
+            if t is not None and key == "lora_U":
+                tensors[f"{layer}.{key}"] = t.t()
+            elif t is not None and t.numel() == wanted.numel() and 1 in t.shape:
+                tensors[f"{layer}.{key}"] = t.reshape(wanted.shape)
