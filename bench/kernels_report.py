@@ -93,13 +93,13 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
         "expand_backward_rescale_grouped": lambda: lowrank.launch_expand_backward(
             y, h, Bs, 0.5, True, True, y, gs, biases, runs
         ),
-        "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
+        "shrink_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True),
         "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
-            x, h, x, A, True, True, None, None, seed, 0.1
+            [x], h, x, A, True, True, None, None, seed, 0.1
         ),
-        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, None, runs),
-        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True, h),
-        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, h, runs),
+        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, None, runs),
+        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, h, runs),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(

@@ -7,6 +7,9 @@ M tokens, K in_features, N out_features, R rank. Token-sized reads and writes, e
     expand_add backward reads dy                writes –         dh = scale · dy B,  dB = scale · dyᵀ h
     shrink backward     reads x, dx_base        writes dx        dx = dx_base + dh A,  dA = dhᵀ x
 
+Layers that read the same x share the work: `shrink_together` reads x once for the ranks of all, and its backward adds
+all their dx_bases and dh A in one kernel, where autograd would add them one by one.
+
 `shrink_expand` is both with no layer between them, x + (x Aᵀ) Bᵀ: the same forward, and in the backward `shrink` of dy
 for dh, then `shrink backward` with dy as dx_base, which it has at hand for dB = dyᵀ h too.
 
@@ -19,6 +22,7 @@ With segments, A is G×R×K and B is G×N×R, and each row takes the A and the B
 were zero. A program's rows are of one run: it finds them in a table of shares (`common.Runs`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..operators import operator
+from ..reference import together
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -91,7 +96,7 @@ def _shrink_kernel(
 @triton.jit
 def _expand_kernel(
     y, h, B, out, g, bias, scale, table, seed, drop,
-    M, N, R, stride_ym, stride_yn,
+    M, N, R, stride_ym, stride_yn, stride_hm,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
@@ -105,7 +110,7 @@ def _expand_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, last, R), other=0.0)
+        h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
         acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
     if g is not None:
@@ -125,7 +130,7 @@ def _expand_kernel(
 @triton.jit
 def _expand_backward_kernel(
     dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale, table,
-    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
+    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, stride_hm, m_per_program,
     NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +158,7 @@ def _expand_backward_kernel(
             dg_acc += tl.sum(dy_wide * (y_tile - b), 0)
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
         if NEEDS_DB:
-            h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, end, R), other=0.0)
+            h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, end, R), other=0.0)
             dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(dy_tile.dtype), dB_acc, input_precision=PRECISION)
         if NEEDS_DH:
             dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
@@ -167,13 +172,13 @@ def _expand_backward_kernel(
 
 @triton.jit
 def _shrink_backward_kernel(
-    dx_base, dh, x, h, A, dx, dA, dB, table, seed, drop,
+    dx_base, second, third, dh, x, h, A, dx, dA, dB, table, seed, drop,
     M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
     NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part, and with h so does
-    dB = dx_baseᵀ h."""
+    dB = dx_baseᵀ h. second and third are further dx_bases, of layers that read the same x."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
@@ -205,6 +210,10 @@ def _shrink_backward_kernel(
                 dx_tile = tl.where(keep, rescale(drop) * dx_tile, 0.0)
             if dx_base is not None:
                 dx_tile += base_tile.to(tl.float32)
+            if second is not None:
+                dx_tile += tl.load(tile(second, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
+            if third is not None:
+                dx_tile += tl.load(tile(third, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
     if NEEDS_DA:
         if seed is not None:
@@ -222,6 +231,11 @@ def _shrink_backward_kernel(
 def named(kernel: str, runs: Runs | None, seed: Tensor | None = None) -> str:
     """The kernel's name in the block tables."""
     return kernel + ("_dropout" if seed is not None else "_grouped" if runs is not None else "")
+
+
+def _rows_apart(h: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
+    """h with its ranks side by side; rows may be further apart, as those of one layer among several are."""
+    return h if h.stride(1) == 1 else h.contiguous()
 
 
 def launch_shrink(
@@ -270,8 +284,7 @@ def launch_expand(
     """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already. With a seed, what
     is added to y goes through dropout."""
     (M, N), R = y.shape, B.shape[-1]
-    B = small(B, y.dtype)
-    h = h.contiguous()
+    B, h = small(B, y.dtype), _rows_apart(h)
     out = y.new_empty(M, N)
     inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
@@ -282,7 +295,7 @@ def launch_expand(
         grid = (blocks * cdiv(N, config.cols),)
         with device(y):
             _expand_kernel[grid](
-                y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(),
+                y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(), h.stride(0),
                 PRECISION=precision(y.dtype), BLOCK_M=rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
@@ -314,15 +327,15 @@ def launch_expand_backward(
             for i, (hs, Bs) in of_ranks
         ]
         return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    wide, B, h = B, small(B, dy.dtype), h.contiguous()
+    wide, B, h = B, small(B, dy.dtype), _rows_apart(h)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
-    dh = torch.empty_like(h) if in_parts else h.new_empty(0)
+    dh = h.new_empty(M, R) if in_parts else h.new_empty(0)
     dB = B.new_empty(B.shape, dtype=torch.float32) if needs_dB else B.new_empty(0)
     dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
     dg = dy.new_empty(B.shape[:-1], dtype=torch.float32) if y is not None else dy.new_empty(0)
     if M == 0:
-        return torch.empty_like(h) if needs_dh else dh, dB.zero_(), dy_base, dg.zero_()
+        return h.new_empty(M, R) if needs_dh else dh, dB.zero_(), dy_base, dg.zero_()
     y_strides = y.stride() if y is not None else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -332,7 +345,8 @@ def launch_expand_backward(
         dBs, dgs = parts_like(dB, count, runs), parts_like(dg, count, runs)
         with device(dy):
             _expand_backward_kernel[(blocks, count)](
-                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,
+                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides,
+                h.stride(0), each,
                 NEEDS_DH=in_parts, NEEDS_DB=needs_dB,
                 PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
@@ -347,7 +361,7 @@ def launch_expand_backward(
 
 
 def launch_shrink_backward(
-    dx_base: Float[Tensor, "M K"] | None,
+    dx_bases: Sequence[Float[Tensor, "M K"]],
     dh: Float[Tensor, "M R"],
     x: Float[Tensor, "M K"],
     A: Float[Tensor, "*G R K"],
@@ -358,19 +372,19 @@ def launch_shrink_backward(
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
-    left empty."""
+    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed
+    is left empty."""
     (M, K), R = x.shape, A.shape[-2]
-    dh, options = dh.contiguous(), (runs, seed, dropout)
+    dh, options, bases = dh.contiguous(), (runs, seed, dropout), _at_most_three(dx_bases)
     if R > MAX_RANK:
         hs = [None] * len(A.split(MAX_RANK, -2)) if h is None else h.split(MAX_RANK, -1)
         of_ranks = zip(dh.split(MAX_RANK, -1), A.split(MAX_RANK, -2), hs, strict=True)
-        base = None if h is None else dx_base
+        read = [] if h is None else bases
         parts = [
-            launch_shrink_backward(base, each, x, rows, False, needs_dA, part, *options)
+            launch_shrink_backward(read, each, x, rows, False, needs_dA, part, *options)
             for each, rows, part in of_ranks
         ]
-        base = torch.zeros_like(x) if dx_base is None else dx_base
+        base = torch.stack(bases).sum(0) if len(bases) > 1 else bases[0] if bases else torch.zeros_like(x)
         dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else x.new_empty(0)
         dA = torch.cat([part[1] for part in parts], -2) if needs_dA else A.new_empty(0)
         return dx, dA, torch.cat([part[2] for part in parts], -1)
@@ -380,7 +394,7 @@ def launch_shrink_backward(
     dB = A.new_empty(0) if h is None else A.new_empty(A.mT.shape, dtype=torch.float32)
     if M == 0:
         return dx, dA.zero_(), dB.zero_()
-    base_strides = dx_base.stride() if dx_base is not None else (0, 0)
+    base_strides = bases[0].stride() if bases else (0, 0)
 
     def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
         blocks = cdiv(K, config.cols)
@@ -388,7 +402,7 @@ def launch_shrink_backward(
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         with device(x):
             _shrink_backward_kernel[(blocks, count)](
-                dx_base, dh, x, h, A, dx, dAs, dBs, table, seed, threshold(dropout), M, K, R,
+                *bases, *[None] * (3 - len(bases)), dh, x, h, A, dx, dAs, dBs, table, seed, threshold(dropout), M, K, R,
                 *base_strides, *x.stride(), each,
                 NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
                 PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
@@ -396,7 +410,16 @@ def launch_shrink_backward(
             )  # fmt: skip
         return dx, sum_parts(dAs, dA, runs), sum_parts(dBs, dB, runs)
 
-    return tuned(named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
+    name = named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward"
+    return tuned(name if len(bases) < 2 else "shrink_backward_together", run, x, M, K, R)
+
+
+def _at_most_three(bases: Sequence[Tensor]) -> list[Tensor]:
+    """As many as the kernel adds, of the same strides."""
+    if len(bases) < 2:
+        return list(bases)
+    bases = [base.contiguous() for base in bases]
+    return bases if len(bases) <= 3 else [*bases[:2], torch.stack(bases[2:]).sum(0)]
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -416,7 +439,7 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor
 
 @operator("lora_lite::shrink_backward")
 def _shrink_backward(
-    dx_base: Tensor | None,
+    dx_bases: list[Tensor],
     dh: Tensor,
     x: Tensor,
     A: Tensor,
@@ -426,16 +449,16 @@ def _shrink_backward(
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
-    base = None if dx_base is None else rows_of(dx_base)
+    bases = [rows_of(base) for base in dx_bases]
     dx, dA, _ = launch_shrink_backward(
-        base, dh, rows_of(x), A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout
+        bases, dh, rows_of(x), A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout
     )
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
 
 
 @_shrink_backward.register_fake
 def _(
-    dx_base: Tensor | None,
+    dx_bases: list[Tensor],
     dh: Tensor,
     x: Tensor,
     A: Tensor,
@@ -459,7 +482,7 @@ def _save_shrink(ctx: Any, inputs: ShrinkArguments, output: Tensor) -> None:
 def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     needs_dx, needs_dA = ctx.needs_input_grad[:2]
     x, A, seed, *runs = ctx.saved_tensors
-    dx, dA = _shrink_backward(None, dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
+    dx, dA = _shrink_backward([], dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
     return dx if needs_dx else None, dA if needs_dA else None, None, [None] * len(runs), None, None
 
 
@@ -478,8 +501,32 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, seed, *runs = ctx.saved_tensors
-        dx, dA = _shrink_backward(*grads, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
+        dx_base, dh = grads
+        dx, dA = _shrink_backward([dx_base], dh, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _TapTogether(torch.autograd.Function):
+    """An alias of x for each of several layers, and x Aᵀ of all their ranks; all gradients come back together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, A)
+        ctx.ranks, ctx.dtype = ranks, dtype
+        ctx.set_materialize_grads(False)
+        h = _shrink(x, A, dtype, [], None, 0.0)
+        return *(x.view_as(x) for _ in ranks), *h.split(ranks, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, A = ctx.saved_tensors
+        count = len(ctx.ranks)
+        bases, dhs = grads[:count], grads[count:]
+        dh = together(dhs, ctx.ranks, x.numel() // x.shape[-1], ctx.dtype, x.device)
+        dx, dA = _shrink_backward(
+            [base for base in bases if base is not None], dh, x, A, [], None, 0.0, True, ctx.needs_input_grad[1]
+        )
+        return dx, dA if ctx.needs_input_grad[1] else None, None, None
 
 
 @operator("lora_lite::expand_add")
@@ -552,7 +599,7 @@ def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh = launch_shrink(rows_of(dy), B.mT, h.dtype, Runs.read(runs))
-    dx, dA, dB = launch_shrink_backward(rows_of(dy), dh, rows_of(x), A, needs_dx, True, h, Runs.read(runs))
+    dx, dA, dB = launch_shrink_backward([rows_of(dy)], dh, rows_of(x), A, needs_dx, True, h, Runs.read(runs))
     return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype), dB.to(B.dtype)
 
 
@@ -594,6 +641,18 @@ def shrink(
     if torch.is_grad_enabled() and x.requires_grad:
         return _Tap.apply(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
+
+
+def shrink_together(
+    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
+    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x."""
+    dtype, ranks = compute_dtype(x), [len(A) for A in As]
+    A = torch.cat(list(As))
+    if torch.is_grad_enabled() and x.requires_grad:
+        found = list(_TapTogether.apply(x, A, dtype, ranks))  # type: ignore[arg-type]
+        return found[: len(As)], found[len(As) :]
+    return [x] * len(As), list(_shrink(x, A, dtype, [], None, 0.0).split(ranks, 1))
 
 
 def expand_add(

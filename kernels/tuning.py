@@ -97,6 +97,12 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(32, 64, 8),),
         },
         "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
+        # Of layers that read the same x: up to three dx_bases in flight.
+        "shrink_backward_together": {
+            64: (Config(32, 64, 8), Config(64, 64, 8)),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 64, 8, 1),),
+        },
         # As "shrink_backward" with a second accumulator of K × R.
         "shrink_expand_backward": {
             16: (Config(64, 64, 8), Config(64, 128, 8)),
@@ -231,7 +237,7 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows
     """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped"))
+    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together"))
     table = next(table[name] for name in names for table in tables if name in table)
     return table[min((most for most in table if rank <= most), default=max(table))]
 

@@ -34,6 +34,7 @@ from .left_out import left_out
 from .params import SITE, Params
 from .placement import replicate
 from .quantized import is_dense, weight_of
+from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
 from .targets import Target, choose, stacks_among
@@ -334,8 +335,13 @@ def install(
         )
     record(model, attachment)
     settle_modules(model)
+    _settle_siblings(model)
     watch.start(model)
     return attachment
+
+
+def _settle_siblings(model: nn.Module) -> None:
+    settle_siblings(model, [target for each in attachments(model) for target in each.targets])
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -353,6 +359,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             attachment.sites[target.name].leave(target.layer, attachment.name)
         part(stacks_among(attachment.targets))
         forget(model, attachment)
+        _settle_siblings(model)
         if not attachments(model):
             attachment.beside.restore(model)
     if (left := attachments(model)) and not any(each.acts for each in left):

@@ -51,8 +51,20 @@ class Primitive:
         return y
 
 
+class Shrinks(Primitive):
+    """One that takes x Aᵀ from the layer's input, and uses it on the output. Layers that read the same x may take
+    theirs together."""
+
+    takes_segments = True
+    A: Tensor
+    dropout: float
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.shrink(x, self.A, self.dropout, self.segments)
+
+
 @dataclass
-class LowRankAdd(Primitive):
+class LowRankAdd(Shrinks):
     """y + scale · (dropout(x) Aᵀ) Bᵀ"""
 
     takes_segments = True
@@ -77,9 +89,6 @@ class LowRankAdd(Primitive):
         B = [pad(each.scale * each.B, (0, R - each.A.shape[-2])) for each in sums]
         put = torch.stack if A[0].ndim == 2 else torch.cat
         return cls(put(A), put(B), 1.0, sums[0].dropout, segments=segments)
-
-    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout, self.segments)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return ops.expand_add(y, carry, self.B, self.scale, self.segments)
@@ -134,7 +143,7 @@ class OfRows(Primitive):
 
 
 @dataclass
-class LowRankAddRescale(Primitive):
+class LowRankAddRescale(Shrinks):
     """g ∘ (y − bias + scale · (dropout(x) Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
 
     takes_segments = True
@@ -147,9 +156,6 @@ class LowRankAddRescale(Primitive):
     w_sq: Float[Tensor, "*G N"]
     bias: Float[Tensor, "*G N"] | None
     dropout: float = 0.0
-
-    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout, self.segments)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)

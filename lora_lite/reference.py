@@ -6,6 +6,7 @@ float32 where the CPU has no instructions for products in that. With `segments`,
 each row takes its own of them; a row that has none passes unchanged.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -102,6 +103,58 @@ def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -
         return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments)[1]
     rows, h = of_segments.shrink(rows, A, segments)
     return rows.view(x.shape), h
+
+
+def shrink_together(
+    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
+    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one product."""
+    dtype, ranks = product_dtype(x.device, x.dtype), [len(A) for A in As]
+    A = torch.cat([each.to(dtype) for each in As])
+    if torch.is_grad_enabled() and x.requires_grad:
+        found = list(_Together.apply(x, A, ranks))  # type: ignore[arg-type]
+        return found[: len(As)], found[len(As) :]
+    return [x] * len(As), list((_rows(x).to(dtype) @ A.t()).split(ranks, 1))
+
+
+class _Together(torch.autograd.Function):
+    """An alias of x for each layer, and x Aᵀ of all their ranks. The gradients of all come back together: they are
+    added once, and multiplied in one product each for x and A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, A)
+        ctx.ranks = ranks
+        ctx.set_materialize_grads(False)
+        h = _rows(x).to(A.dtype) @ A.t()
+        return *(x.view_as(x) for _ in ranks), *h.split(ranks, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, A = ctx.saved_tensors
+        rows, count = _rows(x), len(ctx.ranks)
+        dh = together(grads[count:], ctx.ranks, len(rows), A.dtype, x.device)
+        bases = [_rows(base).to(A.dtype) for base in grads[:count] if base is not None]
+        if not bases:
+            dx = dh @ A
+        else:
+            base = bases[0] if len(bases) == 1 else bases[0] + bases[1]
+            for more in bases[2:]:
+                base += more
+            dx = torch.addmm(base, dh, A)
+        dA = dh.t() @ rows.to(A.dtype) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype).view(x.shape), dA, None
+
+
+def together(
+    parts: Sequence[Tensor | None], widths: Sequence[int], M: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "M widths"]:
+    """Gradients side by side, zeros where there is none."""
+    found = [
+        torch.zeros(M, width, dtype=dtype, device=device) if part is None else part
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    return torch.cat(found, 1)
 
 
 def expand_add(

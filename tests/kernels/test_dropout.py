@@ -146,7 +146,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
         lowrank.launch_shrink(x, A, bf16, *options)
         lowrank.launch_expand(y, h, B, 0.7, None, None, *options)
         lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        lowrank.launch_shrink_backward(torch.randn(M, K).to(bf16), h, x, A, True, True, None, *options)
+        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], h, x, A, True, True, None, *options)
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
