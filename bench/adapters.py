@@ -3,8 +3,9 @@
 Two models: a Llama with random weights, and SmolLM2-135M, with an adapter on the seven linear layers of each block. One
 step is forward and backward. The base is the same frozen model with gradients flowing to its input, so the overhead is
 what the adapter adds, in CPU seconds of the process on one thread, which hold still where wall time does not. The base,
-ours and PEFT's take turns within one run and medians are compared, so that a noisy machine disturbs all three alike. Beside steps: attaching, saving and loading, the size of the files, and the peak of
-the process's memory during a step while that model alone is in it.
+ours and PEFT's take turns within one run and medians are compared, so that a noisy machine disturbs all three alike.
+Beside steps: attaching, saving and loading, the size of the files, and the peak of the process's memory during a step
+while that model alone is in it.
 """
 
 import copy

@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..operators import operator
-from ..reference import together
+from ..reference import each_of, together
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -536,24 +536,25 @@ class _Tap(torch.autograd.Function):
 
 
 class _TapTogether(torch.autograd.Function):
-    """An alias of x for each of several layers, and x Aᵀ of all their ranks; all gradients come back together."""
+    """x Aᵀ of several layers, and where x needs a gradient an alias of x for each; all gradients come back together."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, A)
-        ctx.ranks, ctx.dtype = ranks, dtype
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *As)
+        ctx.dtype = dtype
         ctx.set_materialize_grads(False)
-        h = _shrink(x, A, dtype, [], None, 0.0)
-        return *(x.view_as(x) for _ in ranks), *h.split(ranks, 1)
+        h = _shrink(x, torch.cat(As), dtype, [], None, 0.0)
+        aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
+        return *aliases, *h.split([len(A) for A in As], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, A = ctx.saved_tensors
-        bases, dhs = grads[: len(ctx.ranks)], grads[len(ctx.ranks) :]
-        dh = together(dhs, ctx.ranks, x.numel() // x.shape[-1], ctx.dtype, x.device)
-        given = [base for base in bases if base is not None]
-        dx, dA = _shrink_backward(given, dh, x, A, [], None, 0.0, True, ctx.needs_input_grad[1])
-        return dx, dA if ctx.needs_input_grad[1] else None, None, None
+        x, *As = ctx.saved_tensors
+        dhs, bases = grads[-len(As) :], [base for base in grads[: -len(As)] if base is not None]
+        dh = together(dhs, As, x.numel() // x.shape[-1], ctx.dtype)
+        needs_dx, _, *needs_dAs = ctx.needs_input_grad
+        dx, dA = _shrink_backward(bases, dh, x, torch.cat(As), [], None, 0.0, needs_dx, any(needs_dAs))
+        return dx if needs_dx else None, None, *(each_of(dA, dhs, As) if any(needs_dAs) else [None] * len(As))
 
 
 @operator("lora_lite::expand_add")
@@ -674,11 +675,8 @@ def shrink_together(
     x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
 ) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
     """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x."""
-    dtype, ranks, A = compute_dtype(x), [len(A) for A in As], torch.cat(list(As))
-    if torch.is_grad_enabled() and x.requires_grad:
-        found = list(_TapTogether.apply(x, A, dtype, ranks))  # type: ignore[arg-type]
-        return found[: len(As)], found[len(As) :]
-    return [x] * len(As), list(_shrink(x, A, dtype, [], None, 0.0).split(ranks, 1))
+    found = list(_TapTogether.apply(x, compute_dtype(x), *As))  # type: ignore[arg-type]
+    return found[: -len(As)] or [x] * len(As), found[-len(As) :]
 
 
 def expand_add(

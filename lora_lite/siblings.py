@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 
 from .calls import Call, begin, end, under_way
@@ -75,7 +76,7 @@ class Family:
     """One call of a parent: what the groups of its children share."""
 
     def __init__(self, siblings: Siblings) -> None:
-        self.groups = siblings.groups
+        self.groups, self.packing = siblings.groups, _packing()
         self.done: dict[int, _OfGroup] = {}
 
     def share(self, parent: nn.Module, layer: nn.Module, x: Tensor) -> Shared | None:
@@ -84,7 +85,7 @@ class Family:
             ((i, name) for i, group in enumerate(self.groups) for name in group if parent._modules.get(name) is layer),
             None,
         )
-        if found is None or not _groupable(x):
+        if found is None or not _groupable() or _packing() != self.packing:
             return None
         i, name = found
         context = _context(x)
@@ -130,7 +131,13 @@ def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
             standing.remove(parent)
 
 
-def _groupable(x: Tensor) -> bool:
+def _packing() -> Any:
+    """How tensors are saved for the backward: a checkpoint's own way, inside of one. It runs what is in it again, and
+    not what is around it, so that a checkpoint in the middle of the parent's forward must find its layers alone."""
+    return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
+
+
+def _groupable() -> bool:
     """Not where something differentiates forward, or maps."""
     return torch.autograd.forward_ad._current_level < 0 and (
         torch.compiler.is_compiling() or peek_interpreter_stack() is None
