@@ -23,7 +23,7 @@ from .params import SITE, Params
 from .placement import brought, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .shapes import is_conv1d, is_embedding
+from .shapes import features, is_conv1d, is_embedding, shape
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
@@ -120,18 +120,11 @@ def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
 
 
 def _is_parted(model: Any) -> bool:
-    """Whether adapters make another weight of what may be tied: the output head, or an embedding whose weight it, or
-    another embedding, has too."""
+    """Whether adapters make another weight of what a config can tie: the output head, and embeddings of its shape."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    others: dict[int, set[int]] = {}
-    for module in model.modules():
-        if module is head or is_embedding(module):
-            others.setdefault(id(weight_of(module)), set()).add(id(module))
-    return any(
-        SITE in module._modules and (module is head or len(others[id(weight_of(module))]) > 1)
-        for module in model.modules()
-        if module is head or is_embedding(module)
-    )
+    of_head = (features(head) or ())[::-1]
+    adapted = [module for module in model.modules() if SITE in module._modules]
+    return any(each is head or (is_embedding(each) and (not of_head or shape(each) == of_head)) for each in adapted)
 
 
 def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
