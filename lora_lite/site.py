@@ -114,6 +114,8 @@ class Site(nn.ModuleDict):
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
         if of_ids := is_embedding(layer):
+            if x.is_floating_point():
+                raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
             x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
         for piece in site.pieces(acting, layer, x, routed):

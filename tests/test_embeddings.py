@@ -320,6 +320,20 @@ def test_layers_that_cant_take_one(layer: nn.Module, message: str) -> None:
     assert any("table" in line and "×1" in line for line in attachment.summary().splitlines())
 
 
+def test_rows_in_place_of_ids_are_refused() -> None:
+    """As Ovis2's table of visual tokens takes them."""
+
+    class Either(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return input @ self.weight if input.is_floating_point() else super().forward(input)
+
+    model = nn.Sequential(Either(9, 6))
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("0",)))
+    assert model(torch.tensor([3])).shape == (1, 6)
+    with pytest.raises(ll.AttachError, match="0: its adapter looks up ids, and it got rows of torch.float32"):
+        model(torch.rand(2, 9))
+
+
 def test_bitsandbytes_embedding_is_refused() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Embedding4bit(64, 64)

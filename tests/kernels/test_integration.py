@@ -7,6 +7,7 @@ outputs and gradients for the same weights.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import launches
@@ -36,7 +37,6 @@ test_same_weights_same_outputs_and_gradients = against_peft.test_same_weights_sa
 
 test_embeddings_against_peft = embeddings.test_pefts_outputs_and_gradients
 test_embeddings_for_each_entry = embeddings.test_several_and_an_adapter_for_each_entry
-test_embeddings_verified = embeddings.test_saved_loaded_verified_diagnosed
 test_embeddings_compiled = embeddings.test_compile
 
 test_dropout_in_training_alone = dropout.test_in_training_alone
@@ -49,6 +49,11 @@ test_rows_of_a_batch = dropout.test_rows_of_a_batch
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
 def test_an_adapter_for_each_row(variant: str) -> None:
     several.test_an_adapter_for_each_row(variant)
+
+
+@pytest.mark.parametrize("make", embeddings.MODELS.values(), ids=embeddings.MODELS)
+def test_embeddings_verified(make: Any, tmp_path: Path) -> None:
+    embeddings.test_saved_loaded_verified_diagnosed(make, "lora", tmp_path)
 
 
 @pytest.fixture(autouse=True)
