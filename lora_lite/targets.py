@@ -271,8 +271,7 @@ class _Blocks:
             self.length[fold(prefix)] = max(self.length[fold(prefix)], count)
 
     def of(self, name: str) -> int | None:
-        runs = [(prefix, number) for prefix, number in _numbered(name) if fold(prefix) in self.length]
-        found = [(prefix, number) for prefix, number in runs if not prefix.endswith("experts")]
+        found = [(prefix, number) for prefix, number in _numbered(name) if not prefix.endswith("experts")]
         return max(found, key=lambda each: self.length[fold(each[0])])[1] if found else None
 
 

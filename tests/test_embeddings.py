@@ -330,7 +330,7 @@ def test_rows_in_place_of_ids_are_refused() -> None:
     model = nn.Sequential(Either(9, 6))
     ll.attach(model, ll.LoRAConfig(r=2, target_names=("0",)))
     assert model(torch.tensor([3])).shape == (1, 6)
-    with pytest.raises(ll.AttachError, match="0: its adapter looks up ids, and it got rows of torch.float32"):
+    with pytest.raises(ll.AttachError, match=r"0: its adapter looks up ids, and it got rows of torch\.float32"):
         model(torch.rand(2, 9))
 
 
