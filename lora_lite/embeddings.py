@@ -4,6 +4,7 @@ Of an adapter's product x Aᵀ there remains a look-up, of A's columns. So a met
 the output. V num_embeddings, D embedding_dim, R rank.
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import embedding
 
 from .errors import AttachError
 from .params import SITE
-from .placement import brought, is_sharded
+from .placement import brought, execution_device, is_sharded
 from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight, is_dense, weight_of
 from .shapes import is_embedding, shape
@@ -21,7 +22,6 @@ from .shapes import is_embedding, shape
 if TYPE_CHECKING:
     from .adapter import Adapter
 
-_ROWS = 4096  # of the weight at a time
 _REMEDY = (
     "give the embedding a config of its own, such as LoRAConfig(target_names=…) attached under another name, and leave "
     "it out here by exclude_names"
@@ -31,31 +31,32 @@ _REMEDY = (
 def unfit_embedding(layer: Any) -> str:
     """Why no adapter could act on it; empty: nothing is known against it."""
     weight: Any = weight_of(layer)
-    kind, whole = type(layer).__name__, is_sharded(weight)
-    if not is_dense(weight) and not whole:
+    if not is_dense(weight) and not is_sharded(weight):
         return f"its weight is quantised ({type(weight).__name__} of {weight.dtype}), and its rows can't be told"
     if layer.max_norm is not None:
         return f"its max_norm={layer.max_norm} changes the weight at each call, and an adapter leaves the base alone"
     if layer.scale_grad_by_freq:
         return "its scale_grad_by_freq divides gradients by how often an id occurs, which an adapter's would not be"
-    if type(layer).forward is nn.Embedding.forward:
+    plain = type(layer).forward is nn.Embedding.forward and not hasattr(layer, "embed_scale")
+    if plain or _looks_up(layer):
         return ""
-    if weight.is_meta or whole:
-        return f"what {kind} makes of its rows can't be tried while its weight is not whole; attach before that"
-    return "" if _looks_up(layer) else f"its {kind} does more than look rows up and multiply them by its embed_scale"
+    where = " (on the meta device it can't be tried)" if weight.is_meta else ""
+    return f"its {type(layer).__name__} does more than look rows up and multiply them by its embed_scale{where}"
 
 
 @torch.no_grad()
 def _looks_up(layer: Any) -> bool:
-    """Whether its own forward gives E[ids] · embed_scale, for each id."""
-    for ids in torch.arange(layer.num_embeddings, device=layer.weight.device).split(_ROWS):
-        try:
-            same = torch.allclose(layer.forward(ids[None]), looked_up(layer, ids[None], layer.weight.dtype))
-        except Exception:  # it wants other arguments, or gives another shape
-            return False
-        if not same:
-            return False
-    return True
+    """Whether its own forward gives E[ids] · embed_scale for each id, tried on rows of one random number."""
+    device = execution_device(layer) or layer.weight.device
+    rows = torch.rand(layer.num_embeddings, 1, generator=torch.Generator().manual_seed(0))
+    rows = rows.to("cpu" if device.type == "meta" else device, layer.weight.dtype)
+    twin = copy.copy(layer)
+    twin._parameters = {**layer._parameters, "weight": nn.Parameter(rows)}
+    try:
+        ids = torch.arange(len(rows), device=rows.device)[None]
+        return torch.equal(type(layer).forward(twin, ids).view_as(rows[ids]), rows[ids] * scale_of(twin))
+    except Exception:  # it wants other arguments, or gives another shape
+        return False
 
 
 def scale_of(layer: Any) -> Tensor | float:

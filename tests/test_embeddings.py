@@ -291,6 +291,31 @@ class Replaced(Scaled):
         return torch.where((input == 9)[..., None], torch.ones_like(y), y)
 
 
+class Normed(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+def scaled(num_embeddings: int, embedding_dim: int) -> nn.Embedding:
+    """Gemma's, whose scale is a buffer."""
+    kind: Any = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding
+    return kind(num_embeddings, embedding_dim, 0, embedding_dim**0.5)
+
+
+class PerFeature(Half):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.embed_scale = torch.rand(6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.Embedding.forward(self, input) * self.embed_scale
+
+
+def unused(layer: nn.Embedding) -> nn.Embedding:
+    layer.embed_scale = 2.0  # type: ignore[assignment]
+    return layer
+
+
 class Shifted(nn.Embedding):
     """As OPT's positions, counted from a mask."""
 
@@ -306,7 +331,10 @@ class Shifted(nn.Embedding):
         (Half(9, 6), "Half does more than look rows up"),
         (Replaced(10, 6), "Replaced does more"),
         (Shifted(9, 6), "Shifted does more"),
-        (Scaled(9, 6, device="meta"), "can't be tried while its weight is not whole"),
+        (PerFeature(9, 6), "PerFeature does more"),
+        (unused(nn.Embedding(9, 6)), "Embedding does more"),
+        (Normed(9, 6), "Normed does more"),
+        (scaled(9, 6).to("meta"), "on the meta device it can't be tried"),
         (nn.Embedding(9, 6).to(torch.float8_e4m3fn), "quantised .*float8_e4m3fn"),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, nn.Module) else None,
@@ -343,8 +371,7 @@ def test_bitsandbytes_embedding_is_refused() -> None:
 
 def test_a_scale_in_bfloat16_is_rounded_as_the_base_rounds_it() -> None:
     """So that the merged weight gives what the adapter gives: √96 is 9.798, and in bfloat16 9.8125."""
-    kind: Any = transformers.models.gemma3.modeling_gemma3.Gemma3TextScaledWordEmbedding
-    layer = kind(20, 96, 0, 96**0.5).bfloat16()
+    layer = scaled(20, 96).bfloat16()
     model, ids = nn.Sequential(layer), torch.arange(20)
     ll.attach(model, ll.LoRAConfig(r=4, target_names=("0",)))
     randomize(model)
@@ -576,7 +603,7 @@ def test_offloaded() -> None:
     want = logits(model)
     accelerate.cpu_offload(model)
     assert_close(logits(model), want, 1e-6)
-    late: Any = llama()
+    late: Any = gemma3()
     accelerate.cpu_offload(late)
     base = logits(late)
     ll.attach(late, ll.LoRAConfig(r=4, target_names=NAMES))
