@@ -18,7 +18,7 @@ from torch._C._functorch import peek_interpreter_stack
 from .calls import Call, begin, end, under_way
 from .params import SITE
 from .placement import is_managed, is_sharded
-from .primitives import Shrinks
+from .primitives import LowRankAdd, Shrinks
 from .shapes import shape
 from .targets import Target
 
@@ -188,7 +188,7 @@ def _shrinks(piece: "Piece", x: Tensor) -> bool:
     primitive = piece.primitive
     return (
         isinstance(primitive, Shrinks)
-        and type(primitive).on_input is Shrinks.on_input
+        and type(primitive).on_input in (Shrinks.on_input, LowRankAdd.on_input)
         and primitive.dropout == 0
         and primitive.segments is None
         and primitive.A.device == x.device

@@ -14,13 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from .adapter import Adapter
 from .backend import select
 from .calls import begin, end, forget, under_way
+from .embeddings import on_ids
 from .errors import AttachError
 from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive
+from .quantized import token_dtype
 from .rows import Rows
 from .segments import Segments
+from .shapes import is_embedding
 from .siblings import share
 from .stacks import Stack
 
@@ -94,6 +97,10 @@ class Site(nn.ModuleDict):
         x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
+        if of_ids := is_embedding(layer):
+            if x.is_floating_point():
+                raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
+            x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
         shared = share(parent, layer, x) if parent is not None and site.rows is None else None
         pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
@@ -103,6 +110,8 @@ class Site(nn.ModuleDict):
         for piece in pieces:
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))
+        if of_ids:
+            x = x.squeeze(-1)
         if key is None:
             args = (x, *args[1:])
         else:
@@ -167,10 +176,11 @@ class Site(nn.ModuleDict):
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        return Piece(
-            adapter.primitive(layer).on(routed.segments if routed else None),
-            select(adapter.backend, x.device, x.dtype)[0],
-        )
+        primitive, dtype = adapter.primitive(layer), x.dtype
+        if is_embedding(layer):
+            primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
+        ops = select(adapter.backend, x.device, dtype)[0]
+        return Piece(primitive.on(routed.segments if routed else None), ops)
 
     def _of_rows(self, rows: Rows, by_row: dict[str, Piece], x: Tensor, routed: Routed | None) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
