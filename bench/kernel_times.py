@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 import triton
+from operations import error
 from rivals import peft_config
 from torch import Tensor, nn
 
@@ -59,11 +60,6 @@ def shapes(tokens: Iterable[int] = TOKENS, ranks: Iterable[int] = RANKS) -> list
         for M in tokens
         for R in ranks
     ]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in float64."""
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300)).item()
 
 
 @dataclass(frozen=True)
