@@ -258,10 +258,8 @@ def model_table(rows: list[dict[str, Any]]) -> Table:
     made = table(title, "contender", "layers", "tokens", "ms", "ms of the GPU's work", "peak GiB", "first step, s")
     for row in sorted(rows, key=lambda row: row["tokens"]):
         peak = row["peak_bytes"] and row["peak_bytes"] / 2**30
-        made.add_row(
-            row["contender"], str(row["layers"]), str(row["tokens"]), number(row["step_ms"], 4), number(row["device_ms"], 4), number(peak),
-            number(row["first_step_s"]),
-        )  # fmt: skip
+        cells = (number(row["step_ms"], 4), number(row["device_ms"], 4), number(peak), number(row["first_step_s"]))
+        made.add_row(row["contender"], str(row["layers"]), str(row["tokens"]), *cells)
     return made
 
 
