@@ -31,7 +31,7 @@ def gpu_timer(run: Callable[[], Any], ms: int = 100) -> Quantiles:
     return median, low, high
 
 
-def device_timer(run: Callable[[], Any], calls: int = 10) -> float:
+def device_timer(run: Callable[[], Any], calls: int = 3) -> float:
     """Milliseconds that the GPU works in a run, without its waits for the host; what fits its cache may be there.
 
     Raises:
