@@ -51,8 +51,8 @@ class CostlessLinear(nn.Linear):
         return Costless.apply(x, self.weight)  # type: ignore[return-value]
 
 
-def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear) -> nn.Module:
-    layer = kind(K, N, bias=False, dtype=torch.bfloat16)
+def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear, device: str = "cpu") -> nn.Module:
+    layer = kind(K, N, bias=False, dtype=torch.bfloat16, device=device)
     return nn.ModuleDict({"layer": layer}).requires_grad_(False)
 
 
@@ -67,16 +67,17 @@ def ours(method: str, backend: str, base: nn.Module) -> nn.Module:
     return base["layer"]  # type: ignore[index]
 
 
-def rival(method: str) -> nn.Module | None:
+def rival(method: str, device: str = "cpu") -> nn.Module | None:
     cfg = peft_config(method, RANK, 32.0, ["layer"])
-    base = model(WIDTH, WIDTH)
+    base = model(WIDTH, WIDTH, device=device)
     return None if cfg is None else peft.get_peft_model(base, cfg).base_model.model["layer"]  # type: ignore
 
 
 def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
     """Gradients are dropped after each, as `zero_grad` does."""
-    x = torch.randn(M, K).to(torch.bfloat16).requires_grad_()
-    dy = torch.zeros(M, K, dtype=torch.bfloat16)
+    device = next(layer.parameters()).device
+    x = torch.randn(M, K, device=device).to(torch.bfloat16).requires_grad_()
+    dy = torch.zeros(M, K, dtype=torch.bfloat16, device=device)
     own = [x, *(p for p in layer.parameters() if p.requires_grad)]
 
     def step() -> None:
@@ -87,7 +88,19 @@ def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
     return step
 
 
-def medians(steps: dict[str, Callable[[], None]], rounds: int, calls: int = 20) -> dict[str, float]:
+def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
+    """Small steps of the bare layer, ours, and PEFT's where it has the method."""
+    layers = {
+        "base": model(WIDTH, WIDTH, device=device)["layer"],  # type: ignore[index]
+        "ours": ours(method, backend, model(WIDTH, WIDTH, device=device)),
+        "peft": rival(method, device),
+    }
+    return {name: step_of(layer, TOKENS, WIDTH) for name, layer in layers.items() if layer is not None}
+
+
+def medians(
+    steps: dict[str, Callable[[], None]], rounds: int, calls: int = 20, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
     """CPU µs of each step: of interleaved rounds."""
     for step in steps.values():
         for _ in range(3 * calls):
@@ -96,10 +109,10 @@ def medians(steps: dict[str, Callable[[], None]], rounds: int, calls: int = 20) 
     gc.disable()
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.process_time()
+            start = clock()
             for _ in range(calls):
                 step()
-            took[name].append(1e6 * (time.process_time() - start) / calls)
+            took[name].append(1e6 * (clock() - start) / calls)
     gc.enable()
     return {name: statistics.median(each) for name, each in took.items()}
 
@@ -108,10 +121,7 @@ def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
     """A method's figures beside PEFT's."""
     context = without_launching() if backend == "triton" else nullcontext({})
     with context as counts:
-        steps = {"base": step_of(model(WIDTH, WIDTH)["layer"], TOKENS, WIDTH)}  # type: ignore[index]
-        steps["ours"] = step_of(ours(method, backend, model(WIDTH, WIDTH)), TOKENS, WIDTH)
-        if (theirs := rival(method)) is not None:
-            steps["peft"] = step_of(theirs, TOKENS, WIDTH)
+        steps = steps_of(method, backend)
         took = medians(steps, rounds)
         added = {name: took[name] - took["base"] for name in steps if name != "base"}
         base_launches = torch_launches(steps["base"])

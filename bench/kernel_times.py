@@ -12,8 +12,10 @@ from typing import Any
 import peft
 import torch
 import triton
+from operations import error
 from rivals import peft_config
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 import lora_lite as ll
 from lora_lite.kernels import lowrank, row_norm, scale
@@ -23,10 +25,28 @@ Timer = Callable[[Callable[[], Any]], Quantiles]
 SCALE = 2.0
 
 
-def gpu_timer(run: Callable[[], Any]) -> Quantiles:
-    """Milliseconds: median, and the quantiles at 20 % and 80 %."""
-    median, low, high = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
+def gpu_timer(run: Callable[[], Any], ms: int = 100) -> Quantiles:
+    """Milliseconds: median, and the quantiles at 20 % and 80 %, of as many runs as take `ms`."""
+    median, low, high = triton.testing.do_bench(run, rep=ms, quantiles=[0.5, 0.2, 0.8])
     return median, low, high
+
+
+def device_timer(run: Callable[[], Any], calls: int = 3) -> float:
+    """Milliseconds that the GPU works in a run, without its waits for the host; what fits its cache may be there.
+
+    Raises:
+        RuntimeError: the profiler sees nothing of the GPU's.
+    """
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    if not on_gpu:
+        raise RuntimeError("torch.profiler saw no kernel: CUPTI is missing here, or may not be used")
+    return sum(e.time_range.elapsed_us() for e in on_gpu) / calls / 1e3
 
 
 @dataclass(frozen=True)
@@ -59,11 +79,6 @@ def shapes(tokens: Iterable[int] = TOKENS, ranks: Iterable[int] = RANKS) -> list
         for M in tokens
         for R in ranks
     ]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖ in float64."""
-    return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300)).item()
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,13 @@ class _Addmm(torch.autograd.Function):
         return (dy @ W).addmm_(dh, a), None, (dh.t() @ x).to(A.dtype), dB.to(B.dtype)
 
 
+@torch.no_grad()
+def move(parameters: Iterable[Tensor]) -> None:
+    """Away from the start, where half of the gradients are zero."""
+    for p in parameters:
+        p.add_(torch.randn_like(p) * 0.05)
+
+
 def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, tuple[Any, list[Tensor], Any]]:
     """By name a layer to call, its trainable tensors, and the module itself; all have the same base weight."""
     W = torch.randn(s.N, s.K, device=device, dtype=torch.bfloat16) * s.K**-0.5
@@ -180,9 +202,7 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
         torch.manual_seed(0)
         fields = {"r": s.R, "alpha": SCALE * s.R, "target_roles": (), "target_names": ("k_proj",)}
         ll.attach(module, ll.REGISTRY[variant].config(**fields), backend=backend)
-        with torch.no_grad():
-            for p in ll.parameters(module):
-                p.add_(torch.randn_like(p) * 0.05)
+        move(ll.parameters(module))
         return module
 
     base = linear()
@@ -194,7 +214,8 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
     if variant == "lora":
         A, B = (p.detach().clone().requires_grad_() for p in found["eager"][1])
         found["addmm"] = (lambda x: _Addmm.apply(x, W, A, B), [A, B], None)
-    config = peft_config(variant, s.R, SCALE * s.R, ["k_proj"])
+    if (config := peft_config(variant, s.R, SCALE * s.R, ["k_proj"])) is None:
+        return found
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = peft.inject_adapter_in_model(config, linear())
@@ -203,8 +224,16 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
     return found
 
 
-def layers(variant: str, s: Shape, timer: Timer, device: str, compiler: str = "inductor") -> list[dict[str, Any]]:
-    """A row a contender: forward, backward and both of base linear and adapter; error and peak memory."""
+def layers(
+    variant: str,
+    s: Shape,
+    timer: Timer,
+    device: str,
+    compiler: str = "inductor",
+    device_timer: Callable[[Callable[[], Any]], float] | None = None,
+) -> list[dict[str, Any]]:
+    """A row a contender: forward, backward and both of base linear and adapter; error and peak memory; with a
+    `device_timer` the GPU's own time of both too."""
     x = torch.randn(s.M, s.K, device=device, dtype=torch.bfloat16).requires_grad_()
     dy = torch.randn(s.M, s.N, device=device, dtype=torch.bfloat16)
     found = contenders(variant, s, device, compiler)
@@ -230,11 +259,12 @@ def layers(variant: str, s: Shape, timer: Timer, device: str, compiler: str = "i
         forward = timer(lambda call=call: call(x))
         backward = timer(lambda y=y, wanted=wanted: torch.autograd.grad(y, wanted, dy, retain_graph=True))
         both = timer(step)
+        of_device = {"device_ms": device_timer(step)} if device_timer else {}
         rows.append(
             {
                 "variant": variant, "contender": name, **asdict(s), "forward_ms": forward[0],
                 "backward_ms": backward[0], "both_ms": both[0], "both_ms_20": both[1], "both_ms_80": both[2],
-                "peak_bytes": peak, "error": worst, "right": worst is None or worst < 2e-2,
+                **of_device, "peak_bytes": peak, "error": worst, "right": worst is None or worst < 2e-2,
             }
         )  # fmt: skip
     return rows

@@ -85,7 +85,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured, marked where the library's code differs from it."""
+    """The commit that was measured, marked where the library's code differs from it. Where sources have been carried
+    without their history, the one that they were bundled at."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(
@@ -95,5 +96,6 @@ def _commit() -> str:
             ["git", "diff", "--quiet", "HEAD", "--", "../lora_lite", "../kernels", "."], cwd=here, check=False
         ).returncode
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        bundled = here.parent / ".gpu-day" / "commit"
+        return f"{bundled.read_text().strip()}, as bundled" if bundled.exists() else "unknown"
     return commit + ("+changes" if changed else "")

@@ -53,22 +53,21 @@ class Settings:
             self.dtype = pretrained.default_dtype(self.device)
 
 
-def random_qwen() -> nn.Module:
-    """Qwen3-0.6B's widths with random weights, two layers of its 28 and 4,096 tokens of its 151,936."""
+def random_qwen(layers: int = 2, **sizes: int) -> nn.Module:
+    """Qwen3-0.6B's widths with random weights, two layers of its 28 and 4,096 tokens of its 151,936, unless said
+    otherwise."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_hidden_layers=2,
-        vocab_size=4096,
-        tie_word_embeddings=True,
-        rope_theta=1e6,
-    )
+    widths = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 4096,
+    }
+    config = Qwen3Config(**{**widths, **sizes}, num_hidden_layers=layers, tie_word_embeddings=True, rope_theta=1e6)
     return Qwen3ForCausalLM(config).eval()
 
 

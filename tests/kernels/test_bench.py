@@ -6,8 +6,10 @@ from unittest import mock
 
 import kernel_bench
 import kernel_times
+import operations
 import pytest
 import torch
+from torch import Tensor
 
 from lora_lite.kernels import lowrank
 
@@ -95,3 +97,19 @@ def test_operators_are_counted() -> None:
         (x @ W.t()).add_(1)  # the product with W is the base layer's
         x * 2
     assert mode.traffic.bytes == {("add_", ""): 2 * 10 * 6 * 4, ("mul", ""): 2 * 10 * 8 * 4}
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "error": lambda t: t * 1.02,
+    "dtype": lambda t: t.half(),
+    "not finite": lambda t: t.index_fill(0, torch.tensor(3), torch.nan),
+}
+
+
+@pytest.mark.parametrize("how", [None, *WRONG])
+def test_the_bar_tells_wrong_from_right(how: str | None) -> None:
+    exact = torch.randn(200, dtype=torch.float64)
+    near = exact.bfloat16()
+    ours = WRONG[how](near) if how else near
+    error, bar = operations.errors(lambda: ({"y": exact}, {"y": near}, {"y": ours}), torch.bfloat16)["y"]
+    assert (error > bar) == bool(how)

@@ -1,17 +1,18 @@
 """Dropout in the low-rank kernels: the mask, and results with it, against independent formulas.
 
 The mask's oracle is its generator in numpy, written from the paper and held to the authors' known answers; results are
-compared with the formula in float64 by the rules of test_correct.py.
+compared with the formula in float64 by the rules of bench/operations.py.
 """
 
 from collections.abc import Iterator
-from unittest import mock
 
 import launches
 import numpy as np
+import operations
 import pytest
 import torch
 from models import load_tests
+from operations import DTYPES, SEED, Case, poisoned, with_seed
 from philox import dropout_mask, philox
 from torch import Tensor
 
@@ -20,19 +21,13 @@ from lora_lite.kernels.common import Runs
 from lora_lite.segments import Segments
 
 correct = load_tests("kernels/test_correct")
-DTYPES = correct.DTYPES
-SEED = 0x123456789ABCDEF
 
 
 @pytest.fixture
 def _watched() -> Iterator[None]:
     """Outputs start as NaN, programs run in shuffled order, none touches what it may not."""
-    with launches.poisoned(), launches.watch():
+    with poisoned(), launches.watch():
         yield
-
-
-def with_seed(seed: int) -> "mock._patch[mock.MagicMock]":
-    return mock.patch.object(lowrank, "new_seed", return_value=torch.tensor([seed]))
 
 
 def mask_of(M: int, N: int, dropout: float, seed: int = SEED) -> Tensor:
@@ -106,25 +101,8 @@ def test_statistics(dropout: float) -> None:
     ],
 )
 def test_lowrank_add_with_dropout(dtype: torch.dtype, M: int, K: int, N: int, R: int, layout: str) -> None:
-    """Output and gradients, of x also through the base layer, which gets all of x."""
-    mask = dropout_mask(SEED, M, K, 0.3)
-
-    def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        kept = x * mask.to(x.dtype).view(x.shape)
-        return x @ W.t() + 0.7 * (kept @ A.to(x.dtype).t()) @ B.to(x.dtype).t()
-
-    def ours(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        with with_seed(SEED):
-            x, h = ops.shrink(x, A, 0.3)
-        return ops.expand_add(x @ W.t(), h, B, 0.7)
-
-    inputs = lambda: {  # noqa: E731
-        "x": correct.token_sized(M, K, dtype, layout),
-        "A": correct.parameter(R, K, dtype=torch.float32, scale=K**-0.5),
-        "B": correct.parameter(N, R, dtype=torch.float32, scale=R**-0.5),
-        "W": (torch.randn(N, K) * K**-0.5).to(dtype),
-    }
-    correct.compare(ours, plain, inputs, dtype)
+    case = Case(dtype, M, K, N, R, layout, dropout=0.3)
+    correct.assert_within(operations.errors_of(operations.lowrank_add, case))
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from operations import poisoned
 from torch import Tensor
 
 from lora_lite.kernels import common, interpreter
@@ -112,7 +113,7 @@ def test_watch_runs_programs_out_of_order() -> None:
 
 
 def test_poison() -> None:
-    with launches.poisoned():
+    with poisoned():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             assert torch.randn(3).new_empty(4, dtype=dtype).isnan().all()
             assert torch.empty_like(torch.randn(3, dtype=dtype)).isnan().all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from models import rel_error
+from operations import poisoned
 from torch import Tensor
 
 import lora_lite as ll
@@ -21,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    with launches.poisoned():
+    with poisoned():
         yield
 
 

@@ -109,15 +109,3 @@ def counted() -> Iterator[list[str]]:
     observer = _Names()
     with observed(observer):
         yield observer.names
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Every tensor that is allocated without values starts as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
