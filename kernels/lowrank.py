@@ -107,7 +107,7 @@ def _expand_kernel(
         ranks = start + tl.arange(0, BLOCK_R)
         h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, last, R), other=0.0)
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
-        acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
+        acc = tl.dot(B_tile, tl.trans(h_tile), acc, input_precision=PRECISION)
     if g is not None:
         gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         if bias is not None:
@@ -135,6 +135,7 @@ def _expand_backward_kernel(
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
     B, of_B = own(B, table, matrix, R, N)
     dh += tl.program_id(0).to(tl.int64) * M * R
+    dtype = h.dtype.element_ty
     B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
     dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if g is not None:
@@ -154,9 +155,9 @@ def _expand_backward_kernel(
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
         if NEEDS_DB:
             h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, end, R), other=0.0)
-            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(dy_tile.dtype), dB_acc, input_precision=PRECISION)
+            dB_acc = tl.dot(tl.trans(dy_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
         if NEEDS_DH:
-            dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
+            dh_tile = scale * tl.dot(dy_tile.to(dtype), B_tile, input_precision=PRECISION)
             tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
     if NEEDS_DB:
         dB += tl.program_id(1).to(tl.int64) * N * R
@@ -248,12 +249,12 @@ def launch_shrink(
         with device(x):
             _shrink_kernel[(blocks, count)](
                 x, A, parts, table, seed, threshold(dropout), M, K, R, *x.stride(), each,
-                PRECISION=precision(dtype), BLOCK_M=rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
+                PRECISION=precision(x, dtype), BLOCK_M=rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return sum_parts(parts, h)
 
-    return tuned(named("shrink", runs, seed), run, x, M, K, R)
+    return tuned(named("shrink", runs, seed), run, x, dtype, M, K, R)
 
 
 def launch_expand(
@@ -267,13 +268,13 @@ def launch_expand(
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "M N"]:
-    """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already. With a seed, what
-    is added to y goes through dropout."""
+    """y + scale · h Bᵀ, multiplied in h's dtype; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor
+    already. With a seed, what is added to y goes through dropout."""
     (M, N), R = y.shape, B.shape[-1]
-    B = small(B, y.dtype)
+    B = small(B, h.dtype)
     h = h.contiguous()
     out = y.new_empty(M, N)
-    inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
+    inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
         return out
 
@@ -283,12 +284,12 @@ def launch_expand(
         with device(y):
             _expand_kernel[grid](
                 y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(),
-                PRECISION=precision(y.dtype), BLOCK_M=rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
+                PRECISION=precision(y, h.dtype), BLOCK_M=rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
                 **config.launch,
             )  # fmt: skip
         return out
 
-    return tuned(named("expand", runs, seed), run, y, M, N, R)
+    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R)
 
 
 def launch_expand_backward(
@@ -303,8 +304,8 @@ def launch_expand_backward(
     bias: Float[Tensor, "N"] | None = None,
     runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, the latter in float32; with y and g also g ∘ dy and
-    Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
+    """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, multiplied in h's dtype, the latter in float32; with y and
+    g also g ∘ dy and Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
     (M, N), R = dy.shape, B.shape[-1]
     if R > MAX_RANK:
         of_ranks = enumerate(zip(h.split(MAX_RANK, -1), B.split(MAX_RANK, -1), strict=True))
@@ -314,7 +315,7 @@ def launch_expand_backward(
             for i, (hs, Bs) in of_ranks
         ]
         return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    wide, B, h = B, small(B, dy.dtype), h.contiguous()
+    wide, B, h = B, small(B, h.dtype), h.contiguous()
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
     dh = torch.empty_like(h) if in_parts else h.new_empty(0)
@@ -334,13 +335,13 @@ def launch_expand_backward(
             _expand_backward_kernel[(blocks, count)](
                 dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,
                 NEEDS_DH=in_parts, NEEDS_DB=needs_dB,
-                PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
+                PRECISION=precision(dy, h.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return sum_parts(dhs, dh), sum_parts(dBs, dB, runs), dy_base, sum_parts(dgs, dg, runs)
 
     if in_parts or needs_dB or y is not None:
-        dh, dB, dy_base, dg = tuned(named(kernel, runs if y is None else None), run, dy, M, N, R)
+        dh, dB, dy_base, dg = tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
     if needs_dh and not in_parts:
         dh = launch_shrink(dy, (scale * wide).mT, h.dtype, runs)
     return dh, dB, dy_base, dg
@@ -358,8 +359,8 @@ def launch_shrink_backward(
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
-    left empty."""
+    """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; multiplied in dh's dtype, the last two in
+    float32. What is not needed is left empty."""
     (M, K), R = x.shape, A.shape[-2]
     dh, options = dh.contiguous(), (runs, seed, dropout)
     if R > MAX_RANK:
@@ -391,12 +392,13 @@ def launch_shrink_backward(
                 dx_base, dh, x, h, A, dx, dAs, dBs, table, seed, threshold(dropout), M, K, R,
                 *base_strides, *x.stride(), each,
                 NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
-                PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
+                PRECISION=precision(x, dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
                 **config.launch,
             )  # fmt: skip
         return dx, sum_parts(dAs, dA, runs), sum_parts(dBs, dB, runs)
 
-    return tuned(named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
+    name = named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward"
+    return tuned(name, run, x, dh.dtype, M, K, R)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "*G N"], runs: Runs |
             )
         return out
 
-    return tuned("scale", run, t, M, N, 1)
+    return tuned("scale", run, t, t.dtype, M, N, 1)
 
 
 def launch_scale_backward(
@@ -121,7 +121,7 @@ def launch_scale_backward(
             )  # fmt: skip
         return dt, sum_parts(dgs, dg, runs)
 
-    return tuned("scale_backward", run, t, M, N, 1)
+    return tuned("scale_backward", run, t, t.dtype, M, N, 1)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

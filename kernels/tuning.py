@@ -1,15 +1,18 @@
 """Block shapes: one table a vendor, with an architecture's exceptions, and the choice among a table's rows by timing.
 
 A launch is written as `run(config)`; `tuned` calls it with a row of the table. On a GPU the rows are timed once for
-each (kernel, dtype, widths, rank, bucket of M) and the fastest is kept for the process; LORA_LITE_AUTOTUNE=0 takes the
-first row instead, as the interpreter does. A shape keeps its row, and so its bits, for as long as the process lives.
+each (kernel, dtypes, widths, rank, bucket of M) and the fastest is kept for the process. The first row is taken untimed
+under LORA_LITE_AUTOTUNE=0, under `torch.use_deterministic_algorithms`, in the interpreter, and where a CUDA graph is
+captured. A shape keeps its row, and so its bits, for as long as the process lives.
 
 Every row compiles without spilling for every architecture of its vendor (`just kernels-report` shows it, a test asks
 for it). What bounds them: 255 registers a thread, 99 KiB of shared memory on sm_120, 64 KiB on gfx942.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 T = TypeVar("T")
 
@@ -190,6 +194,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
 
 _forced: dict[str, Any] = {}
 _chosen: dict[tuple[Any, ...], Config] = {}
+_left_out: set[tuple[str, Config]] = set()
 
 
 @contextmanager
@@ -217,6 +222,11 @@ def architecture(t: Tensor) -> str:
     return _forced.get("architecture") or (_architecture(t.device.index) if t.is_cuda else "sm_90")
 
 
+def has_tf32(t: Tensor) -> bool:
+    """Whether the device that holds t multiplies in TF32: NVIDIA's do, and of AMD's gfx942."""
+    return not architecture(t).startswith("gfx") or architecture(t) == "gfx942"
+
+
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -236,20 +246,57 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows
     return table[min((most for most in table if rank <= most), default=max(table))]
 
 
-def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:
-    """run(config) with the fastest row of the table for this kernel, and for x (M × …) and its launch's shape.
+def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
+    """run(config) with the fastest row of the table for this kernel, for x (M × …), and for its launch's shape.
 
-    `shape` is the widths, then the rank (1 where there is none). Operators are functional, so that timing one by
-    running it is safe.
+    `dtype` is that of the products; `shape` is the widths, then the rank (1 where there is none). Operators are
+    functional, so that timing one by running it is safe. A row that does not compile, or that takes more than the device
+    has, is left out with a warning; where no row is left, its error is raised.
     """
     if "config" in _forced:
         return run(_forced["config"])
-    rows = candidates(kernel, architecture(x), x.element_size(), shape[-1])
-    if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
+    rows = candidates(kernel, architecture(x), dtype.itemsize, shape[-1])
+    if len(rows) == 1:
         return run(rows[0])
-    key = (kernel, x.device.index, x.dtype, *shape, power_of_2(M))
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            return run(rows[0])  # a graph's capture can't be timed
-        _chosen[key] = min(rows, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
-    return run(_chosen[key])
+    by_time = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    by_time = by_time and os.environ.get("LORA_LITE_AUTOTUNE") != "0"
+    key = (by_time, kernel, architecture(x), x.device.index, x.dtype, dtype, *shape, power_of_2(M))
+    if key in _chosen:
+        return run(_chosen[key])
+    if by_time and not torch.cuda.is_current_stream_capturing():  # a graph's capture can't be timed, and keeps its row
+        rows = sorted(rows, key=lambda config: _time(kernel, config, run))
+    _chosen[key], result = _first_fit(kernel, rows, run)
+    return result
+
+
+# What Triton raises where a kernel does not compile or load.
+_UNFIT = (TritonError, RuntimeError)
+
+
+def _time(kernel: str, config: Config, run: Callable[[Config], Any]) -> float:
+    """Milliseconds; infinite where the row can't be timed."""
+    try:
+        return float(triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:  # by what timing takes; the row itself may fit
+        return math.inf
+    except _UNFIT as error:
+        _leave_out(kernel, config, error)
+        return math.inf
+
+
+def _first_fit(kernel: str, rows: Sequence[Config], run: Callable[[Config], T]) -> tuple[Config, T]:
+    """The first row that runs, and what it gives."""
+    config, *others = rows
+    try:
+        return config, run(config)
+    except _UNFIT as error:
+        if not others or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _leave_out(kernel, config, error)
+    return _first_fit(kernel, others, run)
+
+
+def _leave_out(kernel: str, config: Config, error: Exception) -> None:
+    if (kernel, config) not in _left_out:
+        _left_out.add((kernel, config))
+        warnings.warn(f"the kernel {kernel} does without a row of its block table, {config}: {error}", stacklevel=3)
