@@ -250,8 +250,8 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype
     """run(config) with the fastest row of the table for this kernel, for x (M × …), and for its launch's shape.
 
     `dtype` is that of the products; `shape` is the widths, then the rank (1 where there is none). Operators are
-    functional, so that timing one by running it is safe. A row that does not compile, or that takes more than the device
-    has, is left out with a warning; where no row is left, its error is raised.
+    functional, so that timing one by running it is safe. A row that does not compile or fit the device is left out with
+    a warning; where no row is left, its error is raised.
     """
     if "config" in _forced:
         return run(_forced["config"])
