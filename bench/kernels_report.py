@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ import machine
 import torch
 import triton
 import tyro
+from launch_path import compiling_for
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
 from lora_lite.kernels.common import Runs
@@ -61,20 +62,26 @@ ARCHITECTURES = {
     "gfx950": Architecture(GPUTarget("hip", "gfx950", 64), 160 << 10, 160 << 10, 32),
 }
 
-POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
 
 
-def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, Callable[[], Any]]:
-    """For each kernel of the table a launch on tensors without storage."""
+def kernel_calls(
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    tokens: torch.dtype | None = None,
+    empty: Callable[..., torch.Tensor] = partial(torch.empty, device="meta"),  # noqa: B008
+) -> dict[str, Callable[[], Any]]:
+    """For each kernel of the table a launch, on tensors without storage. `dtype` is that of the products, and of the
+    tokens unless these have another."""
 
     def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return empty(*shape, dtype=dtype)
 
     f32 = torch.float32
-    x, y, h, W = t(M, K), t(M, N), t(M, R), t(N, K)
+    x, y, h, W = t(M, K, dtype=tokens or dtype), t(M, N, dtype=tokens or dtype), t(M, R), t(N, K)
     A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
     i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
     seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
@@ -144,22 +151,9 @@ def record(run: Callable[[], Any]) -> list[Launch]:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """The launch's kernel, specialised as a real launch would be: ones, multiples of 16, aligned tensors."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-        else:
-            signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
+    """The launch's kernel, bound, specialised and compiled by Triton as a real launch on that target would be."""
+    with compiling_for(target):
+        return launch.kernel.run(*launch.arguments.values(), grid=launch.grid, warmup=True, **launch.options)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -181,7 +175,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
                 for flag in ("-res-usage", "-sass")
             )
         registers = int(re.search(r"REG:(\d+)", resources)[1])  # type: ignore[index]
-        spills = _count(r"\b(LDL|STL)\b", sass)
+        spills, scalar_spills = _count(r"\b(LDL|STL)\b", sass), 0
         loads = _count(r"LDG\.E\.(\w+\.)*(128|ENL2)|LDGSTS\.E\.(\w+\.)*128", sass)
         stores = _count(r"STG\.E\.(\w+\.)*(128|ENL2)", sass)
         dots = _count(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
@@ -191,7 +185,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     else:
         text = program.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        spills, scalar_spills = (int(re.search(rf"\.{kind}gpr_spill_count:\s+(\d+)", text)[1]) for kind in "vs")  # type: ignore[index]
         loads = _count(r"(global|buffer)_load_(lds_)?dwordx4", text)
         stores = _count(r"(global|buffer)_store_dwordx4", text)
         dots, kind = _count("v_mfma", text), "MFMA"
@@ -201,6 +195,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     return {
         "registers": registers,
         "spills": spills,
+        "scalar_spills": scalar_spills,
         "shared": shared,
         "overflows": shared > architecture.shared_of_program,
         "occupancy": round(programs * num_warps / architecture.warps, 3),

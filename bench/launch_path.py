@@ -28,35 +28,48 @@ _NAMES = (
 _FREE = {f"aten::{name}" for name in _NAMES.split()}
 
 
+H100 = GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[None]:
+    """A launch binds and specialises its arguments, and compiles, as for that GPU. Its warm-up is all that can run."""
+    device = SimpleNamespace(
+        get_current_device=lambda: target,  # by which Triton keeps what it has compiled
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        is_active=lambda: True,
+    )
+    active = driver._active  # type: ignore[attr-defined]
+    driver.set_active(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = active  # type: ignore[attr-defined]
+
+
 @contextmanager
 def without_launching() -> Iterator[Counter[str]]:
     """The kernels run for CPU tensors within the context, up to the launch. Yields how often each would have."""
     if interpreter.ACTIVE:
         raise RuntimeError("TRITON_INTERPRET is set, and the interpreter has no launch path")
-    device = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_active_torch_device=lambda: torch.device("cpu"),
-        is_active=lambda: True,
-    )
     counts: Counter[str] = Counter()
-    run, active = jit.JITFunction.run, driver._active  # type: ignore[attr-defined]
+    run = jit.JITFunction.run
 
     def run_dry(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         counts[self.__name__] += 1
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    driver.set_active(device)  # type: ignore[arg-type]
     backend._in_force.clear()
     try:
         with (
+            compiling_for(H100),
             mock.patch.object(jit.JITFunction, "run", run_dry),
             mock.patch.object(interpreter, "ACTIVE", True),  # what lets `select` choose kernels for a CPU
         ):
             yield counts
     finally:
-        driver._active = active  # type: ignore[attr-defined]
         backend._in_force.clear()
 
 

@@ -241,7 +241,8 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows
     """The table's rows for a launch."""
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped"))
+    plain = kernel.removesuffix("_wide")
+    names = (kernel, plain, plain.removesuffix("_dropout").removesuffix("_grouped"))
     table = next(table[name] for name in names for table in tables if name in table)
     return table[min((most for most in table if rank <= most), default=max(table))]
 

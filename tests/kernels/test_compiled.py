@@ -119,3 +119,42 @@ def test_a_bad_row_is_noticed(job: str, spills: bool, overflows: bool) -> None:
     """Tiles that no thread's registers, or no multiprocessor's shared memory, hold."""
     found = in_bench(f"print(json.dumps(k.examine(('sm_90', 'bfloat16', {job}))))")
     assert (found["spills"] > 0, found["overflows"]) == (spills, overflows)
+
+
+# ---- any launch ----
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 61, 67, 4), (7, 150, 1, 100), (333, 1, 130, 1)])
+def test_odd_launches_compile(sizes: tuple[int, ...], dtype: str) -> None:
+    """For an H100, as Triton binds them: sizes of one, which become constants, sizes and strides that 16 does not
+    divide, addresses that it does not divide."""
+    grids = in_bench(
+        f"""
+def empty(*shape, dtype):
+    size = k.torch.Size(shape)
+    return k.torch.empty(3 * size.numel() + 1, dtype=dtype)[1::3].view(size)
+
+launches = [
+    launch
+    for name, call in k.kernel_calls(k.torch.{dtype}, *{sizes}, empty=empty).items()
+    if name not in k.QUANTISED or "{dtype}" == "float32"
+    for launch in k.record(call)
+]
+for launch in launches:
+    assert k.compiled(launch, k.ARCHITECTURES["sm_90"].target).asm["cubin"]
+print(json.dumps([launch.grid for launch in launches]))"""
+    )
+    assert len(grids) >= 20
+    assert all(type(size) is int and size >= 1 for grid in grids for size in grid)
+
+
+@pytest.mark.parametrize("sizes", [(2**24, 256, 4096, 16), (2**20, 8192, 262144, 256), (1, 53248, 16384, 128)])
+def test_grids_are_within_cudas(sizes: tuple[int, ...]) -> None:
+    """2³¹ − 1 programs on the first axis, 65,535 on the others."""
+    calls = f"k.kernel_calls(k.torch.bfloat16, *{sizes}).values()"
+    grids = in_bench(f"print(json.dumps([launch.grid for call in {calls} for launch in k.record(call)]))")
+    assert len(grids) >= 20
+    for first, *others in grids:
+        assert 1 <= first < 2**31
+        assert all(1 <= size < 2**16 for size in others)

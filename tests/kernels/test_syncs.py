@@ -23,13 +23,10 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave
 class _Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(each, Tensor) and each.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, list)
-            for each in arg
-        )
-        assert name not in WAITING and not by_mask, f"{func} waits for the device"
+        indices = [each for arg in args if isinstance(arg, list) for each in arg] if name.startswith("index") else []
+        by_mask = any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
+        if name in WAITING or by_mask:
+            raise AssertionError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 
 
