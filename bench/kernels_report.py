@@ -62,8 +62,6 @@ ARCHITECTURES = {
     "gfx950": Architecture(GPUTarget("hip", "gfx950", 64), 160 << 10, 160 << 10, 32),
 }
 
-WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
-
 
 def kernel_calls(
     dtype: torch.dtype,
@@ -120,6 +118,10 @@ def kernel_calls(
 
 
 QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
+KERNELS = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
+WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
+WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", "scale")))
+MOST = common.MAX_RANK
 
 
 @dataclass(frozen=True)
@@ -206,29 +208,63 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     }
 
 
+def rows_of(kernel: str, architecture: str, dtype: str, rank: int) -> tuning.Rows:
+    """A kernel's rows in the tables."""
+    itemsize = getattr(torch, dtype).itemsize
+    return tuning.candidates(kernel.removesuffix(WIDE), architecture, itemsize, rank, kernel.endswith(WIDE))
+
+
 def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks: list[int], first_only: bool) -> Any:
     """(architecture, dtype, kernel, rank, config) for every row that the tables can choose."""
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
-        itemsize = getattr(torch, dtype).itemsize
         for kernel in kernels:
             if (kernel.startswith("scale") and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
-            rows = tuning.candidates(kernel, name, itemsize, rank)
+            if kernel.endswith(WIDE) and dtype == "float32":
+                continue
+            rows = rows_of(kernel, name, dtype, rank)
             for config in rows[:1] if first_only else rows:
                 yield name, dtype, kernel, rank, config
 
 
-def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
+Job = tuple[str, str, str, int, tuning.Config]
+
+
+def compiled_for(job: Job, M: int, K: int, N: int, R: int) -> tuple[Launch, dict[str, Any]]:
+    """The launch of a row at a size, and what the compiler makes of it."""
+    name, dtype, kernel, _, config = job
+    tokens = torch.float32 if kernel.endswith(WIDE) else None
+    calls = kernel_calls(getattr(torch, dtype), M, K, N, R, tokens)
+    with tuning.force(config=config, architecture=name):
+        launch, *_ = record(calls[kernel.removesuffix(WIDE)])
+    architecture = ARCHITECTURES[name]
+    return launch, usage(compiled(launch, architecture.target), architecture, config.num_warps)
+
+
+def examine(job: Job) -> dict[str, Any]:
     """One row of the report."""
     name, dtype, kernel, rank, config = job
-    with tuning.force(config=config, architecture=name):
-        launch, *_ = record(kernel_calls(getattr(torch, dtype), 8192, 4096, 4096, rank)[kernel])
-    architecture = ARCHITECTURES[name]
-    found = usage(compiled(launch, architecture.target), architecture, config.num_warps)
-    return {
-        "kernel": kernel, "architecture": name, "dtype": dtype, "rank": rank, **asdict(config),
-        "grid": list(launch.grid), **found,
-    }  # fmt: skip
+    launch, found = compiled_for(job, 8192, 4096, 4096, rank)
+    row = {"kernel": kernel, "architecture": name, "dtype": dtype, "rank": rank, **asdict(config)}
+    return {**row, "grid": list(launch.grid), **found, **examine_unaligned(job)}
+
+
+def examine_unaligned(job: Job) -> dict[str, int]:
+    """Spills where 16 divides no width and no stride, and where it divides all but the rank; at the most ranks that a
+    row is for."""
+    name, dtype, kernel, rank, config = job
+    if rank < MOST and config in rows_of(kernel, name, dtype, 2 * rank):
+        return {}
+    sizes = [(8190, 4090, 4090, rank)]
+    if config in rows_of(kernel, name, dtype, rank // 2 - 4):
+        sizes.append((8192, 4096, 4096, rank // 2 - 4))
+    found = [compiled_for(job, *size)[1] for size in sizes]
+    return {f"unaligned_{what}": max(each[what] for each in found) for what in ("spills", "scalar_spills")}
+
+
+def is_bad(row: dict[str, Any]) -> bool:
+    """Whether it overflows or spills. Where 16 divides no size AMD keeps masks in vector registers, not in memory."""
+    return row["overflows"] or any(row.get(s) for s in ("spills", "scalar_spills", "unaligned_spills"))
 
 
 def fingerprint() -> str:
@@ -259,8 +295,8 @@ class Settings:
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """float16 takes bfloat16's rows and the same instructions."""
-    kernels: tuple[str, ...] = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
-    ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    kernels: tuple[str, ...] = (*KERNELS, *WIDE_KERNELS)
+    ranks: tuple[int, ...] = (16, 32, 64, 128, MOST)
     first_only: bool = False
     """Only the row of the table that is taken untimed."""
     save: bool = True
@@ -275,7 +311,7 @@ def main(s: Settings) -> int:
     headings += ("spills", "shared", "occupancy", "dots", "dot_kind", "loads_128", "stores_128")
     for heading in headings:
         table.add_column(heading.replace("num_", ""))
-    bad = [row for row in rows if row["spills"] or row["overflows"]]
+    bad = [row for row in rows if is_bad(row)]
     for row in rows:
         table.add_row(*(str(row[heading]) for heading in headings), style="red" if row in bad else "")
     Console(width=170).print(table)

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -147,6 +147,19 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     },
+    # What spills here, and nowhere else, where 16 does not divide the widths.
+    ("sm_120", 2): {
+        "expand_backward_rescale": {
+            64: (Config(32, 128, 8),),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 64, 8, 1),),
+        },
+        "shrink_expand_backward": {
+            16: (Config(64, 64, 8),),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 32, 8, 1),),
+        },
+    },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
@@ -237,14 +250,19 @@ def programs(t: Tensor) -> int:
     return _forced.get("programs") or (_processors(t.device.index) if t.is_cuda else 132)
 
 
-def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows:
-    """The table's rows for a launch."""
+def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: bool = False) -> Rows:
+    """The table's rows for a launch. One whose rank 16 does not divide takes registers as if it had twice as many.
+
+    `wide`: its tokens are in float32 and its products, of `itemsize` bytes an element, are not, as under autocast. The
+    first row then, with half the columns, so that a tile has as many bytes.
+    """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    plain = kernel.removesuffix("_wide")
-    names = (kernel, plain, plain.removesuffix("_dropout").removesuffix("_grouped"))
+    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped"))
     table = next(table[name] for name in names for table in tables if name in table)
-    return table[min((most for most in table if rank <= most), default=max(table))]
+    rank *= 1 if rank % 16 == 0 else 2
+    rows = table[min((most for most in table if rank <= most), default=max(table))]
+    return (replace(rows[0], cols=rows[0].cols // 2),) if wide else rows
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
@@ -256,7 +274,7 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype
     """
     if "config" in _forced:
         return run(_forced["config"])
-    rows = candidates(kernel, architecture(x), dtype.itemsize, shape[-1])
+    rows = candidates(kernel, architecture(x), dtype.itemsize, shape[-1], x.dtype.itemsize > dtype.itemsize)
     if len(rows) == 1:
         return run(rows[0])
     by_time = x.is_cuda and not torch.are_deterministic_algorithms_enabled()

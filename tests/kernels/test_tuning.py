@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,10 +20,10 @@ MILLISECONDS = {SLOW: 2.0, FAST: 1.0}
 Run = Callable[[tuning.Config], tuning.Config]
 
 
-def on_gpu(run: Run, M: int = 64, dtype: torch.dtype = torch.bfloat16) -> tuning.Config:
-    """What `tuned` gives for tokens in bf16 on a GPU."""
-    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    return tuning.tuned("expand", run, x, dtype, M, 4096, 16)
+def on_gpu(run: Run, M: int = 64, tokens: torch.dtype = torch.bfloat16) -> tuning.Config:
+    """What `tuned` gives for products in bf16 on a GPU."""
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=tokens)
+    return tuning.tuned("expand", run, x, torch.bfloat16, M, 4096, 16)
 
 
 def itself(config: tuning.Config) -> tuning.Config:
@@ -60,6 +61,7 @@ def test_the_fastest_row_is_kept_for_its_shape(timed: list[tuning.Config]) -> No
 def test_untimed_where_it_is_switched_off(timed: list[tuning.Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_LITE_AUTOTUNE", "0")
     assert on_gpu(itself) == SLOW
+    assert on_gpu(itself, tokens=torch.float32) == replace(SLOW, cols=SLOW.cols // 2)
     assert not timed
 
 
@@ -199,6 +201,24 @@ def test_float32_is_multiplied_as_pytorch_does(change: Callable[[], None], expec
 
 
 # ---- autocast ----
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+@pytest.mark.parametrize("kernel", ["shrink", "expand_grouped", "expand_backward", "shrink_backward_dropout"])
+def test_float32_tokens_of_products_in_bf16_take_half_the_columns(kernel: str, architecture: str) -> None:
+    """A tile has as many bytes, and no block has fewer columns than a product takes."""
+    for rank in (1, 16, 64, 100, 256):
+        first, *_ = tuning.candidates(kernel, architecture, 2, rank)
+        (wide,) = tuning.candidates(kernel, architecture, 2, rank, wide=True)
+        assert 2 * first.rows * first.cols == 4 * wide.rows * wide.cols
+        assert wide.cols >= 16
+
+
+def test_rows_of_ranks_that_16_does_not_divide() -> None:
+    """Their loads of A and B take registers, as those of more ranks do; more than all are as many as there are."""
+    of = {rank: tuning.candidates("shrink_expand_backward", "gfx942", 2, rank) for rank in (48, 64, 100, 112, 250, 256)}
+    assert of[48] == of[64] == of[112]
+    assert of[100] == of[250] == of[256] != of[64]
 
 
 def taken(call: Callable[[], Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
