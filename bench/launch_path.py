@@ -28,6 +28,27 @@ _NAMES = (
 _FREE = {f"aten::{name}" for name in _NAMES.split()}
 
 
+H100 = GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[None]:
+    """A launch binds and specialises its arguments, and compiles, as for that GPU. Its warm-up is all that can run."""
+    device = SimpleNamespace(
+        get_current_device=lambda: target,  # by which Triton keeps what it has compiled
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        is_active=lambda: True,
+    )
+    active = driver._active  # type: ignore[attr-defined]
+    driver.set_active(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = active  # type: ignore[attr-defined]
+
+
 class _Driver(SimpleNamespace):
     """An H100 that runs nothing. Kernels' names stand for what is loaded of them."""
 
@@ -42,7 +63,7 @@ class _Driver(SimpleNamespace):
         super().__init__(
             get_current_device=lambda: 0,
             get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_target=lambda: H100,
             get_active_torch_device=lambda: torch.device("cpu"),
             is_active=lambda: True,
             launcher_cls=Launcher,

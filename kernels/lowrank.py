@@ -111,14 +111,14 @@ def _expand_kernel(
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)
     B, of_B = own(B, table, matrix, R, N)
-    dtype = y.dtype.element_ty
+    dtype = h.dtype.element_ty
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
         h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
         B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
-        acc = tl.dot(B_tile.to(dtype), tl.trans(h_tile.to(dtype)), acc, input_precision=PRECISION)
+        acc = tl.dot(B_tile.to(dtype), tl.trans(h_tile), acc, input_precision=PRECISION)
     change = scale * tl.trans(acc)
     if g is not None:
         gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
@@ -146,7 +146,7 @@ def _expand_backward_kernel(
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
     B, of_B = own(B, table, matrix, R, N)
     B_here = inside(cols, ranks, N, of_B)
-    dtype = dy.dtype.element_ty
+    dtype = h.dtype.element_ty
     if dh is not None:
         dh += tl.program_id(0).to(tl.int64) * M * R
         B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=B_here, other=0.0)
@@ -171,9 +171,9 @@ def _expand_backward_kernel(
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
         if dB is not None:
             h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, end, R), other=0.0)
-            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(dtype), dB_acc, input_precision=PRECISION)
+            dB_acc = tl.dot(tl.trans(dy_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
         if dh is not None:
-            dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
+            dh_tile = scale * tl.dot(dy_tile.to(dtype), B_tile, input_precision=PRECISION)
             tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
     if dB is not None:
         dB_acc *= scale
@@ -278,12 +278,12 @@ def launch_shrink(
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
         numbers = (threshold(dropout), M, K, R, *x.stride(), each)
-        constants = (precision(dtype), rows, config.cols, block_of(R))
+        constants = (precision(x, dtype), rows, config.cols, block_of(R))
         launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seed), numbers, constants, config)
         sum_parts((parts, h, None))
         return h
 
-    return tuned(named("shrink", runs, seed), run, x, M, K, R)
+    return tuned(named("shrink", runs, seed), run, x, dtype, M, K, R)
 
 
 def launch_expand(
@@ -301,21 +301,21 @@ def launch_expand(
     through dropout."""
     out, y = y.new_empty(y.shape), rows_of(y)
     (M, N), R = y.shape, B.shape[-1]
-    B = B if R <= MOST_RANKS_UNCAST else small(B, y.dtype)
+    B = B if R <= MOST_RANKS_UNCAST else small(B, h.dtype)
     h = _rows_apart(h)
-    inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
+    inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
         return out
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
         numbers = (float(scale), threshold(dropout), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
-        constants = (precision(y.dtype), rows, config.cols, block_of(R, inner))
+        constants = (precision(y, h.dtype), rows, config.cols, block_of(R, inner))
         grid = (blocks * cdiv(N, config.cols),)
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out
 
-    return tuned(named("expand", runs, seed), run, y, M, N, R)
+    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R)
 
 
 def launch_expand_backward(
@@ -351,13 +351,13 @@ def launch_expand_backward(
         count, each, table = parts_of(M, config.rows, full_waves(programs(dy), blocks, M, config.rows), runs)
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
-        constants = (precision(dy.dtype), config.rows, config.cols, block_of(R))
+        constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
         tensors = (dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, table)
         launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
 
     if in_parts or dB is not None:
-        tuned(named(kernel, runs if y is None else None), run, dy, M, N, R)
+        tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
     if needs_dh and not in_parts:
         dh = launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
     return dh, dB, dy_base, dg
@@ -436,13 +436,13 @@ def launch_shrink_backward(
         count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         numbers = (threshold(dropout), M, K, R, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
-        constants = (precision(dh.dtype), config.rows, config.cols, block_of(R))
+        constants = (precision(x, dh.dtype), config.rows, config.cols, block_of(R))
         tensors = (x, *bases, *[None] * (3 - len(bases)), dh, h, A, dx, dAs, dBs, table, seed)
         launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dAs, dA, runs), (dBs, dB, runs))
 
     name = named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward"
-    tuned(name if len(bases) < 2 else "shrink_backward_together", run, x, M, K, R)
+    tuned(name if len(bases) < 2 else "shrink_backward_together", run, x, dh.dtype, M, K, R)
     return dx, dA, dB
 
 

@@ -131,8 +131,8 @@ def launch_row_norm(
         return norm
 
     if factor is None:
-        return tuned("row_norm", run, W, N, K, R)
-    return tuned("row_norm_int8", run, A, N, K, R)
+        return tuned("row_norm", run, W, W.dtype, N, K, R)
+    return tuned("row_norm_int8", run, A, A.dtype, N, K, R)
 
 
 def launch_row_norm_4bit(
@@ -161,7 +161,7 @@ def launch_row_norm_4bit(
         launch(_row_norm_4bit_kernel, (cdiv(N, config.rows),), tensors, (float(scale), N, K, R), constants, config)
         return norm
 
-    return tuned("row_norm_4bit", run, A, N, K, R)
+    return tuned("row_norm_4bit", run, A, A.dtype, N, K, R)
 
 
 def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

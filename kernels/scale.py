@@ -89,7 +89,7 @@ def launch_scale(t: Float[Tensor, "*M N"], g: Float[Tensor, "*G N"], runs: Runs 
         launch(_scale_kernel, grid, (t, g, out, table), (M, N, *t.stride()), (rows, config.cols), config)
         return out
 
-    return tuned("scale", run, t, M, N, 1)
+    return tuned("scale", run, t, t.dtype, M, N, 1)
 
 
 def launch_scale_backward(
@@ -117,7 +117,7 @@ def launch_scale_backward(
         launch(_scale_backward_kernel, (blocks, count), tensors, numbers, (config.rows, config.cols), config)
         sum_parts((dgs, dg, runs))
 
-    tuned("scale_backward", run, t, M, N, 1)
+    tuned("scale_backward", run, t, t.dtype, M, N, 1)
     return dt, dg
 
 

@@ -205,8 +205,8 @@ def experts_forward(
 
 
 class _Gather(torch.autograd.Function):
-    """The rows that `index` names, summed over its second dimension where it has one. `adjoint` names, for each row, the
-    places that it goes to: so the gradient is the same operation the other way, not an addition into place: faster,
+    """The rows that `index` names, summed over its second dimension where it has one. `adjoint` names, for each row,
+    the places that it goes to: so the gradient is the same operation the other way, not an addition into place: faster,
     deterministic, and summed in float32 for low precision."""
 
     @staticmethod

@@ -146,5 +146,5 @@ def test_opcheck(dropout: float, grouped: bool) -> None:
     torch.library.opcheck(lowrank._shrink, (x, A, torch.float32, group, seed, dropout))
     torch.library.opcheck(lowrank._expand_add, (y, h, B, 0.7, group))
     x, y, A, B = (t.detach() for t in (x, y, A, B))
-    torch.library.opcheck(lowrank._shrink_backward, (x, h, x, A, group, seed, dropout, True, True))
+    torch.library.opcheck(lowrank._shrink_backward, ([x], h, x, A, group, seed, dropout, True, True))
     torch.library.opcheck(lowrank._expand_add_backward, (y, h, B, 0.7, group, True, True))
