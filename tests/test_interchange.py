@@ -214,7 +214,7 @@ def test_embeddings(tied: bool, save_base: bool, tmp_path: Path) -> None:
     assert_close(logits(again), want, TOLERANCE)
     if save_base:
         other = llama(seed=1, tie_word_embeddings=tied)
-        with pytest.raises(ll.CheckpointError, match="its base has another model.embed_tokens than this model"):
+        with pytest.raises(ll.CheckpointError, match=r"its base has another model\.embed_tokens than this model"):
             ll.import_peft(other, tmp_path / "theirs")
 
 
@@ -371,6 +371,7 @@ def test_every_file_says_r_and_alpha(variant: str, tmp_path: Path) -> None:
             {"modules_to_save": ("embed_tokens",)},
             r"norms beside a LoRA .* model\.embed_tokens\.weight",
         ),
+        ("llama.cpp", "lora", {"target_names": ("embed_tokens",)}, r"model\.embed_tokens: .* the other way round"),
         (
             "llama.cpp",
             "lora",
