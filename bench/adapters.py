@@ -2,9 +2,10 @@
 
 Two models: a Llama with random weights, and SmolLM2-135M, with an adapter on the seven linear layers of each block. One
 step is forward and backward. The base is the same frozen model with gradients flowing to its input, so the overhead is
-what the adapter adds. The base, ours and PEFT's take turns within one run and medians are compared, so that a noisy
-machine disturbs all three alike. Beside steps: attaching, saving and loading, the size of the files, and the peak of
-the process's memory during a step while that model alone is in it.
+what the adapter adds, in CPU seconds of the process on one thread, which hold still where wall time does not. The base,
+ours and PEFT's take turns within one run and medians are compared, so that a noisy machine disturbs all three alike.
+Beside steps: attaching, saving and loading, the size of the files, and the peak of the process's memory during a step
+while that model alone is in it.
 """
 
 import copy
@@ -58,6 +59,8 @@ class Settings:
     """Timed steps of each model, after two that are not timed; fewer, but at least three, where they take long."""
     seconds: float = 20.0
     """How long."""
+    threads: int = 1
+    """Of PyTorch."""
     attaches: int = 3
     """Timed attaches, saves and loads of each library."""
     r: int = 16
@@ -97,12 +100,12 @@ def our_config(variant: str, s: Settings, dtype: torch.dtype) -> ll.AdapterConfi
 
 
 def step(model: nn.Module, x: torch.Tensor) -> float:
-    """Seconds of one forward and backward."""
+    """CPU seconds of one forward and backward."""
     x.grad = None
     model.zero_grad()
-    start = time.perf_counter()
+    start = time.process_time()
     model(inputs_embeds=x).logits.float().square().mean().backward()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def peak(model: nn.Module, x: torch.Tensor) -> int:
@@ -232,7 +235,7 @@ def measure(name: str, variant: str, s: Settings, dtype: torch.dtype) -> dict[st
 
 
 def rounds(models: dict[str, nn.Module], x: torch.Tensor, s: Settings) -> dict[str, list[float]]:
-    """Seconds of each model's steps, taken in turns."""
+    """CPU seconds of each model's steps, taken in turns."""
     times: dict[str, list[float]] = {side: [] for side in models}
     for _ in range(2):
         for model in models.values():
@@ -283,6 +286,7 @@ def mixture_rows(s: Settings) -> list[dict[str, Any]]:
 
 
 def main(s: Settings) -> None:
+    torch.set_num_threads(s.threads)
     if mixtures.NAME in s.models:
         rows = mixture_rows(s)
         if s.save:

@@ -129,11 +129,11 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h), d(g) * d(dy), (d(dy) * d(y)).sum(0)),
         ),
         "shrink_backward": (
-            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
+            lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_expand_backward": (
-            lambda: lowrank.launch_shrink_backward(dx_base, dh, x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
+            lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
             6 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x), d(dx_base).t() @ d(h)),
         ),
         "row_norm": (

@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ import machine
 import torch
 import triton
 import tyro
+from launch_path import compiling_for
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
 from lora_lite.kernels.common import Runs
@@ -61,20 +62,24 @@ ARCHITECTURES = {
     "gfx950": Architecture(GPUTarget("hip", "gfx950", 64), 160 << 10, 160 << 10, 32),
 }
 
-POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
 
-
-def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str, Callable[[], Any]]:
-    """For each kernel of the table a launch on tensors without storage."""
+def kernel_calls(
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    tokens: torch.dtype | None = None,
+    empty: Callable[..., torch.Tensor] = partial(torch.empty, device="meta"),  # noqa: B008
+) -> dict[str, Callable[[], Any]]:
+    """For each kernel of the table a launch, on tensors without storage. `dtype` is that of the products, and of the
+    tokens unless these have another."""
 
     def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return empty(*shape, dtype=dtype)
 
     f32 = torch.float32
-    x, y, h, W = t(M, K), t(M, N), t(M, R), t(N, K)
+    x, y, h, W = t(M, K, dtype=tokens or dtype), t(M, N, dtype=tokens or dtype), t(M, R), t(N, K)
     A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
     i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
     seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
@@ -93,13 +98,14 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
         "expand_backward_rescale_grouped": lambda: lowrank.launch_expand_backward(
             y, h, Bs, 0.5, True, True, y, gs, biases, runs
         ),
-        "shrink_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True),
+        "shrink_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True),
         "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
-            x, h, x, A, True, True, None, None, seed, 0.1
+            [x], h, x, A, True, True, None, None, seed, 0.1
         ),
-        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, None, runs),
-        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward(x, h, x, A, True, True, h),
-        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward(x, h, x, As, True, True, h, runs),
+        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, None, runs),
+        "shrink_backward_together": lambda: lowrank.launch_shrink_backward([x] * 3, h, x, A, True, True),
+        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, h, runs),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
@@ -113,6 +119,10 @@ def kernel_calls(dtype: torch.dtype, M: int, K: int, N: int, R: int) -> dict[str
 
 
 QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
+KERNELS = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
+WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
+WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", "scale")))
+MOST = common.MAX_RANK
 
 
 @dataclass(frozen=True)
@@ -144,22 +154,9 @@ def record(run: Callable[[], Any]) -> list[Launch]:
 
 
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """The launch's kernel, specialised as a real launch would be: ones, multiples of 16, aligned tensors."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-        else:
-            signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target, launch.options)
+    """The launch's kernel, bound, specialised and compiled by Triton as a real launch on that target would be."""
+    with compiling_for(target):
+        return launch.kernel.run(*launch.arguments.values(), grid=launch.grid, warmup=True, **launch.options)
 
 
 def _count(pattern: str, text: str) -> int:
@@ -181,7 +178,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
                 for flag in ("-res-usage", "-sass")
             )
         registers = int(re.search(r"REG:(\d+)", resources)[1])  # type: ignore[index]
-        spills = _count(r"\b(LDL|STL)\b", sass)
+        spills, scalar_spills = _count(r"\b(LDL|STL)\b", sass), 0
         loads = _count(r"LDG\.E\.(\w+\.)*(128|ENL2)|LDGSTS\.E\.(\w+\.)*128", sass)
         stores = _count(r"STG\.E\.(\w+\.)*(128|ENL2)", sass)
         dots = _count(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
@@ -191,7 +188,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     else:
         text = program.asm["amdgcn"]
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
-        spills = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)))
+        spills, scalar_spills = (int(re.search(rf"\.{kind}gpr_spill_count:\s+(\d+)", text)[1]) for kind in "vs")  # type: ignore[index]
         loads = _count(r"(global|buffer)_load_(lds_)?dwordx4", text)
         stores = _count(r"(global|buffer)_store_dwordx4", text)
         dots, kind = _count("v_mfma", text), "MFMA"
@@ -201,6 +198,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     return {
         "registers": registers,
         "spills": spills,
+        "scalar_spills": scalar_spills,
         "shared": shared,
         "overflows": shared > architecture.shared_of_program,
         "occupancy": round(programs * num_warps / architecture.warps, 3),
@@ -211,29 +209,63 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
     }
 
 
+def rows_of(kernel: str, architecture: str, dtype: str, rank: int) -> tuning.Rows:
+    """A kernel's rows in the tables."""
+    itemsize = getattr(torch, dtype).itemsize
+    return tuning.candidates(kernel.removesuffix(WIDE), architecture, itemsize, rank, kernel.endswith(WIDE))
+
+
 def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks: list[int], first_only: bool) -> Any:
     """(architecture, dtype, kernel, rank, config) for every row that the tables can choose."""
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
-        itemsize = getattr(torch, dtype).itemsize
         for kernel in kernels:
             if (kernel.startswith("scale") and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
-            rows = tuning.candidates(kernel, name, itemsize, rank)
+            if kernel.endswith(WIDE) and dtype == "float32":
+                continue
+            rows = rows_of(kernel, name, dtype, rank)
             for config in rows[:1] if first_only else rows:
                 yield name, dtype, kernel, rank, config
 
 
-def examine(job: tuple[str, str, str, int, tuning.Config]) -> dict[str, Any]:
+Job = tuple[str, str, str, int, tuning.Config]
+
+
+def compiled_for(job: Job, M: int, K: int, N: int, R: int) -> tuple[Launch, dict[str, Any]]:
+    """The launch of a row at a size, and what the compiler makes of it."""
+    name, dtype, kernel, _, config = job
+    tokens = torch.float32 if kernel.endswith(WIDE) else None
+    calls = kernel_calls(getattr(torch, dtype), M, K, N, R, tokens)
+    with tuning.force(config=config, architecture=name):
+        launch, *_ = record(calls[kernel.removesuffix(WIDE)])
+    architecture = ARCHITECTURES[name]
+    return launch, usage(compiled(launch, architecture.target), architecture, config.num_warps)
+
+
+def examine(job: Job) -> dict[str, Any]:
     """One row of the report."""
     name, dtype, kernel, rank, config = job
-    with tuning.force(config=config, architecture=name):
-        launch, *_ = record(kernel_calls(getattr(torch, dtype), 8192, 4096, 4096, rank)[kernel])
-    architecture = ARCHITECTURES[name]
-    found = usage(compiled(launch, architecture.target), architecture, config.num_warps)
-    return {
-        "kernel": kernel, "architecture": name, "dtype": dtype, "rank": rank, **asdict(config),
-        "grid": list(launch.grid), **found,
-    }  # fmt: skip
+    launch, found = compiled_for(job, 8192, 4096, 4096, rank)
+    row = {"kernel": kernel, "architecture": name, "dtype": dtype, "rank": rank, **asdict(config)}
+    return {**row, "grid": list(launch.grid), **found, **examine_unaligned(job)}
+
+
+def examine_unaligned(job: Job) -> dict[str, int]:
+    """Spills where 16 divides no width and no stride, and where it divides all but the rank; at the most ranks that a
+    row is for."""
+    name, dtype, kernel, rank, config = job
+    if rank < MOST and config in rows_of(kernel, name, dtype, 2 * rank):
+        return {}
+    sizes = [(8190, 4090, 4090, rank)]
+    if config in rows_of(kernel, name, dtype, rank // 2 - 4):
+        sizes.append((8192, 4096, 4096, rank // 2 - 4))
+    found = [compiled_for(job, *size)[1] for size in sizes]
+    return {f"unaligned_{what}": max(each[what] for each in found) for what in ("spills", "scalar_spills")}
+
+
+def is_bad(row: dict[str, Any]) -> bool:
+    """Whether it overflows or spills. Where 16 divides no size AMD keeps masks in vector registers, not in memory."""
+    return row["overflows"] or any(row.get(s) for s in ("spills", "scalar_spills", "unaligned_spills"))
 
 
 def fingerprint() -> str:
@@ -264,8 +296,8 @@ class Settings:
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """float16 takes bfloat16's rows and the same instructions."""
-    kernels: tuple[str, ...] = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
-    ranks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    kernels: tuple[str, ...] = (*KERNELS, *WIDE_KERNELS)
+    ranks: tuple[int, ...] = (16, 32, 64, 128, MOST)
     first_only: bool = False
     """Only the row of the table that is taken untimed."""
     save: bool = True
@@ -280,7 +312,7 @@ def main(s: Settings) -> int:
     headings += ("spills", "shared", "occupancy", "dots", "dot_kind", "loads_128", "stores_128")
     for heading in headings:
         table.add_column(heading.replace("num_", ""))
-    bad = [row for row in rows if row["spills"] or row["overflows"]]
+    bad = [row for row in rows if is_bad(row)]
     for row in rows:
         table.add_row(*(str(row[heading]) for heading in headings), style="red" if row in bad else "")
     Console(width=170).print(table)

@@ -1,6 +1,6 @@
 """Runs everything of a kernel's launch but the launch, on CPU tensors, so that host time is measured without a GPU.
 
-Triton's own binder, specialisation and compiler run for an H100; the compiled kernel is then left alone, and results
+Triton's own binder, specialisation and compiler run for an H100, under a driver whose launcher only counts; results
 are whatever memory held. What this leaves out of a real step: the launch itself (2 to 4 µs a kernel, PyTorch's too).
 """
 
@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from lora_lite import backend
-from lora_lite.kernels import interpreter
+from lora_lite.kernels import interpreter, launching
 
 # Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
 _NAMES = (
@@ -28,36 +28,76 @@ _NAMES = (
 _FREE = {f"aten::{name}" for name in _NAMES.split()}
 
 
+H100 = GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[None]:
+    """A launch binds and specialises its arguments, and compiles, as for that GPU. Its warm-up is all that can run."""
+    device = SimpleNamespace(
+        get_current_device=lambda: target,  # by which Triton keeps what it has compiled
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+        is_active=lambda: True,
+    )
+    active = driver._active  # type: ignore[attr-defined]
+    driver.set_active(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = active  # type: ignore[attr-defined]
+
+
+class _Driver(SimpleNamespace):
+    """An H100 that runs nothing. Kernels' names stand for what is loaded of them."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                pass
+
+            def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+                counts[function] += 1
+
+        super().__init__(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: H100,
+            get_active_torch_device=lambda: torch.device("cpu"),
+            is_active=lambda: True,
+            launcher_cls=Launcher,
+            utils=SimpleNamespace(
+                load_binary=lambda name, *rest: (name, name, 0, 0, 1024),  # module, function, …, most threads
+                unload_module=lambda module: None,
+                get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
+            ),
+        )
+
+
 @contextmanager
 def without_launching() -> Iterator[Counter[str]]:
     """The kernels run for CPU tensors within the context, up to the launch. Yields how often each would have."""
     if interpreter.ACTIVE:
         raise RuntimeError("TRITON_INTERPRET is set, and the interpreter has no launch path")
-    device = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_active_torch_device=lambda: torch.device("cpu"),
-        is_active=lambda: True,
-    )
     counts: Counter[str] = Counter()
-    run, active = jit.JITFunction.run, driver._active  # type: ignore[attr-defined]
-
-    def run_dry(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        counts[self.__name__] += 1
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
-    driver.set_active(device)  # type: ignore[arg-type]
-    backend._in_force.clear()
+    active = driver._active  # type: ignore[attr-defined]
+    driver.set_active(_Driver(counts))  # type: ignore[arg-type]
+    _forget()
     try:
-        with (
-            mock.patch.object(jit.JITFunction, "run", run_dry),
-            mock.patch.object(interpreter, "ACTIVE", True),  # what lets `select` choose kernels for a CPU
-        ):
+        with mock.patch.object(interpreter, "ACTIVE", True):  # what lets `select` choose kernels for a CPU
             yield counts
     finally:
+        _forget()
         driver._active = active  # type: ignore[attr-defined]
-        backend._in_force.clear()
+
+
+def _forget() -> None:
+    """What was compiled and chosen for a driver is not another's."""
+    backend._in_force.clear()
+    launching.forget()
+    for kernel in jit._triton_jit_function_registry.values():
+        kernel.device_caches.clear()
 
 
 def torch_launches(step: Any) -> int:

@@ -5,9 +5,8 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +17,8 @@ from torch import Tensor
 from ..operators import operator
 from ..segments import Segments
 from . import interpreter
-from .tuning import Config, cdiv, power_of_2, programs
+from .launching import launch
+from .tuning import Config, cdiv, has_tf32, power_of_2, programs
 
 interpreter.install()
 
@@ -82,11 +82,14 @@ def own_vector(pointer, table, matrix, cols, N, none):
 
 
 @triton.jit
-def _sum_parts_kernel(parts, out, order, starts, P, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _sum_block(parts, out, order, starts, P, size, block, BLOCK: tl.constexpr):
+    """Block `block` of `out`, of all P parts; with an order, of those of the matrix that the block is of."""
+    blocks = tl.cdiv(size, BLOCK)
+    matrix = block // blocks
+    at = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     first, last = 0, P
     if order is not None:
-        first, last = tl.load(starts + tl.program_id(1)), tl.load(starts + tl.program_id(1) + 1)
+        first, last = tl.load(starts + matrix), tl.load(starts + matrix + 1)
     total = tl.zeros((BLOCK,), tl.float32)
     part = parts + at
     for i in range(first, last):
@@ -95,7 +98,23 @@ def _sum_parts_kernel(parts, out, order, starts, P, size, BLOCK: tl.constexpr):
         total += tl.load(part, mask=at < size, other=0.0)
         if order is None:
             part += size
-    tl.store(out + tl.program_id(1).to(tl.int64) * size + at, total, mask=at < size)
+    tl.store(out + matrix.to(tl.int64) * size + at, total, mask=at < size)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts, out, order, starts, parts_2, out_2, order_2, starts_2, parts_3, out_3, order_3, starts_3,
+    P, size, blocks, P_2, size_2, blocks_2, P_3, size_3, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Up to three sums: the first `blocks` programs do the first, the next `blocks_2` the second."""
+    block = tl.program_id(0)
+    if block < blocks:
+        _sum_block(parts, out, order, starts, P, size, block, BLOCK)
+    elif parts_2 is not None:
+        if block < blocks + blocks_2:
+            _sum_block(parts_2, out_2, order_2, starts_2, P_2, size_2, block - blocks, BLOCK)
+        elif parts_3 is not None:
+            _sum_block(parts_3, out_3, order_3, starts_3, P_3, size_3, block - blocks - blocks_2, BLOCK)
 
 
 class Runs(NamedTuple):
@@ -179,31 +198,51 @@ def parts_of(M: int, block: int, wanted: int, runs: Runs | None) -> tuple[int, i
     return (*split(M, block, wanted), None) if runs is None else (len(runs.parts), 0, runs.parts)
 
 
-def parts_like(out: Tensor, count: int, runs: Runs | None = None) -> Float[Tensor, "P ..."]:
+def parts_like(out: Tensor | None, count: int, runs: Runs | None = None) -> Float[Tensor, "P ..."] | None:
     """Room for `count` partial results of `out`, which `sum_parts` adds in a fixed order; one part is `out` itself. Of
     runs `out` holds a result for each matrix."""
-    shape = out.shape if runs is None else out.shape[1:]
-    return out[None] if count == 1 and runs is None else out.new_empty(count, *shape, dtype=torch.float32)
+    if out is None or (count == 1 and runs is None):
+        return out
+    return out.new_empty((count, *(out.shape if runs is None else out.shape[1:])), dtype=torch.float32)
 
 
-def sum_parts(parts: Float[Tensor, "P ..."], out: Tensor, runs: Runs | None = None) -> Tensor:
-    """Σ parts, added in float32 and rounded once into `out`; of runs, for each matrix those of its own."""
-    order, starts, groups = (None, None, 1) if runs is None else (runs.order, runs.starts, len(out))
-    if (len(parts) > 1 or runs is not None) and out.numel() > 0:
+def sum_parts(*sums: tuple[Tensor | None, Tensor | None, Runs | None]) -> None:
+    """Of each (parts, out, runs) Σ parts, added in float32 and rounded once into `out`; of runs, for each matrix those
+    of its own. One launch for up to three."""
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    total = 0
+    for parts, out, runs in sums:
+        if parts is None or out is None or parts is out or out.numel() == 0:
+            continue
+        groups = 1 if runs is None else out.shape[0]
         size = out.numel() // groups
-        with device(out):
-            _sum_parts_kernel[cdiv(size, 1024), groups](parts, out, order, starts, len(parts), size, BLOCK=1024)
-    return out
+        blocks = cdiv(size, _SUMMED) * groups
+        tensors += (parts, out, *((None, None) if runs is None else (runs.order, runs.starts)))
+        numbers += (parts.shape[0], size, blocks)
+        total += blocks
+    if tensors:
+        tensors += [None] * (12 - len(tensors))
+        numbers += [0] * (9 - len(numbers))
+        launch(_sum_parts_kernel, (total,), tensors, numbers[:8], (_SUMMED,))
+
+
+_SUMMED = 1024  # elements of a program
 
 
 def rows_of(t: Float[Tensor, "*M N"]) -> Float[Tensor, "M N"]:
     """All leading dimensions as one; a copy only where strides don't allow a view."""
-    return t.reshape(-1, t.shape[-1])
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 def small(t: Tensor, dtype: torch.dtype) -> Tensor:
     """A parameter as the kernels read it: in the dtype of the product, row by row."""
-    return t.to(dtype).contiguous()
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """What an operator returns, which may return no None."""
+    return like.new_empty(0) if t is None else t
 
 
 def block_of(size: int, most: int = MAX_RANK) -> int:
@@ -239,19 +278,19 @@ def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
     return wanted
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies float32: as PyTorch's own products do."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+# Of PyTorch's two settings the newer (torch 2.9) knows what either was told; the older raises once the newer is used.
+_NEW_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
-def device(t: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the device that holds t; where that is the current one, and on a CPU, nothing changes."""
-    here = not t.is_cuda or t.device.index == torch.cuda.current_device()
-    return _HERE if here else torch.cuda.device(t.device)
-
-
-_HERE: AbstractContextManager[None] = nullcontext()
+def precision(t: Tensor, dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies on t's device: float32 as PyTorch's own products do, where the device has TF32."""
+    if dtype != torch.float32:
+        return "ieee"
+    if _NEW_SETTING:
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    else:
+        allowed = torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed and has_tf32(t) else "ieee"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

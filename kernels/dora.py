@@ -4,7 +4,8 @@ M tokens, N out_features, R rank. Token-sized reads and writes, each tensor once
 
     expand_add_rescale           reads y        writes out
     expand_add_rescale backward  reads dy, y    writes dy_base   dy_base = g ∘ dy,  dh = scale · dy (g ∘ B),
-                                                                 dB = scale · g ∘ dyᵀh,  dg = Σ dy ∘ (y − bias + …)
+                                                                 dB = scale · g ∘ dyᵀh,
+                                                                 dg = Σ dy ∘ (y − bias) + Σ B ∘ scale · dyᵀh
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..operators import operator
 from ..segments import Segments
-from .common import Runs, rows_of
+from .common import Runs
 from .lowrank import launch_expand, launch_expand_backward
 
 
@@ -22,7 +23,7 @@ from .lowrank import launch_expand, launch_expand_backward
 def _expand_add_rescale(
     y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> Tensor:
-    return launch_expand(rows_of(y), h, g[..., None] * B, scale, g, bias, Runs.read(runs)).view(y.shape)
+    return launch_expand(y, h, B, scale, g, bias, Runs.read(runs))
 
 
 @_expand_add_rescale.register_fake
@@ -34,11 +35,8 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | N
 def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh, dB, dy_base, dg = launch_expand_backward(
-        rows_of(dy), h, g[..., None] * B, scale, True, True, rows_of(y), g, bias, Runs.read(runs)
-    )
-    dg += (B * dB).sum(-1)
-    return dy_base.view(y.shape), dh, (g[..., None] * dB).to(B.dtype), dg.to(g.dtype)
+    dh, dB, dy_base, dg = launch_expand_backward(dy, h, B, scale, True, True, y, g, bias, Runs.read(runs))
+    return dy_base, dh, dB, dg  # type: ignore[return-value]  # all are asked for
 
 
 @_expand_add_rescale_backward.register_fake

@@ -7,6 +7,9 @@ M tokens, K in_features, N out_features, R rank. Token-sized reads and writes, e
     expand_add backward reads dy                writes –         dh = scale · dy B,  dB = scale · dyᵀ h
     shrink backward     reads x, dx_base        writes dx        dx = dx_base + dh A,  dA = dhᵀ x
 
+Layers that read the same x share the work: `shrink_together` reads x once for the ranks of all, and its backward adds
+all their dx_bases and dh A in one kernel, where autograd would add them one by one.
+
 `shrink_expand` is both with no layer between them, x + (x Aᵀ) Bᵀ: the same forward, and in the backward `shrink` of dy
 for dh, then `shrink backward` with dy as dx_base, which it has at hand for dB = dyᵀ h too.
 
@@ -19,6 +22,7 @@ With segments, A is G×R×K and B is G×N×R, and each row takes the A and the B
 were zero. A program's rows are of one run: it finds them in a table of shares (`common.Runs`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..operators import operator
+from ..reference import each_of, together
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -35,9 +40,9 @@ from .common import (
     block_of,
     blocks_of,
     compute_dtype,
-    device,
     full_waves,
     inside,
+    or_empty,
     own,
     own_vector,
     parts_like,
@@ -52,11 +57,16 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
+from .launching import launch
 from .tuning import Config, cdiv, programs, tuned
 
 # Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
 # once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts.
 MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
+
+# `expand` reads B for every block of rows. Up to these ranks that is less than it reads of y, and B is converted in
+# registers; beyond them a launch that converts it once costs less than reading float32 from cache again and again.
+MOST_RANKS_UNCAST = 32
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -90,8 +100,8 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y, h, B, out, g, bias, scale, table, seed, drop,
-    M, N, R, stride_ym, stride_yn,
+    y, h, B, out, g, bias, table, seed, scale, drop,
+    M, N, R, stride_ym, stride_yn, stride_hm, stride_bn, stride_br,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
@@ -101,13 +111,15 @@ def _expand_kernel(
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)
     B, of_B = own(B, table, matrix, R, N)
+    dtype = h.dtype.element_ty
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
     for start in range(0, R, BLOCK_R):
         ranks = start + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, last, R), other=0.0)
-        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
-        acc = tl.dot(B_tile, tl.trans(h_tile.to(B_tile.dtype)), acc, input_precision=PRECISION)
+        h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
+        B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
+        acc = tl.dot(B_tile.to(dtype), tl.trans(h_tile), acc, input_precision=PRECISION)
+    change = scale * tl.trans(acc)
     if g is not None:
         gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         if bias is not None:
@@ -115,7 +127,7 @@ def _expand_kernel(
             y_tile = (y_tile - b) * gain + b
         else:
             y_tile *= gain
-    change = scale * tl.trans(acc)
+        change *= gain
     if seed is not None:
         first = tl.program_id(0) % blocks * BLOCK_N
         change = tl.where(kept(seed, drop, rows, first, BLOCK_M, BLOCK_N), rescale(drop) * change, 0.0)
@@ -124,9 +136,8 @@ def _expand_kernel(
 
 @triton.jit
 def _expand_backward_kernel(
-    dy, h, B, dh, dB, y, g, bias, dy_base, dg, scale, table,
-    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
-    NEEDS_DH: tl.constexpr, NEEDS_DB: tl.constexpr,
+    dy, h, B, dh, dB, y, g, bias, dy_base, dg, table, scale,
+    M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, stride_hm, m_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
@@ -134,8 +145,14 @@ def _expand_backward_kernel(
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
     B, of_B = own(B, table, matrix, R, N)
-    dh += tl.program_id(0).to(tl.int64) * M * R
-    B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
+    B_here = inside(cols, ranks, N, of_B)
+    dtype = h.dtype.element_ty
+    if dh is not None:
+        dh += tl.program_id(0).to(tl.int64) * M * R
+        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=B_here, other=0.0)
+        if g is not None:
+            B_tile = B_tile.to(tl.float32) * own_vector(g, table, matrix, cols, N, 1.0)[:, None]
+        B_tile = B_tile.to(dtype)
     dB_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     if g is not None:
         dg_acc = tl.zeros((BLOCK_N,), tl.float32)
@@ -152,28 +169,32 @@ def _expand_backward_kernel(
             y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
             dg_acc += tl.sum(dy_wide * (y_tile - b), 0)
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
-        if NEEDS_DB:
-            h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, end, R), other=0.0)
-            dB_acc = tl.dot(tl.trans(dy_tile), h_tile.to(dy_tile.dtype), dB_acc, input_precision=PRECISION)
-        if NEEDS_DH:
-            dh_tile = scale * tl.dot(dy_tile, B_tile, input_precision=PRECISION)
+        if dB is not None:
+            h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, end, R), other=0.0)
+            dB_acc = tl.dot(tl.trans(dy_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
+        if dh is not None:
+            dh_tile = scale * tl.dot(dy_tile.to(dtype), B_tile, input_precision=PRECISION)
             tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
-    if NEEDS_DB:
+    if dB is not None:
+        dB_acc *= scale
+        if g is not None:  # B again, rather than kept in registers all along
+            B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=B_here, other=0.0).to(tl.float32)
+            dg_acc += tl.sum(B_tile * dB_acc, 1)
+            dB_acc *= own_vector(g, table, matrix, cols, N, 1.0)[:, None]
         dB += tl.program_id(1).to(tl.int64) * N * R
-        tl.store(tile(dB, cols, ranks, R, 1), scale * dB_acc, mask=inside(cols, ranks, N, R))
+        tl.store(tile(dB, cols, ranks, R, 1), dB_acc, mask=inside(cols, ranks, N, R))
     if g is not None:
         tl.store(dg + tl.program_id(1) * N + cols, dg_acc, mask=cols < N)
 
 
 @triton.jit
 def _shrink_backward_kernel(
-    dx_base, dh, x, h, A, dx, dA, dB, table, seed, drop,
+    x, dx_base, second, third, dh, h, A, dx, dA, dB, table, seed, drop,
     M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
-    NEEDS_DX: tl.constexpr, NEEDS_DA: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part, and with h so does
-    dB = dx_baseᵀ h."""
+    dB = dx_baseᵀ h. second and third are further dx_bases, of layers that read the same x."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
@@ -188,7 +209,7 @@ def _shrink_backward_kernel(
         dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=of_rank, other=0.0)
         if seed is not None:
             keep = kept(seed, drop, rows, tl.program_id(0) * BLOCK_K, BLOCK_M, BLOCK_K)
-        if NEEDS_DA:
+        if dA is not None:
             x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(dtype)
             if seed is not None:
                 x_tile = tl.where(keep, x_tile, 0.0)
@@ -198,15 +219,19 @@ def _shrink_backward_kernel(
             if h is not None:
                 h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=of_rank, other=0.0)
                 dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
-        if NEEDS_DX:
+        if dx is not None:
             # As (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
             dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
             if seed is not None:
                 dx_tile = tl.where(keep, rescale(drop) * dx_tile, 0.0)
             if dx_base is not None:
                 dx_tile += base_tile.to(tl.float32)
+            if second is not None:
+                dx_tile += tl.load(tile(second, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
+            if third is not None:
+                dx_tile += tl.load(tile(third, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
-    if NEEDS_DA:
+    if dA is not None:
         if seed is not None:
             dA_acc *= rescale(drop)
         dA += tl.program_id(1).to(tl.int64) * R * K
@@ -224,8 +249,13 @@ def named(kernel: str, runs: Runs | None, seed: Tensor | None = None) -> str:
     return kernel + ("_dropout" if seed is not None else "_grouped" if runs is not None else "")
 
 
+def _rows_apart(h: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
+    """h with its ranks side by side; rows may be further apart, as those of one layer among several are."""
+    return h if h.stride(1) == 1 else h.contiguous()
+
+
 def launch_shrink(
-    x: Float[Tensor, "M K"],
+    x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     dtype: torch.dtype,
     runs: Runs | None = None,
@@ -233,11 +263,13 @@ def launch_shrink(
     dropout: float = 0.0,
 ) -> Float[Tensor, "M R"]:
     """x Aᵀ, multiplied and returned in `dtype`; with a seed, of x after dropout."""
-    (M, K), R = x.shape, A.shape[-2]
+    R = A.shape[-2]
     if R > MAX_RANK:
         return torch.cat([launch_shrink(x, part, dtype, runs, seed, dropout) for part in A.split(MAX_RANK, -2)], 1)
+    x = rows_of(x)
+    M, K = x.shape
     A = small(A, dtype)
-    h = x.new_empty(M, R, dtype=dtype)
+    h = x.new_empty((M, R), dtype=dtype)
     if M == 0:
         return h
 
@@ -245,111 +277,127 @@ def launch_shrink(
         blocks, table, rows = blocks_of(M, config, runs)
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
-        with device(x):
-            _shrink_kernel[(blocks, count)](
-                x, A, parts, table, seed, threshold(dropout), M, K, R, *x.stride(), each,
-                PRECISION=precision(dtype), BLOCK_M=rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
-                **config.launch,
-            )  # fmt: skip
-        return sum_parts(parts, h)
+        numbers = (threshold(dropout), M, K, R, *x.stride(), each)
+        constants = (precision(x, dtype), rows, config.cols, block_of(R))
+        launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seed), numbers, constants, config)
+        sum_parts((parts, h, None))
+        return h
 
-    return tuned(named("shrink", runs, seed), run, x, M, K, R)
+    return tuned(named("shrink", runs, seed), run, x, dtype, M, K, R)
 
 
 def launch_expand(
-    y: Float[Tensor, "M N"],
+    y: Float[Tensor, "*M N"],
     h: Float[Tensor, "M R"],
     B: Float[Tensor, "*G N R"],
     scale: float,
-    g: Float[Tensor, "N"] | None = None,
-    bias: Float[Tensor, "N"] | None = None,
+    g: Float[Tensor, "*G N"] | None = None,
+    bias: Float[Tensor, "*G N"] | None = None,
     runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
-) -> Float[Tensor, "M N"]:
-    """y + scale · h Bᵀ; with g its y is g ∘ (y − bias) + bias, and B is to hold g's factor already. With a seed, what
-    is added to y goes through dropout."""
+) -> Float[Tensor, "*M N"]:
+    """y + scale · h Bᵀ; with g and bias, g ∘ (y − bias + scale · h Bᵀ) + bias. With a seed, what is added to y goes
+    through dropout."""
+    out, y = y.new_empty(y.shape), rows_of(y)
     (M, N), R = y.shape, B.shape[-1]
-    B = small(B, y.dtype)
-    h = h.contiguous()
-    out = y.new_empty(M, N)
-    inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
+    B = B if R <= MOST_RANKS_UNCAST else small(B, h.dtype)
+    h = _rows_apart(h)
+    inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
         return out
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
+        numbers = (float(scale), threshold(dropout), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
+        constants = (precision(y, h.dtype), rows, config.cols, block_of(R, inner))
         grid = (blocks * cdiv(N, config.cols),)
-        with device(y):
-            _expand_kernel[grid](
-                y, h, B, out, g, bias, scale, table, seed, threshold(dropout), M, N, R, *y.stride(),
-                PRECISION=precision(y.dtype), BLOCK_M=rows, BLOCK_N=config.cols, BLOCK_R=block_of(R, inner),
-                **config.launch,
-            )  # fmt: skip
+        launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out
 
-    return tuned(named("expand", runs, seed), run, y, M, N, R)
+    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R)
 
 
 def launch_expand_backward(
-    dy: Float[Tensor, "M N"],
+    dy: Float[Tensor, "*M N"],
     h: Float[Tensor, "M R"],
     B: Float[Tensor, "*G N R"],
     scale: float,
     needs_dh: bool,
     needs_dB: bool,
-    y: Float[Tensor, "M N"] | None = None,
-    g: Float[Tensor, "N"] | None = None,
-    bias: Float[Tensor, "N"] | None = None,
+    y: Float[Tensor, "*M N"] | None = None,
+    g: Float[Tensor, "*G N"] | None = None,
+    bias: Float[Tensor, "*G N"] | None = None,
     runs: Runs | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dh, dB, dy_base, dg): scale · dy B and scale · dyᵀ h, the latter in float32; with y and g also g ∘ dy and
-    Σ dy ∘ (y − bias) over the tokens. What is not needed is left empty."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dh, dB, dy_base, dg) of `launch_expand`; dy_base and dg with y and g. What is not needed is None."""
+    if B.shape[-1] > MAX_RANK:
+        return _expand_backward_by_ranks(dy, h, B, scale, needs_dh, needs_dB, y, g, bias, runs)
+    dy_base = None if y is None else dy.new_empty(dy.shape)
+    dy, y = rows_of(dy), None if y is None else rows_of(y)
     (M, N), R = dy.shape, B.shape[-1]
-    if R > MAX_RANK:
-        of_ranks = enumerate(zip(h.split(MAX_RANK, -1), B.split(MAX_RANK, -1), strict=True))
-        nothing = (None, None, None)
-        parts = [
-            launch_expand_backward(dy, hs, Bs, scale, needs_dh, needs_dB, *(nothing if i else (y, g, bias)), runs)
-            for i, (hs, Bs) in of_ranks
-        ]
-        return torch.cat([part[0] for part in parts], -1), torch.cat([part[1] for part in parts], -1), *parts[0][2:]
-    wide, B, h = B, small(B, dy.dtype), h.contiguous()
+    B, h = B.contiguous(), _rows_apart(h)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
-    dh = torch.empty_like(h) if in_parts else h.new_empty(0)
-    dB = B.new_empty(B.shape, dtype=torch.float32) if needs_dB else B.new_empty(0)
-    dy_base = dy.new_empty(M, N) if y is not None else dy.new_empty(0)
-    dg = dy.new_empty(B.shape[:-1], dtype=torch.float32) if y is not None else dy.new_empty(0)
+    dh = h.new_empty((M, R)) if in_parts else None
+    dB = torch.empty_like(B) if needs_dB or g is not None else None
+    dg = None if g is None else torch.empty_like(g)
     if M == 0:
-        return torch.empty_like(h) if needs_dh else dh, dB.zero_(), dy_base, dg.zero_()
-    y_strides = y.stride() if y is not None else (0, 0)
+        zeros = [None if t is None else t.zero_() for t in (dB, dg)]
+        return h.new_empty((M, R)) if needs_dh else None, zeros[0], dy_base, zeros[1]
 
-    def run(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(config: Config) -> None:
         blocks = cdiv(N, config.cols)
         count, each, table = parts_of(M, config.rows, full_waves(programs(dy), blocks, M, config.rows), runs)
-        dhs = parts_like(dh, blocks if in_parts else 1)
-        dBs, dgs = parts_like(dB, count, runs), parts_like(dg, count, runs)
-        with device(dy):
-            _expand_backward_kernel[(blocks, count)](
-                dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, scale, table, M, N, R, *dy.stride(), *y_strides, each,
-                NEEDS_DH=in_parts, NEEDS_DB=needs_dB,
-                PRECISION=precision(dy.dtype), BLOCK_M=config.rows, BLOCK_N=config.cols, BLOCK_R=block_of(R),
-                **config.launch,
-            )  # fmt: skip
-        return sum_parts(dhs, dh), sum_parts(dBs, dB, runs), dy_base, sum_parts(dgs, dg, runs)
+        dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
+        numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
+        constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
+        tensors = (dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, table)
+        launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
+        sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
 
-    if in_parts or needs_dB or y is not None:
-        dh, dB, dy_base, dg = tuned(named(kernel, runs if y is None else None), run, dy, M, N, R)
+    if in_parts or dB is not None:
+        tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
     if needs_dh and not in_parts:
-        dh = launch_shrink(dy, (scale * wide).mT, h.dtype, runs)
+        dh = launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
     return dh, dB, dy_base, dg
 
 
+def _expand_backward_by_ranks(
+    dy: Tensor,
+    h: Tensor,
+    B: Tensor,
+    scale: float,
+    needs_dh: bool,
+    needs_dB: bool,
+    y: Tensor | None,
+    g: Tensor | None,
+    bias: Tensor | None,
+    runs: Runs | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As above, of more ranks than a launch takes: y goes to the first alone."""
+    (first, B_first), *rest = zip(h.split(MAX_RANK, -1), B.split(MAX_RANK, -1), strict=True)
+    dh, dB, dy_base, dg = launch_expand_backward(dy, first, B_first, scale, needs_dh, needs_dB, y, g, bias, runs)
+    dhs, dBs = [dh], [dB]
+    for hs, Bs in rest:
+        wide = Bs if g is None else g[..., None] * Bs
+        dh, dB, _, _ = launch_expand_backward(dy, hs, wide, scale, needs_dh, needs_dB or g is not None, runs=runs)
+        if g is not None and dg is not None and dB is not None:
+            dg += (Bs * dB).sum(-1)
+            dB = (g[..., None] * dB).to(B.dtype)
+        dhs.append(dh)
+        dBs.append(dB)
+    return _side_by_side(dhs), _side_by_side(dBs), dy_base, dg
+
+
+def _side_by_side(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts, -1)  # type: ignore[arg-type]
+
+
 def launch_shrink_backward(
-    dx_base: Float[Tensor, "M K"] | None,
+    dx_bases: Sequence[Float[Tensor, "*M K"]],
     dh: Float[Tensor, "M R"],
-    x: Float[Tensor, "M K"],
+    x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     needs_dx: bool,
     needs_dA: bool,
@@ -357,46 +405,53 @@ def launch_shrink_backward(
     runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB): dx_base + dh A, dhᵀ x, and with h also dx_baseᵀ h; the last two in float32. What is not needed is
-    left empty."""
-    (M, K), R = x.shape, A.shape[-2]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h. What is not needed is None."""
+    R = A.shape[-2]
     dh, options = dh.contiguous(), (runs, seed, dropout)
     if R > MAX_RANK:
         hs = [None] * len(A.split(MAX_RANK, -2)) if h is None else h.split(MAX_RANK, -1)
         of_ranks = zip(dh.split(MAX_RANK, -1), A.split(MAX_RANK, -2), hs, strict=True)
-        base = None if h is None else dx_base
+        read = [] if h is None else dx_bases
         parts = [
-            launch_shrink_backward(base, each, x, rows, False, needs_dA, part, *options)
+            launch_shrink_backward(read, each, x, rows, False, needs_dA, part, *options)
             for each, rows, part in of_ranks
         ]
-        base = torch.zeros_like(x) if dx_base is None else dx_base
-        dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else x.new_empty(0)
-        dA = torch.cat([part[1] for part in parts], -2) if needs_dA else A.new_empty(0)
-        return dx, dA, torch.cat([part[2] for part in parts], -1)
+        base = sum(dx_bases[1:], dx_bases[0]) if dx_bases else torch.zeros_like(x)
+        dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else None
+        dA = torch.cat([part[1] for part in parts], -2) if needs_dA else None  # type: ignore[misc]
+        return dx, dA, _side_by_side([part[2] for part in parts])
+    dx = x.new_empty(x.shape) if needs_dx else None
+    x, bases = rows_of(x), _at_most_three(dx_bases)
+    M, K = x.shape
     A, h = A.contiguous(), None if h is None else h.contiguous()
-    dx = x.new_empty(M, K) if needs_dx else x.new_empty(0)
-    dA = A.new_empty(A.shape, dtype=torch.float32) if needs_dA else A.new_empty(0)
-    dB = A.new_empty(0) if h is None else A.new_empty(A.mT.shape, dtype=torch.float32)
+    dA = torch.empty_like(A) if needs_dA else None
+    dB = None if h is None else A.new_empty(A.mT.shape)
     if M == 0:
-        return dx, dA.zero_(), dB.zero_()
-    base_strides = dx_base.stride() if dx_base is not None else (0, 0)
+        zeros = [None if t is None else t.zero_() for t in (dA, dB)]
+        return dx, zeros[0], zeros[1]
 
-    def run(config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    def run(config: Config) -> None:
         blocks = cdiv(K, config.cols)
         count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
-        with device(x):
-            _shrink_backward_kernel[(blocks, count)](
-                dx_base, dh, x, h, A, dx, dAs, dBs, table, seed, threshold(dropout), M, K, R,
-                *base_strides, *x.stride(), each,
-                NEEDS_DX=needs_dx, NEEDS_DA=needs_dA,
-                PRECISION=precision(dh.dtype), BLOCK_M=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R),
-                **config.launch,
-            )  # fmt: skip
-        return dx, sum_parts(dAs, dA, runs), sum_parts(dBs, dB, runs)
+        numbers = (threshold(dropout), M, K, R, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
+        constants = (precision(x, dh.dtype), config.rows, config.cols, block_of(R))
+        tensors = (x, *bases, *[None] * (3 - len(bases)), dh, h, A, dx, dAs, dBs, table, seed)
+        launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)
+        sum_parts((dAs, dA, runs), (dBs, dB, runs))
 
-    return tuned(named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward", run, x, M, K, R)
+    name = named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward"
+    tuned(name if len(bases) < 2 else "shrink_backward_together", run, x, dh.dtype, M, K, R)
+    return dx, dA, dB
+
+
+def _at_most_three(bases: Sequence[Float[Tensor, "*M K"]]) -> list[Float[Tensor, "M K"]]:
+    """As many as the kernel adds, of the same strides."""
+    if len(bases) < 2:
+        return [rows_of(base) for base in bases]
+    rows = [rows_of(base).contiguous() for base in bases]
+    return rows if len(rows) <= 3 else [*rows[:2], sum(rows[3:], rows[2])]
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -406,7 +461,7 @@ def launch_shrink_backward(
 def _shrink(
     x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float
 ) -> Tensor:
-    return launch_shrink(rows_of(x), A, dtype, Runs.read(runs), seed, dropout)
+    return launch_shrink(x, A, dtype, Runs.read(runs), seed, dropout)
 
 
 @_shrink.register_fake
@@ -416,7 +471,7 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor
 
 @operator("lora_lite::shrink_backward")
 def _shrink_backward(
-    dx_base: Tensor | None,
+    dx_bases: list[Tensor],
     dh: Tensor,
     x: Tensor,
     A: Tensor,
@@ -426,16 +481,13 @@ def _shrink_backward(
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
-    base = None if dx_base is None else rows_of(dx_base)
-    dx, dA, _ = launch_shrink_backward(
-        base, dh, rows_of(x), A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout
-    )
-    return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype)
+    dx, dA, _ = launch_shrink_backward(dx_bases, dh, x, A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout)
+    return or_empty(dx, x), or_empty(dA, A)
 
 
 @_shrink_backward.register_fake
 def _(
-    dx_base: Tensor | None,
+    dx_bases: list[Tensor],
     dh: Tensor,
     x: Tensor,
     A: Tensor,
@@ -459,7 +511,7 @@ def _save_shrink(ctx: Any, inputs: ShrinkArguments, output: Tensor) -> None:
 def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     needs_dx, needs_dA = ctx.needs_input_grad[:2]
     x, A, seed, *runs = ctx.saved_tensors
-    dx, dA = _shrink_backward(None, dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
+    dx, dA = _shrink_backward([], dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
     return dx if needs_dx else None, dA if needs_dA else None, None, [None] * len(runs), None, None
 
 
@@ -478,13 +530,36 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, seed, *runs = ctx.saved_tensors
-        dx, dA = _shrink_backward(*grads, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
+        dx_base, dh = grads
+        dx, dA = _shrink_backward([dx_base], dh, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+class _TapTogether(torch.autograd.Function):
+    """x Aᵀ of several layers, and where x needs a gradient an alias of x for each; all gradients come back together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *As)
+        ctx.dtype = dtype
+        ctx.set_materialize_grads(False)
+        h = _shrink(x, torch.cat(As), dtype, [], None, 0.0)
+        aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
+        return *aliases, *h.split([len(A) for A in As], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *As = ctx.saved_tensors
+        dhs, bases = grads[-len(As) :], [base for base in grads[: -len(As)] if base is not None]
+        dh = together(dhs, As, x.numel() // x.shape[-1], ctx.dtype)
+        needs_dx, _, *needs_dAs = ctx.needs_input_grad
+        dx, dA = _shrink_backward(bases, dh, x, torch.cat(As), [], None, 0.0, needs_dx, any(needs_dAs))
+        return dx if needs_dx else None, None, *(each_of(dA, dhs, As) if any(needs_dAs) else [None] * len(As))
 
 
 @operator("lora_lite::expand_add")
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
-    return launch_expand(rows_of(y), h, B, scale, runs=Runs.read(runs)).view(y.shape)
+    return launch_expand(y, h, B, scale, runs=Runs.read(runs))
 
 
 @_expand_add.register_fake
@@ -502,8 +577,8 @@ def _expand_add_backward(
     needs_dh: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor]:
-    dh, dB, _, _ = launch_expand_backward(rows_of(dy), h, B, scale, needs_dh, needs_dB, runs=Runs.read(runs))
-    return dh, dB.to(B.dtype)
+    dh, dB, _, _ = launch_expand_backward(dy, h, B, scale, needs_dh, needs_dB, runs=Runs.read(runs))
+    return or_empty(dh, h), or_empty(dB, B)
 
 
 @_expand_add_backward.register_fake
@@ -538,8 +613,8 @@ _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_a
 
 @operator("lora_lite::shrink_expand")
 def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    h = launch_shrink(rows_of(x), A, dtype, Runs.read(runs))
-    return launch_expand(rows_of(x), h, B, 1.0, runs=Runs.read(runs)).view(x.shape), h
+    h = launch_shrink(x, A, dtype, Runs.read(runs))
+    return launch_expand(x, h, B, 1.0, runs=Runs.read(runs)), h
 
 
 @_shrink_expand.register_fake
@@ -551,9 +626,9 @@ def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -
 def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dh = launch_shrink(rows_of(dy), B.mT, h.dtype, Runs.read(runs))
-    dx, dA, dB = launch_shrink_backward(rows_of(dy), dh, rows_of(x), A, needs_dx, True, h, Runs.read(runs))
-    return dx.view(x.shape) if needs_dx else dx, dA.to(A.dtype), dB.to(B.dtype)
+    dh = launch_shrink(dy, B.mT, h.dtype, Runs.read(runs))
+    dx, dA, dB = launch_shrink_backward([dy], dh, x, A, needs_dx, True, h, Runs.read(runs))
+    return or_empty(dx, x), or_empty(dA, A), or_empty(dB, B).to(B.dtype)
 
 
 @_shrink_expand_backward.register_fake
@@ -594,6 +669,14 @@ def shrink(
     if torch.is_grad_enabled() and x.requires_grad:
         return _Tap.apply(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
+
+
+def shrink_together(
+    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
+    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x."""
+    found = list(_TapTogether.apply(x, compute_dtype(x), *As))  # type: ignore[arg-type]
+    return found[: -len(As)] or [x] * len(As), found[-len(As) :]
 
 
 def expand_add(

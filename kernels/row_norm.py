@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..operators import operator
-from .common import block_of, device, inside, small, tile
+from .common import block_of, inside, small, tile
+from .launching import launch
 from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -119,20 +120,19 @@ def launch_row_norm(
 ) -> Float[Tensor, "*G N"]:
     """Of a dense W, or of factor ∘ W with W in int8. All but W are float32 and contiguous."""
     (N, K), R = W.shape[-2:], A.shape[-2]
-    grid, stride = (1, 0) if W.ndim == 2 else (len(W), W.stride(0))
+    copies, stride = (1, 0) if W.ndim == 2 else (len(W), W.stride(0))
     norm = torch.empty_like(w_sq)
 
     def run(config: Config) -> Tensor:
-        with device(W):
-            _row_norm_kernel[(cdiv(N, config.rows), grid)](
-                W, factor, A, B, BG, w_sq, norm, scale, N, K, R, stride, *W.stride()[-2:], PRECISION=full_precision(W),
-                BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
-            )  # fmt: skip
+        numbers = (float(scale), N, K, R, stride, *W.stride()[-2:])
+        constants = (full_precision(W), config.rows, config.cols, block_of(R))
+        tensors = (W, factor, A, B, BG, w_sq, norm)
+        launch(_row_norm_kernel, (cdiv(N, config.rows), copies), tensors, numbers, constants, config)
         return norm
 
     if factor is None:
-        return tuned("row_norm", run, W, N, K, R)
-    return tuned("row_norm_int8", run, A, N, K, R)
+        return tuned("row_norm", run, W, W.dtype, N, K, R)
+    return tuned("row_norm_int8", run, A, A.dtype, N, K, R)
 
 
 def launch_row_norm_4bit(
@@ -155,15 +155,13 @@ def launch_row_norm_4bit(
     norm = torch.empty_like(w_sq)
 
     def run(config: Config) -> Tensor:
-        with device(A):
-            _row_norm_4bit_kernel[(cdiv(N, config.rows),)](
-                packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale, N, K, R,
-                DTYPE=DTYPES[dtype], WEIGHTS=blocks[0], ABSMAXES=blocks[1], PRECISION=full_precision(A),
-                BLOCK_N=config.rows, BLOCK_K=config.cols, BLOCK_R=block_of(R), **config.launch,
-            )  # fmt: skip
+        tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm)
+        of_blocks = (config.rows, config.cols, block_of(R))
+        constants = (DTYPES[dtype], *blocks, full_precision(A), *of_blocks)
+        launch(_row_norm_4bit_kernel, (cdiv(N, config.rows),), tensors, (float(scale), N, K, R), constants, config)
         return norm
 
-    return tuned("row_norm_4bit", run, A, N, K, R)
+    return tuned("row_norm_4bit", run, A, A.dtype, N, K, R)
 
 
 def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

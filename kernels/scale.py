@@ -19,9 +19,9 @@ from ..segments import Segments
 from .common import (
     Runs,
     blocks_of,
-    device,
     full_waves,
     inside,
+    or_empty,
     own_vector,
     parts_like,
     parts_of,
@@ -31,6 +31,7 @@ from .common import (
     sum_parts,
     tile,
 )
+from .launching import launch
 from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def _scale_kernel(t, g, out, table, M, N, stride_m, stride_n, BLOCK_M: tl.conste
 def _scale_backward_kernel(
     dy, t, g, dt, dg, table,
     M, N, stride_dm, stride_dn, stride_tm, stride_tn, m_per_program,
-    NEEDS_DT: tl.constexpr, NEEDS_DG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dg holds a result a part."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -64,64 +65,60 @@ def _scale_backward_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         here = inside(rows, cols, end, N)
         dy_tile = tl.load(tile(dy, rows, cols, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
-        if NEEDS_DG:
+        if dg is not None:
             acc += dy_tile * tl.load(tile(t, rows, cols, stride_tm, stride_tn), mask=here, other=0.0).to(tl.float32)
-        if NEEDS_DT:
+        if dt is not None:
             tl.store(tile(dt, rows, cols, N, 1), dy_tile * gain[None, :], mask=here)
-    if NEEDS_DG:
+    if dg is not None:
         tl.store(dg + tl.program_id(1) * N + cols, tl.sum(acc, 0), mask=cols < N)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def launch_scale(t: Float[Tensor, "M N"], g: Float[Tensor, "*G N"], runs: Runs | None = None) -> Float[Tensor, "M N"]:
+def launch_scale(t: Float[Tensor, "*M N"], g: Float[Tensor, "*G N"], runs: Runs | None = None) -> Float[Tensor, "*M N"]:
     """t ∘ g, rounded once."""
+    out, t, g = t.new_empty(t.shape), rows_of(t), g.contiguous()
     M, N = t.shape
-    g = g.contiguous()
-    out = t.new_empty(M, N)
     if M == 0:
         return out
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
-        with device(t):
-            _scale_kernel[(blocks * cdiv(N, config.cols),)](
-                t, g, out, table, M, N, *t.stride(), BLOCK_M=rows, BLOCK_N=config.cols, **config.launch
-            )
+        grid = (blocks * cdiv(N, config.cols),)
+        launch(_scale_kernel, grid, (t, g, out, table), (M, N, *t.stride()), (rows, config.cols), config)
         return out
 
-    return tuned("scale", run, t, M, N, 1)
+    return tuned("scale", run, t, t.dtype, M, N, 1)
 
 
 def launch_scale_backward(
-    dy: Float[Tensor, "M N"],
-    t: Float[Tensor, "M N"],
+    dy: Float[Tensor, "*M N"],
+    t: Float[Tensor, "*M N"],
     g: Float[Tensor, "*G N"],
     needs_dt: bool,
     needs_dg: bool,
     runs: Runs | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dt, dg): dy ∘ g, and Σ dy ∘ t over the tokens in float32. What is not needed is left empty."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dt, dg): dy ∘ g, and Σ dy ∘ t over the tokens. What is not needed is None."""
+    dt, g = t.new_empty(t.shape) if needs_dt else None, g.contiguous()
+    dg = torch.empty_like(g) if needs_dg else None
+    dy, t = rows_of(dy), rows_of(t)
     M, N = t.shape
-    g = g.contiguous()
-    dt = t.new_empty(M, N) if needs_dt else t.new_empty(0)
-    dg = t.new_empty(g.shape, dtype=torch.float32) if needs_dg else t.new_empty(0)
     if M == 0:
-        return dt, dg.zero_()
+        return dt, None if dg is None else dg.zero_()
 
-    def run(config: Config) -> tuple[Tensor, Tensor]:
+    def run(config: Config) -> None:
         blocks = cdiv(N, config.cols)
         count, each, table = parts_of(M, config.rows, full_waves(programs(t), blocks, M, config.rows), runs)
         dgs = parts_like(dg, count, runs)
-        with device(t):
-            _scale_backward_kernel[(blocks, count)](
-                dy, t, g, dt, dgs, table, M, N, *dy.stride(), *t.stride(), each, NEEDS_DT=needs_dt, NEEDS_DG=needs_dg,
-                BLOCK_M=config.rows, BLOCK_N=config.cols, **config.launch,
-            )  # fmt: skip
-        return dt, sum_parts(dgs, dg, runs)
+        numbers = (M, N, *dy.stride(), *t.stride(), each)
+        tensors = (dy, t, g, dt, dgs, table)
+        launch(_scale_backward_kernel, (blocks, count), tensors, numbers, (config.rows, config.cols), config)
+        sum_parts((dgs, dg, runs))
 
-    return tuned("scale_backward", run, t, M, N, 1)
+    tuned("scale_backward", run, t, t.dtype, M, N, 1)
+    return dt, dg
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -129,7 +126,7 @@ def launch_scale_backward(
 
 @operator("lora_lite::scale")
 def _scale(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
-    return launch_scale(rows_of(t), g, Runs.read(runs)).view(t.shape)
+    return launch_scale(t, g, Runs.read(runs))
 
 
 @_scale.register_fake
@@ -141,8 +138,8 @@ def _(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
 def _scale_backward(
     dy: Tensor, t: Tensor, g: Tensor, runs: list[Tensor], needs_dt: bool, needs_dg: bool
 ) -> tuple[Tensor, Tensor]:
-    dt, dg = launch_scale_backward(rows_of(dy), rows_of(t), g, needs_dt, needs_dg, Runs.read(runs))
-    return dt.view(t.shape) if needs_dt else dt, dg.to(g.dtype)
+    dt, dg = launch_scale_backward(dy, t, g, needs_dt, needs_dg, Runs.read(runs))
+    return or_empty(dt, t), or_empty(dg, g)
 
 
 @_scale_backward.register_fake

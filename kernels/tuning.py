@@ -1,23 +1,27 @@
 """Block shapes: one table a vendor, with an architecture's exceptions, and the choice among a table's rows by timing.
 
 A launch is written as `run(config)`; `tuned` calls it with a row of the table. On a GPU the rows are timed once for
-each (kernel, dtype, widths, rank, bucket of M) and the fastest is kept for the process; LORA_LITE_AUTOTUNE=0 takes the
-first row instead, as the interpreter does. A shape keeps its row, and so its bits, for as long as the process lives.
+each (kernel, dtypes, widths, rank, bucket of M) and the fastest is kept for the process. The first row is taken untimed
+under LORA_LITE_AUTOTUNE=0, under `torch.use_deterministic_algorithms`, in the interpreter, and where a CUDA graph is
+captured. A shape keeps its row, and so its bits, for as long as the process lives.
 
 Every row compiles without spilling for every architecture of its vendor (`just kernels-report` shows it, a test asks
 for it). What bounds them: 255 registers a thread, 99 KiB of shared memory on sm_120, 64 KiB on gfx942.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 T = TypeVar("T")
 
@@ -97,6 +101,12 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(32, 64, 8),),
         },
         "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
+        # Of layers that read the same x: up to three dx_bases in flight.
+        "shrink_backward_together": {
+            64: (Config(32, 64, 8), Config(64, 64, 8)),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 64, 8, 1),),
+        },
         # As "shrink_backward" with a second accumulator of K × R.
         "shrink_expand_backward": {
             16: (Config(64, 64, 8), Config(64, 128, 8)),
@@ -142,6 +152,19 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(16, 32, 8, 3),),
         },
         "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
+    },
+    # What spills here, and nowhere else, where 16 does not divide the widths.
+    ("sm_120", 2): {
+        "expand_backward_rescale": {
+            64: (Config(32, 128, 8),),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 64, 8, 1),),
+        },
+        "shrink_expand_backward": {
+            16: (Config(64, 64, 8),),
+            128: (Config(32, 64, 8),),
+            256: (Config(32, 32, 8, 1),),
+        },
     },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
@@ -190,6 +213,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
 
 _forced: dict[str, Any] = {}
 _chosen: dict[tuple[Any, ...], Config] = {}
+_left_out: set[tuple[str, Config]] = set()
 
 
 @contextmanager
@@ -217,6 +241,11 @@ def architecture(t: Tensor) -> str:
     return _forced.get("architecture") or (_architecture(t.device.index) if t.is_cuda else "sm_90")
 
 
+def has_tf32(t: Tensor) -> bool:
+    """Whether the device that holds t multiplies in TF32: NVIDIA's do, and of AMD's gfx942."""
+    return not architecture(t).startswith("gfx") or architecture(t) == "gfx942"
+
+
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -227,29 +256,72 @@ def programs(t: Tensor) -> int:
     return _forced.get("programs") or (_processors(t.device.index) if t.is_cuda else 132)
 
 
-def candidates(kernel: str, architecture: str, itemsize: int, rank: int) -> Rows:
-    """The table's rows for a launch."""
+def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: bool = False) -> Rows:
+    """The table's rows for a launch. One whose rank 16 does not divide takes registers as if it had twice as many.
+
+    `wide`: its tokens are in float32 and its products, of `itemsize` bytes an element, are not, as under autocast. The
+    first row then, with half the columns, so that a tile has as many bytes.
+    """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped"))
+    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together"))
     table = next(table[name] for name in names for table in tables if name in table)
-    return table[min((most for most in table if rank <= most), default=max(table))]
+    rank *= 1 if rank % 16 == 0 else 2
+    rows = table[min((most for most in table if rank <= most), default=max(table))]
+    return (replace(rows[0], cols=rows[0].cols // 2),) if wide else rows
 
 
-def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, M: int, *shape: int) -> T:
-    """run(config) with the fastest row of the table for this kernel, and for x (M × …) and its launch's shape.
+def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
+    """run(config) with the fastest row of the table for this kernel, for x (M × …), and for its launch's shape.
 
-    `shape` is the widths, then the rank (1 where there is none). Operators are functional, so that timing one by
-    running it is safe.
+    `dtype` is that of the products; `shape` is the widths, then the rank (1 where there is none). Operators are
+    functional, so that timing one by running it is safe. A row that does not compile or fit the device is left out with
+    a warning; where no row is left, its error is raised.
     """
     if "config" in _forced:
         return run(_forced["config"])
-    rows = candidates(kernel, architecture(x), x.element_size(), shape[-1])
-    if len(rows) == 1 or not x.is_cuda or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
+    rows = candidates(kernel, architecture(x), dtype.itemsize, shape[-1], x.dtype.itemsize > dtype.itemsize)
+    if len(rows) == 1:
         return run(rows[0])
-    key = (kernel, x.device.index, x.dtype, *shape, power_of_2(M))
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():
-            return run(rows[0])  # a graph's capture can't be timed
-        _chosen[key] = min(rows, key=lambda config: triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))
-    return run(_chosen[key])
+    by_time = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    by_time = by_time and os.environ.get("LORA_LITE_AUTOTUNE") != "0"
+    key = (by_time, kernel, architecture(x), x.device.index, x.dtype, dtype, *shape, power_of_2(M))
+    if key in _chosen:
+        return run(_chosen[key])
+    if by_time and not torch.cuda.is_current_stream_capturing():  # a graph's capture can't be timed, and keeps its row
+        rows = sorted(rows, key=lambda config: _time(kernel, config, run))
+    _chosen[key], result = _first_fit(kernel, rows, run)
+    return result
+
+
+# What Triton raises where a kernel does not compile or load.
+_UNFIT = (TritonError, RuntimeError)
+
+
+def _time(kernel: str, config: Config, run: Callable[[Config], Any]) -> float:
+    """Milliseconds; infinite where the row can't be timed."""
+    try:
+        return float(triton.testing.do_bench(lambda: run(config), warmup=5, rep=20))  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:  # by what timing takes; the row itself may fit
+        return math.inf
+    except _UNFIT as error:
+        _leave_out(kernel, config, error)
+        return math.inf
+
+
+def _first_fit(kernel: str, rows: Sequence[Config], run: Callable[[Config], T]) -> tuple[Config, T]:
+    """The first row that runs, and what it gives."""
+    config, *others = rows
+    try:
+        return config, run(config)
+    except _UNFIT as error:
+        if not others or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _leave_out(kernel, config, error)
+    return _first_fit(kernel, others, run)
+
+
+def _leave_out(kernel: str, config: Config, error: Exception) -> None:
+    if (kernel, config) not in _left_out:
+        _left_out.add((kernel, config))
+        warnings.warn(f"the kernel {kernel} does without a row of its block table, {config}: {error}", stacklevel=3)

@@ -11,13 +11,14 @@ from torch.nn.functional import linear
 from . import reference
 from .backend import select
 from .config import AdapterConfig
+from .embeddings import looked_up, on_ids, require_size
 from .errors import AttachError
 from .params import Params
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
-from .quantized import bias_of, dense_weight, weight_of
+from .quantized import bias_of, dense_weight, token_dtype, weight_of
 from .segments import Segments
-from .shapes import copies, shape
+from .shapes import copies, is_embedding, shape
 from .stacks import grouped_linear
 from .targets import Target
 from .variant import Variant
@@ -39,7 +40,7 @@ class Adapter(Params):
                 "tensor-parallel layers can't be adapted, nor linears that are sharded one by one: attach before that"
             )
         super().__init__(specs, cfg.dtype, execution_device(layer) or weight.device)
-        self.variant, self.cfg, self.backend = variant, cfg, backend
+        self.variant, self.cfg, self.backend, self.shape = variant, cfg, backend, shape(layer)
         self._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)  # in evaluation
 
     def primitive(self, layer: nn.Module) -> Primitive:
@@ -51,6 +52,7 @@ class Adapter(Params):
         return self._primitive(layer, self._cfg_at_rest)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
+        require_size(self, layer)
         if is_managed(self):
             if self.training and torch.is_grad_enabled() and self.device.type == "meta":
                 raise AttachError(
@@ -79,19 +81,24 @@ class Adapter(Params):
         return getattr(self, next(iter(self.specs))).device  # a DataParallel replica's parameters are attributes
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True, segments: Segments | None = None) -> Tensor:
-        """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype:
-        around the dense weight or, with dense=False, around the layer as it computes by itself. Rows of a stack come
-        with their segments."""
+        """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype
+        (for ids in float32 at least): around the dense weight or, with dense=False, around the layer as it computes by
+        itself. Rows of a stack come with their segments."""
         primitive = self.at_rest(layer).on(segments)
+        if is_embedding(layer):
+            primitive = on_ids(primitive, layer)
+            wide = torch.promote_types(token_dtype(layer), torch.float32)
+            y = looked_up(layer, x, wide) if dense else layer.forward(x)
+            return primitive.on_output(y, primitive.on_input(x, reference)[1], reference)
         if dense:
             return around(primitive, layer, x)
         x, carry = primitive.on_input(x, reference)
         y = layer.forward(x) if segments is None else layer.forward(x, segments)  # without the hooks
         return primitive.on_output(y, carry, reference)
 
-    def in_force(self, x: Tensor) -> str:
-        """The backend that runs for this input."""
-        return select(self.backend, x.device, x.dtype)[1]
+    def in_force(self, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend that runs for tokens of this dtype there."""
+        return select(self.backend, device, dtype)[1]
 
     def alone(self) -> "Adapter":
         """A twin apart from the model's, in which each tensor that a file holds is whole and has its values. Every

@@ -27,6 +27,7 @@ from .backend import check_backend
 from .beside import Beside
 from .calibration import CalibrationData, OfExperts, Statistic, gather
 from .config import AdapterConfig
+from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError
 from .fitness import unfit
 from .idle import Watch
@@ -34,6 +35,7 @@ from .left_out import left_out
 from .params import SITE, Params
 from .placement import replicate
 from .quantized import is_dense, weight_of
+from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
 from .targets import Target, choose, stacks_among
@@ -279,6 +281,7 @@ def _each(adapter: Adapter, layer: nn.Module) -> Iterator[tuple[Params, nn.Modul
 
 
 def _statistic(adapter: Adapter, layer: nn.Module) -> Statistic:
+    require_inputs(adapter.variant.name, layer)
     found = [adapter.variant.statistic(p, each, adapter.cfg) for p, each in _each(adapter, layer)]
     return OfExperts(found) if isinstance(layer, Stack) else found[0]
 
@@ -309,7 +312,14 @@ def install(
     whole: WholeModules,
 ) -> Attachment:
     """Freeze the base, put the adapters on their layers' sites, and the modules that train in full in their places.
-    Nothing in here can fail half-way."""
+    Nothing in here can fail half-way.
+
+    Raises:
+        AttachError: an adapter of this method can't stand on an embedding, which is among the targets.
+    """
+    for target in targets:
+        with naming(target):
+            require_sum(adapters[target.name], target.layer)
     in_force(targets, backend)  # warns now, and not in the middle of a forward, where "triton" has to fall back
     others = attachments(model)
     beside = others[0].beside if others else Beside(model)
@@ -334,8 +344,13 @@ def install(
         )
     record(model, attachment)
     settle_modules(model)
+    _settle_siblings(model)
     watch.start(model)
     return attachment
+
+
+def _settle_siblings(model: nn.Module) -> None:
+    settle_siblings(model, [target for each in attachments(model) for target in each.targets])
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -353,6 +368,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             attachment.sites[target.name].leave(target.layer, attachment.name)
         part(stacks_among(attachment.targets))
         forget(model, attachment)
+        _settle_siblings(model)
         if not attachments(model):
             attachment.beside.restore(model)
     if (left := attachments(model)) and not any(each.acts for each in left):

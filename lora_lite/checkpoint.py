@@ -21,6 +21,7 @@ from .attaching import build, check_free, derive, install, whole_modules
 from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .config import AdapterConfig
+from .embeddings import require_size
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
 from .idle import current_names, describe
@@ -136,8 +137,10 @@ def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
     """The adapters with whole tensors that have values; a CheckpointError of `what` where one is not as its spec says.
     Every process that has a part of a sharded one must call it."""
     found = {}
-    for layer, adapter in attachment.adapters.items():
+    for target in attachment.targets:
+        layer, adapter = target.name, attachment.adapters[target.name]
         try:
+            require_size(adapter, target.layer)
             found[layer] = adapter.alone()
         except AttachError as error:
             raise CheckpointError(f"{what}: {layer}: {error}") from error

@@ -11,8 +11,8 @@ import torch
 
 from .errors import ConfigError
 
-Role = Literal["reader", "writer", "inner", "expert"]
-ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert")
+Role = Literal["reader", "writer", "inner", "expert", "embedding"]
+ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert", "embedding")
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
@@ -35,10 +35,11 @@ class AdapterConfig:
             must find a layer, or attach raises.
         target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
             into it ("writer"), or neither ("inner"), or a mixture's stacked experts ("expert"). Empty: all. By default
-            readers and writers; all, where `target_names` is given.
+            readers and writers; all, where `target_names` is given. Embeddings are adapted only where they are meant:
+            by the role "embedding", or by a name of theirs in `target_names`; ".*" names none.
         exclude_names: regular expressions; a layer whose name matches one is left alone. By default output heads and
             what belongs to embeddings; nothing, where `target_names` is given. Output heads, whatever their name, stay
-            out unless this is empty or `target_names` names them.
+            out unless this is empty or `target_names` names them. The default spares embeddings that a role asks for.
         layers: indices of the transformer blocks to adapt. None: all.
         modules_to_save: regular expressions; modules in whose name one is found train in full beside the adapter
             (heads, embeddings, norms), on copies, and are saved in its file. Each must find a module.

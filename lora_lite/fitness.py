@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .embeddings import unfit_embedding
 from .errors import AttachError
 from .placement import is_managed, is_sharded
 from .quantized import token_dtype, weight_of
-from .shapes import shape
+from .shapes import is_embedding, shape
 from .stacks import Stack, unfit_stack
 from .targets import Target, parent_of
 
@@ -32,6 +33,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
             f"accelerate offloads its weight with the whole of {above}, whose list of tensors would lack the "
             "adapter's; attach before the model is offloaded"
         )
+    if is_embedding(layer):
+        return unfit_embedding(layer)
     x, y = _run_one_row(layer)
     if y is not None and not isinstance(y, Tensor):
         return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"

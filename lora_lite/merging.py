@@ -23,7 +23,7 @@ from .params import SITE, Params
 from .placement import brought, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .shapes import is_conv1d
+from .shapes import features, is_conv1d, is_embedding, shape
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
@@ -63,14 +63,14 @@ def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     to be. As in `nn.Module.named_parameters`, one that has several names comes once, under the first.
 
     Raises:
-        AttachError: as `merged_state_dict` does, or the output head is tied to an embedding and has an adapter.
+        AttachError: as `merged_state_dict` does, or the output head is tied to an embedding and one has an adapter.
     """
     model = unwrap(model)
     chosen(model, None)
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _head_is_adapted(model):
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _is_parted(model):
         raise AttachError(
-            "the output head is tied to the embedding and has an adapter, so that the merged model has weights for "
-            "which a tied one has no place; leave the head out by exclude_names"
+            "the output head is tied to the embedding, and one of them has an adapter, so that the merged model has "
+            "weights for which a tied one has no place; leave both out by exclude_names"
         )
     return _parameters(model, dtype)
 
@@ -119,9 +119,12 @@ def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
             yield path, module
 
 
-def _head_is_adapted(model: Any) -> bool:
+def _is_parted(model: Any) -> bool:
+    """Whether adapters make another weight of what a config can tie: the output head, and embeddings of its shape."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return SITE in getattr(head, "_modules", {})
+    of_head = (features(head) or ())[::-1]
+    adapted = [module for module in model.modules() if SITE in module._modules]
+    return any(each is head or (is_embedding(each) and (not of_head or shape(each) == of_head)) for each in adapted)
 
 
 def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
@@ -130,7 +133,7 @@ def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
-    if _head_is_adapted(model):  # it was tied, and is not any more
+    if _is_parted(model):  # they were tied, and are not any more
         config.tie_word_embeddings = False
     with torch.device("meta"):
         plain = type(model)(config)
@@ -141,6 +144,8 @@ def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _merged(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What a plain module holds itself that computes what this one does."""
+    if is_embedding(module):
+        return _embedding(module, dtype)
     return _linear(module, dtype) if is_linear(module) else _other(module, dtype)
 
 
@@ -199,6 +204,21 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     others = _own(layer, dtype) if dense else {}
     found = {**others, "weight": (W.t().contiguous() if is_conv1d(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
+
+
+def _embedding(layer: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """An embedding's weight, of which its site is asked for each id."""
+    found, site = _own(layer, dtype), layer._modules.get(SITE)
+    if site is None:
+        return found
+    E = dense_weight(layer).mT
+    primitives, merged = _acting(cast(Site, site), layer), torch.empty_like(E, dtype=dtype or E.dtype)
+    for ids in torch.arange(len(E), device=E.device).split(_ROWS):
+        rows = E[ids].to(torch.float64)
+        for primitive in primitives:
+            rows = primitive.on_output(rows, primitive.on_input(ids, reference)[1], reference)
+        merged[ids] = rows.to(merged.dtype)
+    return {**found, "weight": merged}
 
 
 def _acting(site: Site, layer: nn.Module) -> list[Primitive]:

@@ -6,6 +6,7 @@ wanted. `torch.compile`, export, fake tensors, tensor subclasses, function trans
 checkpointing, FLOP counters) get the operator.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -44,24 +45,36 @@ def _watched() -> bool:
 
 
 class Operator(CustomOpDef):
-    """A custom operator that in eager mode is called without the dispatcher."""
+    """A custom operator that in eager mode is called without the dispatcher. Its tensors must be on one device, or it
+    raises a RuntimeError."""
 
     _function: Callable[..., Any] | None = None  # with the operator's gradient
 
     def __call__(self, *args: Any) -> Any:
-        if _watched():
-            return super().__call__(*args)
-        needs_grad, grad_enabled = False, torch.is_grad_enabled()
+        plain, device, needs_grad, grad_enabled = not _watched(), None, False, torch.is_grad_enabled()
         for each in args:
             if isinstance(each, Tensor):
-                if type(each) not in _PLAIN:
-                    return super().__call__(*args)
+                if device is None:
+                    device = each.device
+                elif each.device != device:
+                    raise self._on_two_devices(args)
+                plain &= type(each) in _PLAIN
                 needs_grad |= grad_enabled and each.requires_grad
+        if not plain:
+            return super().__call__(*args)
         if not needs_grad:
             with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
                 return self._init_fn(*args)
         # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
         return super().__call__(*args) if self._function is None else self._function(*args)
+
+    def _on_two_devices(self, args: tuple[Any, ...]) -> RuntimeError:
+        """A kernel would read from its own device at another's address."""
+        names = inspect.signature(self._init_fn).parameters
+        found = [f"{name} on {t.device}" for name, t in zip(names, args, strict=False) if isinstance(t, Tensor)]
+        return RuntimeError(
+            f"{self._qualname} got {', '.join(found)}; move the adapter, its layer and the input to one device"
+        )
 
     def register_autograd(
         self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None

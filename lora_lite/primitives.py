@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 
 from .segments import Segments
 
@@ -51,9 +51,25 @@ class Primitive:
         return y
 
 
+class Shrinks(Primitive):
+    """One that takes x Aᵀ from the layer's input, and uses it on the output. Layers that read the same x may take
+    theirs together."""
+
+    takes_segments = True
+    A: Tensor
+    dropout: float
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return ops.shrink(x, self.A, self.dropout, self.segments)
+
+
 @dataclass
-class LowRankAdd(Primitive):
-    """y + scale · (dropout(x) Aᵀ) Bᵀ"""
+class LowRankAdd(Shrinks):
+    """y + scale · (dropout(x) Aᵀ) Bᵀ
+
+    An x of integers, M×1, holds ids: the places of the ones of one-hot rows, so that x Aᵀ looks up columns of A. Those
+    of `padding_idx` get no gradient.
+    """
 
     takes_segments = True
 
@@ -61,12 +77,13 @@ class LowRankAdd(Primitive):
     B: Float[Tensor, "*G N R"]
     scale: float = 1.0
     dropout: float = 0.0
+    padding_idx: int | None = None
 
     @classmethod
     def side_by_side(cls, sums: "Sequence[LowRankAdd]") -> "LowRankAdd":
         """One sum that is all of these, which have no dropout: one look at x and y."""
-        A = torch.cat([each.A for each in sums], -2)
-        return cls(A, torch.cat([each.scale * each.B for each in sums], -1), segments=sums[0].segments)
+        A, B = torch.cat([each.A for each in sums], -2), torch.cat([each.scale * each.B for each in sums], -1)
+        return cls(A, B, padding_idx=sums[0].padding_idx, segments=sums[0].segments)
 
     @classmethod
     def stacked(cls, sums: "Sequence[LowRankAdd]", segments: Segments) -> "LowRankAdd":
@@ -76,13 +93,22 @@ class LowRankAdd(Primitive):
         A = [pad(each.A, (0, 0, 0, R - each.A.shape[-2])) for each in sums]
         B = [pad(each.scale * each.B, (0, R - each.A.shape[-2])) for each in sums]
         put = torch.stack if A[0].ndim == 2 else torch.cat
-        return cls(put(A), put(B), 1.0, sums[0].dropout, segments=segments)
+        return cls(put(A), put(B), 1.0, sums[0].dropout, sums[0].padding_idx, segments=segments)
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout, self.segments)
+        if not x.is_floating_point():
+            return x, self._looked_up(x.flatten())
+        return super().on_input(x, ops)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return ops.expand_add(y, carry, self.B, self.scale, self.segments)
+
+    def _looked_up(self, ids: Int[Tensor, "M"]) -> Float[Tensor, "M R"]:
+        if self.segments is None:
+            return embedding(ids, self.A.mT, self.padding_idx)
+        own = self.segments.matrix_of_rows(len(ids)).clamp_min(0)  # where there is none, `on_output` adds nothing
+        h = self.A.mT[own, ids]
+        return h if self.padding_idx is None else torch.where((ids == self.padding_idx)[:, None], h.detach(), h)
 
 
 @dataclass
@@ -134,7 +160,7 @@ class OfRows(Primitive):
 
 
 @dataclass
-class LowRankAddRescale(Primitive):
+class LowRankAddRescale(Shrinks):
     """g ∘ (y − bias + scale · (dropout(x) Aᵀ) Bᵀ) + bias, with g = m / ‖W + scale · B A‖ of each row"""
 
     takes_segments = True
@@ -147,9 +173,6 @@ class LowRankAddRescale(Primitive):
     w_sq: Float[Tensor, "*G N"]
     bias: Float[Tensor, "*G N"] | None
     dropout: float = 0.0
-
-    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        return ops.shrink(x, self.A, self.dropout, self.segments)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)

@@ -153,7 +153,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     elif not isinstance(getattr(layer, "weight", None), Tensor) and hasattr(layer, "dequantize"):
         weight = layer.dequantize()  # HQQ
     weight = whole(weight) if kind not in ("Params4bit", "Int8Params") else weight
-    weight = weight.t() if shapes.is_conv1d(layer) else weight
+    weight = weight.t() if shapes.is_stored_transposed(layer) else weight
     if weight.is_floating_point() and weight.dtype.itemsize == 1:
         weight = _scaled_float8(layer, weight)
     if weight.is_floating_point() and tuple(weight.shape) == shape:

@@ -6,6 +6,7 @@ float32 where the CPU has no instructions for products in that. With `segments`,
 each row takes its own of them; a row that has none passes unchanged.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -102,6 +103,62 @@ def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -
         return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments)[1]
     rows, h = of_segments.shrink(rows, A, segments)
     return rows.view(x.shape), h
+
+
+def shrink_together(
+    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
+    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one product. A layer whose results
+    get no gradient gives none to its A."""
+    found = list(_Together.apply(x, product_dtype(x.device, x.dtype), *As))  # type: ignore[arg-type]
+    return found[: -len(As)] or [x] * len(As), found[-len(As) :]
+
+
+class _Together(torch.autograd.Function):
+    """x Aᵀ of all layers, and where x needs a gradient an alias of x for each. The gradients of all come back together:
+    they are added once, and multiplied in one product each for x and A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *As)
+        ctx.dtype = dtype
+        ctx.set_materialize_grads(False)
+        h = _rows(x).to(dtype) @ torch.cat([A.to(dtype) for A in As]).t()
+        aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
+        return *aliases, *h.split([len(A) for A in As], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *As = ctx.saved_tensors
+        rows, dhs = _rows(x), grads[-len(As) :]
+        dh = together(dhs, As, len(rows), ctx.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            A = torch.cat([A.to(ctx.dtype) for A in As])
+            bases = [_rows(base).to(ctx.dtype) for base in grads[: -len(As)] if base is not None]
+            if len(bases) > 1:
+                bases[0] = bases[0] + bases[1]
+                for more in bases[2:]:
+                    bases[0] += more
+            dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
+            dx = dx.to(x.dtype).view(x.shape)
+        return dx, None, *each_of(dh.t() @ rows.to(ctx.dtype), dhs, As)
+
+
+def together(
+    dhs: Sequence[Tensor | None], As: Sequence[Float[Tensor, "R K"]], M: int, dtype: torch.dtype
+) -> Float[Tensor, "M ranks"]:
+    """The gradients of several layers' x Aᵀ side by side, zeros where there is none."""
+    found = [A.new_zeros((M, len(A)), dtype=dtype) if dh is None else dh for dh, A in zip(dhs, As, strict=True)]
+    return torch.cat(found, 1)
+
+
+def each_of(
+    dA: Float[Tensor, "ranks K"], dhs: Sequence[Tensor | None], As: Sequence[Float[Tensor, "R K"]]
+) -> list[Float[Tensor, "R K"] | None]:
+    """Of each of these layers its A's gradient; None where nothing came back."""
+    parts = zip(dA.split([len(A) for A in As]), dhs, As, strict=True)
+    return [None if dh is None else part.to(A.dtype) for part, dh, A in parts]
 
 
 def expand_add(

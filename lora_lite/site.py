@@ -1,14 +1,10 @@
 """Site: what stands on an adapted layer. Its adapters in their order, which of them act and on which rows, and the
 layer's only two hooks.
 
-The hooks look the site up on the layer that they are called with, so that copies and replicas run their own. What
-passes between the two hooks of a call lives in a stack of the thread that runs it, and nothing of it survives the call.
+The hooks look the site up on the layer that they are called with, so that copies and replicas run their own.
 """
 
-import sys
-import threading
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,13 +13,18 @@ from torch.utils.hooks import RemovableHandle
 
 from .adapter import Adapter
 from .backend import select
+from .calls import begin, end, forget, under_way
+from .embeddings import on_ids
 from .errors import AttachError
 from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive
+from .quantized import token_dtype
 from .rows import Rows
 from .segments import Segments
+from .shapes import is_embedding
+from .siblings import share
 from .stacks import Stack
 
 
@@ -34,14 +35,6 @@ class Piece(NamedTuple):
     ops: Any
 
 
-class Call(NamedTuple):
-    """A call of a layer under way: what its pre-hook leaves for its hook."""
-
-    layer: nn.Module
-    frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known
-    running: list[tuple[Piece, Any]]  # with what on_input kept
-
-
 class Routed(NamedTuple):
     """Of a stack's call: whose the rows are, and their tokens."""
 
@@ -49,12 +42,6 @@ class Routed(NamedTuple):
     tokens: Any
 
 
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-
-_thread = _Thread()
 waiting: list[Callable[[], None]] = []  # what is to be done before the next call, in whichever thread that is
 
 
@@ -86,19 +73,19 @@ class Site(nn.ModuleDict):
             for handle in self.handles:
                 handle.remove()
             delattr(layer, SITE)
-            _thread.calls[:] = [call for call in _thread.calls if call.layer is not layer]
+            forget(layer)
 
     # ---- the hooks ----
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook. Without kwargs where another library has registered it again so."""
-        calls = _thread.calls
-        if calls:
-            _drop_interrupted(calls)
+        calls = under_way()
         compiling = torch.compiler.is_compiling()
         while waiting and not compiling and torch._C._current_graph_task_id() == -1:
             waiting.pop()()  # but not while a backward computes a block again
-        calls.append(Call(layer, None if compiling else _frame_of_call(), running := []))
+        running: list[tuple[Piece, Any]] = []  # with what on_input kept
+        parent = calls[-1] if calls else None
+        begin(layer, running)
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
         site = cast(Site, layer._modules.get(SITE, self))
         if not compiling and not site.ran_with_grad:
@@ -110,10 +97,21 @@ class Site(nn.ModuleDict):
         x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
+        if of_ids := is_embedding(layer):
+            if x.is_floating_point():
+                raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
+            x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
-        for piece in site.pieces(acting, layer, x, routed):
+        shared = share(parent, layer, x) if parent is not None and site.rows is None else None
+        pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
+        if shared and shared.x is not None:
+            x, pieces = shared.x, pieces[1:]
+            running.append((shared.pieces[0], shared.h))
+        for piece in pieces:
             x, carry = piece.primitive.on_input(x, piece.ops)
             running.append((piece, carry))
+        if of_ids:
+            x = x.squeeze(-1)
         if key is None:
             args = (x, *args[1:])
         else:
@@ -122,9 +120,10 @@ class Site(nn.ModuleDict):
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
         """Forward hook; also called, with y None, where the call raised."""
-        running = _end(layer)
+        call = end(layer)
         if y is None:
             return None
+        running = None if call is None else call.kept
         site = cast(Site, layer._modules.get(SITE, self))
         if running is None:
             if site.acting():
@@ -177,10 +176,11 @@ class Site(nn.ModuleDict):
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        return Piece(
-            adapter.primitive(layer).on(routed.segments if routed else None),
-            select(adapter.backend, x.device, x.dtype)[0],
-        )
+        primitive, dtype = adapter.primitive(layer), x.dtype
+        if is_embedding(layer):
+            primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
+        ops = select(adapter.backend, x.device, dtype)[0]
+        return Piece(primitive.on(routed.segments if routed else None), ops)
 
     def _of_rows(self, rows: Rows, by_row: dict[str, Piece], x: Tensor, routed: Routed | None) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
@@ -213,34 +213,3 @@ def _as_one(pieces: list[Piece]) -> Piece:
     if len(pieces) == 1:
         return pieces[0]
     return Piece(LowRankAdd.side_by_side([cast(LowRankAdd, piece.primitive) for piece in pieces]), pieces[0].ops)
-
-
-def _end(layer: nn.Module) -> list[tuple[Piece, Any]] | None:
-    """Take this thread's last call of the layer off the stack, and what an exception left above it."""
-    calls = _thread.calls
-    for i in range(len(calls) - 1, -1, -1):
-        if calls[i].layer is layer:
-            running = calls[i].running
-            del calls[i:]
-            return running
-    return None
-
-
-def _frame_of_call() -> FrameType | None:
-    """The frame of nn.Module's call that runs the hook."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name != "_call_impl":
-        frame = frame.f_back
-    return frame
-
-
-def _drop_interrupted(calls: list[Call]) -> None:
-    """A KeyboardInterrupt runs no hook. Calls whose frame is not running any more are dropped, and their graphs with
-    them."""
-    if torch.compiler.is_compiling():
-        return
-    frame, live = sys._getframe(1), {id(None)}
-    while frame is not None:
-        live.add(id(frame))
-        frame = frame.f_back
-    calls[:] = [call for call in calls if id(call.frame) in live]

@@ -193,13 +193,30 @@ def experts_forward(
     experts_sorted, order = torch.sort(top_k_index.reshape(-1), stable=True)
     after = torch.arange(1, experts.num_experts + 1, device=order.device)
     segments = Segments(torch.searchsorted(experts_sorted, after, out_int32=True), whole=True)
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device)).view(T, k)
     tokens = Tokens(order // k, T)
-    hidden = up(hidden_states[tokens.of_rows], segments=segments, tokens=tokens)
+    hidden = up(_Gather.apply(hidden_states, tokens.of_rows, rows), segments=segments, tokens=tokens)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     hidden = down(hidden, segments=segments, tokens=tokens)
     if experts.has_post_expert_norm:
         hidden = experts.post_expert_norm(hidden)
-    weighted = hidden * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device))
-    # Summed a token, not added into place: deterministic, and in float32 for low precision.
-    return weighted[back].view(T, k, -1).sum(1).to(hidden_states.dtype)
+    weighted = hidden * _Gather.apply(top_k_weights.reshape(-1, 1), order, rows.view(-1))
+    return _Gather.apply(weighted, rows, tokens.of_rows).to(hidden_states.dtype)  # type: ignore[attr-defined]
+
+
+class _Gather(torch.autograd.Function):
+    """The rows that `index` names, summed over its second dimension where it has one. `adjoint` names, for each row,
+    the places that it goes to: so the gradient is the same operation the other way, not an addition into place: faster,
+    deterministic, and summed in float32 for low precision."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
+        ctx.save_for_backward(index, adjoint)
+        if index.ndim == 1:
+            return rows.index_select(0, index)
+        return nn.functional.embedding_bag(index, rows, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        index, adjoint = ctx.saved_tensors
+        return _Gather.apply(*grads, adjoint, index), None, None  # type: ignore[return-value]

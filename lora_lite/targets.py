@@ -18,7 +18,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
-from .shapes import features, shape
+from .shapes import features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
 
@@ -38,6 +38,7 @@ _ROLES: dict[Role, str] = {
     "writer": "writes into the residual stream",
     "inner": "neither reads from nor writes into the residual stream",
     "expert": "stacked experts, which target_roles or target_names must name",
+    "embedding": "an embedding, which target_roles or target_names must name",
 }
 
 
@@ -61,6 +62,7 @@ def is_linear(module: nn.Module) -> bool:
     that passes for what it wraps (torch.compile's) is none, nor is a layer that has not got its shape yet."""
     return (
         features(module) is not None
+        and not is_embedding(module)
         and not any(wrapped in module._modules for wrapped in _WRAPPED)
         and (weight := weight_of(module)) is not None
         and not is_lazy(weight)
@@ -68,10 +70,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def candidates(model: nn.Module) -> list[Target]:
-    """Every linear layer of the model, and every stack of experts, in its order."""
+    """Every linear layer of the model, every stack of experts, and every embedding, in its order."""
     everything = dict(_layers(model))
-    stacks = {name: layer for name, layer in everything.items() if isinstance(layer, Stack)}
-    linears = {name: layer for name, layer in everything.items() if name not in stacks}
+    others: dict[str, Role] = {name: role for name, layer in everything.items() if (role := _role_of_kind(layer))}
+    linears = {name: layer for name, layer in everything.items() if name not in others}
     by_weight: dict[int, list[str]] = {}
     for name, layer in linears.items():
         by_weight.setdefault(id(weight_of(layer)), []).append(name)
@@ -82,22 +84,27 @@ def candidates(model: nn.Module) -> list[Target]:
         Target(
             name,
             layer,
-            "expert" if name in stacks else _role(name, layer, widths.of(name)),
+            others.get(name) or _role(name, layer, widths.of(name)),
             mesh_of(model, name, weight_of(layer)),
             blocks.of(name),
-            id(layer) in heads or id(weight_of(layer)) in heads,
+            name in linears and (id(layer) in heads or id(weight_of(layer)) in heads),
             isinstance(parent_of(model, name), nn.Sequential),
         )
         for name, layer in everything.items()
-        if name in linears or name in stacks
+        if name in linears or name in others
     ]
+
+
+def _role_of_kind(layer: nn.Module) -> Role | None:
+    """The role of a layer that its kind alone gives it."""
+    return "expert" if isinstance(layer, Stack) else "embedding" if is_embedding(layer) else None
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Whatever may be adapted, by name."""
     for path, module in model.named_modules():
         name = plain_name(path)
-        if is_linear(module):
+        if is_linear(module) or is_embedding(module):
             yield name, module
         elif is_experts(module) and STACKS not in module._modules:
             yield from ((f"{name}.{key}" if name else key, stack) for key, stack in stacks_of(module).items())
@@ -133,10 +140,13 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
 
 
 def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str, str]]:
-    """The layers that `cfg` selects, and of each other linear layer why it is left out."""
+    """The layers that `cfg` selects, and of each other candidate why it is left out."""
     found, in_full = candidates(model), matched(model, cfg.modules_to_save)
+    others = [target.name for target in found if target.role != "embedding"]
     why = {
-        target.name: "trained in full (modules_to_save)" if inside(target.name, in_full) else _why_not(target, cfg)
+        target.name: "trained in full (modules_to_save)"
+        if inside(target.name, in_full)
+        else _why_not(target, cfg, others)
         for target in found
     }
     targets = [target for target in found if not why[target.name]]
@@ -146,19 +156,34 @@ def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str
     return targets, {name: reason for name, reason in why.items() if reason}
 
 
-def _why_not(target: Target, cfg: AdapterConfig) -> str:
-    """Why the layer is not selected; empty: it is."""
+def _why_not(target: Target, cfg: AdapterConfig, others: list[str]) -> str:
+    """Why the layer is not selected; empty: it is. `others`: the names of the candidates that are no embeddings."""
+    if target.role == "embedding" and not _is_meant(target.name, cfg, others):
+        return _ROLES["embedding"]
     if cfg.target_names and not any(re.search(pattern, target.name) for pattern in cfg.target_names):
         return "not in target_names"
     if target.is_head and cfg.exclude_names and not cfg.names_given:
         return "the output head"
-    if excluded := [pattern for pattern in cfg.exclude_names if re.search(pattern, target.name)]:
+    spared = target.role == "embedding" and cfg.exclude_names == USUALLY_LEFT_OUT  # its role asks for it
+    if excluded := [pattern for pattern in cfg.exclude_names if re.search(pattern, target.name) and not spared]:
         return f"excluded by {excluded[0]!r}"
     if cfg.layers is not None and target.block not in cfg.layers:
         return f"not in layers={cfg.layers}"
     if cfg.target_roles and target.role not in cfg.target_roles:
         return f"role {target.role}: {_ROLES[target.role]}"
     return ""
+
+
+def _is_meant(embedding: str, cfg: AdapterConfig, others: list[str]) -> bool:
+    """Whether the user asks for this embedding: by its role, or by a pattern that finds no other kind of layer or turns
+    on the embedding's own name. What ".*" or "encoder" finds, it would find under any name."""
+    if "embedding" in cfg.target_roles:
+        return True
+    renamed = re.sub(r"[^.]+$", "layer", embedding)
+    return cfg.names_given and any(
+        re.search(pattern, embedding) and not (re.search(pattern, renamed) and _finds(pattern, others))
+        for pattern in cfg.target_names
+    )
 
 
 def _finds(pattern: str, names: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ class Variant:
     name: ClassVar[str]
     config: ClassVar[type[AdapterConfig]]
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    on_embeddings: ClassVar[bool] = True  # whether its low-rank sum may stand where each row of x is a single id
     side_by_side: ClassVar[bool] = False  # whether `init` draws no random numbers, so that its order does not matter
 
     @staticmethod

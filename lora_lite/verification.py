@@ -18,6 +18,7 @@ from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
 from .segments import Segments
 from .selection import only
+from .shapes import is_embedding
 from .site import Site
 from .stacks import Stack
 from .targets import Target
@@ -197,17 +198,19 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
 def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
     target, x, segments, dy = call
     layer: Any = target.layer
-    wide = torch.promote_types(x.dtype, torch.float32)
+    of_ids = is_embedding(layer)
+    dtype = dy.dtype if of_ids else x.dtype
+    wide = x if of_ids else x.to(torch.promote_types(dtype, torch.float32))
 
-    want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), x.to(wide), dy)
+    want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
     # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
     plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
     with _without_dropout(adapter):
         got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
-    roundings = 4 * torch.finfo(x.dtype).eps / 2
+    roundings = 4 * torch.finfo(dtype).eps / 2
     errors = {name: _error(got[name], want[name]) for name in want}
     allowed = {name: rtol or min(max(2 * _error(plain[name], want[name]), roundings), _CEILING) for name in want}
-    return Comparison(target.name, adapter.in_force(x), errors, allowed)
+    return Comparison(target.name, adapter.in_force(x.device, dtype), errors, allowed)
 
 
 @contextmanager
@@ -222,13 +225,14 @@ def _without_dropout(adapter: Adapter) -> Iterator[None]:
 
 
 def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of the input and of each trainable tensor."""
-    trainable = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+    """The output, and the gradients of the input, unless it is ids, and of each trainable tensor."""
+    wanted = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        if x.is_floating_point():
+            wanted = {"grad_input": (x := x.detach().requires_grad_()), **wanted}
         y = run(x)
-        grads = torch.autograd.grad(y, [x, *trainable.values()], dy.to(y.dtype))
-    return {"output": y.detach(), "grad_input": grads[0], **dict(zip(trainable, grads[1:], strict=True))}
+        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
+    return {"output": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
 def _error(got: Tensor, want: Tensor) -> float:

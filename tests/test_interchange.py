@@ -196,10 +196,33 @@ def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
     refused(with_config(a_lora(tmp_path / "g"), r="many"), r"LoRAConfig\.r must be")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("save_base", [True, False])
+def test_embeddings(tied: bool, save_base: bool, tmp_path: Path) -> None:
+    """LoRA on an embedding as PEFT saves it, with the base's own embedding beside it or without, and back."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])
+    theirs = peft.get_peft_model(llama(tie_word_embeddings=tied), config).eval()
+    randomize(theirs, by=0.3)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=save_base)
+    want, ours = logits(theirs), llama(tie_word_embeddings=tied)
+    ll.import_peft(ours, tmp_path / "theirs")
+    assert_close(logits(ours), want, TOLERANCE)
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(logits(read_by_peft(llama(tie_word_embeddings=tied), tmp_path / "ours")), want, TOLERANCE)
+    again = llama(tie_word_embeddings=tied)
+    ll.import_peft(again, tmp_path / "ours")
+    assert_close(logits(again), want, TOLERANCE)
+    if save_base:
+        other = llama(seed=1, tie_word_embeddings=tied)
+        with pytest.raises(ll.CheckpointError, match="its base has another model.embed_tokens than this model"):
+            ll.import_peft(other, tmp_path / "theirs")
+
+
 def test_refuses_modules_that_are_no_linears(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
-    saved_by_peft(llama(), config, tmp_path)
-    refused(tmp_path, r"can't take .*embed_tokens\.lora_embedding_A")
+    a_lora(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.model.conv.lora_A.default": torch.ones(2, 2)}, path)
+    refused(tmp_path, r"can't take .*conv\.lora_A\.default")
 
 
 @pytest.mark.parametrize("modules", [["k_proj", "v_proj", "down_proj"], None])
@@ -424,7 +447,9 @@ def test_layers_that_have_moved(form: str, tmp_path: Path) -> None:
 
 def test_modules_that_have_moved(tmp_path: Path) -> None:
     """Modules that train in full, too; several beginnings at once, and a target_modules that is an expression."""
-    config = peft.LoraConfig(r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["model.norm"])
+    config = peft.LoraConfig(
+        r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["model.norm"]
+    )
     theirs = saved_by_peft(llama(), config, tmp_path)
     prefixes = {**MOVED, "model.norm": "model.language_model.norm"}
     other = Wrapped(llama())

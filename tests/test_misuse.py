@@ -85,8 +85,9 @@ def test_no_match_lists_the_candidates(fields: dict[str, Any]) -> None:
         "  model.layers.*.self_attn.q_proj (reader) ×2",
         "  model.layers.*.mlp.down_proj (writer) ×2",
         "  lm_head (reader) ×1",
+        "  model.embed_tokens (embedding) ×1",
     )
-    assert len(message.splitlines()) == 1 + 8, "a line for each kind of layer, not for each layer"
+    assert len(message.splitlines()) == 1 + 9, "a line for each kind of layer, not for each layer"
 
 
 def test_no_match_keeps_digits_that_are_no_block_index() -> None:
@@ -241,9 +242,9 @@ BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (
         ll.LoRAConfig,
         {"target_roles": ("readers",)},
-        "some of ('reader', 'writer', 'inner', 'expert'); got ('readers',)",
+        "some of ('reader', 'writer', 'inner', 'expert', 'embedding'); got ('readers',)",
     ),
-    (ll.LoRAConfig, {"target_roles": 3}, "some of ('reader', 'writer', 'inner', 'expert')"),
+    (ll.LoRAConfig, {"target_roles": 3}, "some of ('reader', 'writer', 'inner', 'expert', 'embedding')"),
     (ll.LoRAConfig, {"target_names": ("q_proj", "(")}, "'(' is not a regular expression"),
     (ll.LoRAConfig, {"target_names": ("*_proj",)}, "'*_proj' is not a regular expression"),
     (ll.LoRAConfig, {"exclude_names": ("[a",)}, "'[a' is not a regular expression"),

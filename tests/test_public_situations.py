@@ -64,7 +64,7 @@ def refused(model: nn.Module, cfg: Any, message: str, **options: Any) -> None:
     ("fields", "message"),
     [
         ({"target_names": ("q_proj$", "qkv_proj$")}, r"no layer matches 'qkv_proj\$' of .*nearest: .*q_proj"),
-        ({"target_names": ("q_proj$", "embed_tokens")}, r"'embed_tokens' of (.|\n)*embed_tokens ×1: not adaptable"),
+        ({"target_names": ("q_proj$", "embed_position")}, r"'embed_position' of (.|\n)*nearest: embed_tokens"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches none of the 14.*nearest: q_proj"),
         ({"alpha_pattern": {r"^layers\.0": 2}}, r"alpha_pattern: '\^layers\\\\.0' matches none of the 14"),
         ({"layers": (0, 2)}, r"no layer matches 2 of .*layers=\(0, 2\)"),

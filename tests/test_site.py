@@ -18,7 +18,7 @@ from torch.nn.parallel import replicate
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.site import _thread
+from lora_lite.calls import _thread
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 

@@ -241,7 +241,7 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         if not _is_stack(t)
         and _peft_matches(wanted, name)
         and not _peft_matches(left, name)
-        and not (t.is_head and wanted == "all-linear")
+        and not (wanted == "all-linear" and (t.is_head or t.role == "embedding"))
         and (not blocks or t.block in blocks)
     ]
     parameters = config.get("target_parameters") or []

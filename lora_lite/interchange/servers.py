@@ -12,7 +12,7 @@ from torch import nn
 
 from ..attachment import Attachment
 from ..errors import AttachError
-from ..shapes import is_conv1d
+from ..shapes import is_conv1d, is_embedding
 from ..stacks import Stack
 from ..targets import Target, stacks_among
 
@@ -74,6 +74,10 @@ def _is_alone(target: Target, targets: Iterable[Target]) -> str:
 def _unconvertible(target: Target, tied: bool) -> str:
     if isinstance(target.layer, Stack):
         return "llama.cpp's converter knows no adapter of stacked experts"
+    if is_embedding(target.layer):
+        return (
+            "llama.cpp's converter takes mergekit's adapters of embeddings, and PEFT's have A and B the other way round"
+        )
     if is_conv1d(target.layer):
         return "llama.cpp's converter transposes Conv1D's weights, and would an adapter that is not"
     return "llama.cpp keeps no head that is tied to the embedding" if target.is_head and tied else ""

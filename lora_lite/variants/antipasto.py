@@ -57,7 +57,7 @@ class AntiPaSTOConfig(AdapterConfig):
 def rotation(
     rot_T: Float[Tensor, "*E blocks upper"], size: int, max_angle: float
 ) -> Float[Tensor, "*E blocks size size"]:
-    """Cayley rotations from the upper triangles of their generators."""
+    """Cayley rotations from the upper triangles of their generators. NaN in a generator gives NaN, and no error."""
     rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
     rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
     upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
@@ -66,7 +66,8 @@ def rotation(
     limit = 2 * math.tan(max_angle / 2)
     X = limit * torch.tanh(skew / limit) / 2
     eye = torch.eye(size, dtype=X.dtype, device=X.device)
-    return torch.linalg.solve(eye - X, eye + X)
+    # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
+    return torch.linalg.solve_ex(eye - X, eye + X).result
 
 
 @register

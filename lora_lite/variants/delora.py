@@ -39,6 +39,7 @@ class DeLoRAConfig(AdapterConfig):
 class DeLoRA(Variant):
     name = "delora"
     config = DeLoRAConfig
+    on_embeddings = False  # A's rows would be normalised over the vocabulary: each step would move every id
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:

@@ -8,11 +8,13 @@ A (r×K) starts Kaiming-uniform and B (N×r) zero, so that step 0 is the base mo
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..config import AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
+from ..shapes import is_embedding
 from ..variant import Variant, register
 from ._checks import check_rank
 
@@ -36,6 +38,14 @@ class LoRA(Variant):
             "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
             "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
         }
+
+    @staticmethod
+    def init(p: Params, layer: nn.Module, cfg: Any) -> None:
+        if is_embedding(layer):
+            # An id meets one column of A: a fan-in of 1, of which ±1/√in_features knows nothing. And A is the factor
+            # that starts as zero, so that ids which training never shows keep their rows.
+            p.fill("lora_A", torch.zeros_like(p.lora_A))
+            p.fill("lora_B", torch.randn_like(p.lora_B))
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:

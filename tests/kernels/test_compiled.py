@@ -53,7 +53,12 @@ def test_report_has_every_row_of_the_tables(report: dict[str, Any]) -> None:
 
 
 def test_nothing_spills_or_overflows(report: dict[str, Any]) -> None:
-    assert [row for row in report["rows"] if row["spills"] or row["overflows"]] == []
+    """Nor at sizes and ranks that 16 does not divide; AMD's scalars, which go to vector registers there, may."""
+    spills = ("spills", "scalar_spills", "unaligned_spills")
+    assert [row for row in report["rows"] if row["overflows"] or any(row.get(name) for name in spills)] == []
+    assert {row["kernel"] for row in report["rows"] if "unaligned_spills" in row} == {
+        row["kernel"] for row in report["rows"]
+    }
     assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in report["rows"])
 
 
@@ -105,17 +110,67 @@ def test_compiles_here(architecture: str) -> None:
     """Every kernel at r=32 with the row that is taken untimed."""
     done = compiled_anew("--ranks", "32", "--architectures", architecture)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 kernels, compiled" in done.stdout
+    assert "35 kernels, compiled" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("job", "spills", "overflows"),
+    ("job", "wrong"),
     [
-        ("'shrink_backward', 256, k.tuning.Config(64, 128, 8)", True, False),
-        ("'shrink', 256, k.tuning.Config(64, 128, 4, 3)", False, True),
+        ("'sm_90', 'bfloat16', 'shrink_backward', 256, k.tuning.Config(64, 128, 8)", "spills"),
+        ("'sm_90', 'bfloat16', 'shrink', 256, k.tuning.Config(64, 128, 4, 3)", "overflows"),
+        ("'gfx942', 'float16', 'shrink_expand_backward', 128, k.tuning.Config(64, 64, 8, 1)", "unaligned_spills"),
     ],
 )
-def test_a_bad_row_is_noticed(job: str, spills: bool, overflows: bool) -> None:
-    """Tiles that no thread's registers, or no multiprocessor's shared memory, hold."""
-    found = in_bench(f"print(json.dumps(k.examine(('sm_90', 'bfloat16', {job}))))")
-    assert (found["spills"] > 0, found["overflows"]) == (spills, overflows)
+def test_a_bad_row_is_noticed(job: str, wrong: str) -> None:
+    """Tiles that no thread's registers, or no multiprocessor's shared memory, hold; and one that does not fit where
+    16 does not divide the rank."""
+    found, is_bad = in_bench(f"found = k.examine(({job}))\nprint(json.dumps([found, k.is_bad(found)]))")
+    assert is_bad
+    assert [name for name in ("spills", "overflows", "unaligned_spills") if found.get(name)][:1] == [wrong]
+
+
+# ---- any launch ----
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((1, 1, 1, 1), "bfloat16"),
+        ((1, 61, 67, 4), "float32"),
+        ((7, 150, 1, 100), "bfloat16"),
+        ((333, 1, 130, 1), "float32"),
+    ],
+)
+def test_odd_launches_compile(sizes: tuple[int, ...], dtype: str) -> None:
+    """For an H100, as Triton binds them: sizes of one, which become constants, sizes and strides that 16 does not
+    divide, addresses that it does not divide."""
+    grids = in_bench(
+        f"""
+def empty(*shape, dtype):
+    size = k.torch.Size(shape)
+    return k.torch.empty(3 * size.numel() + 1, dtype=dtype)[1::3].view(size)
+
+launches = [
+    launch
+    for name, call in k.kernel_calls(k.torch.{dtype}, *{sizes}, empty=empty).items()
+    if name not in k.QUANTISED or "{dtype}" == "float32"
+    for launch in k.record(call)
+]
+for launch in launches:
+    assert k.compiled(launch, k.ARCHITECTURES["sm_90"].target).asm["cubin"]
+print(json.dumps([launch.grid for launch in launches]))"""
+    )
+    assert len(grids) >= 20
+    assert all(type(size) is int and size >= 1 for grid in grids for size in grid)
+
+
+def test_grids_are_within_cudas() -> None:
+    """2³¹ − 1 programs on the first axis, 65,535 on the others."""
+    grids = in_bench("""
+sizes = (2**24, 256, 4096, 16), (2**20, 8192, 262144, 256), (1, 53248, 16384, 128)
+calls = [call for size in sizes for call in k.kernel_calls(k.torch.bfloat16, *size).values()]
+print(json.dumps([launch.grid for call in calls for launch in k.record(call)]))""")
+    assert len(grids) >= 60
+    for first, *others in grids:
+        assert 1 <= first < 2**31
+        assert all(1 <= size < 2**16 for size in others)

@@ -124,7 +124,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
         lowrank.launch_shrink(x, A, bf16, *options)
         lowrank.launch_expand(y, h, B, 0.7, None, None, *options)
         lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        lowrank.launch_shrink_backward(torch.randn(M, K).to(bf16), h, x, A, True, True, None, *options)
+        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], h, x, A, True, True, None, *options)
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
@@ -146,5 +146,5 @@ def test_opcheck(dropout: float, grouped: bool) -> None:
     torch.library.opcheck(lowrank._shrink, (x, A, torch.float32, group, seed, dropout))
     torch.library.opcheck(lowrank._expand_add, (y, h, B, 0.7, group))
     x, y, A, B = (t.detach() for t in (x, y, A, B))
-    torch.library.opcheck(lowrank._shrink_backward, (x, h, x, A, group, seed, dropout, True, True))
+    torch.library.opcheck(lowrank._shrink_backward, ([x], h, x, A, group, seed, dropout, True, True))
     torch.library.opcheck(lowrank._expand_add_backward, (y, h, B, 0.7, group, True, True))

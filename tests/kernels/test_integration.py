@@ -2,11 +2,12 @@
 
 Under TRITON_INTERPRET=1 `backend="auto"` takes the kernels on a CPU, so the tests need no change: torch.compile without
 graph breaks, both kinds of checkpointing, autocast, no_grad and inference_mode, generation with a cache, conversion
-after attach, copies and pickles, strided inputs, dropout, an adapter for each row of a batch, and PEFT's outputs and
-gradients for the same weights.
+after attach, copies and pickles, strided inputs, dropout, an adapter for each row of a batch, embeddings, and PEFT's
+outputs and gradients for the same weights.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import launches
@@ -18,7 +19,7 @@ from torch import nn
 import lora_lite as ll
 
 runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
-dropout = load_tests("test_dropout")
+dropout, embeddings = load_tests("test_dropout"), load_tests("test_embeddings")
 
 test_compile = runtime.test_compile
 test_checkpointing = runtime.test_checkpointing
@@ -34,6 +35,10 @@ test_strided_input = runtime.test_strided_input
 test_disabled_is_the_base_model = runtime.test_disabled_is_the_base_model
 test_same_weights_same_outputs_and_gradients = against_peft.test_same_weights_same_outputs_and_gradients
 
+test_embeddings_against_peft = embeddings.test_pefts_outputs_and_gradients
+test_embeddings_for_each_entry = embeddings.test_several_and_an_adapter_for_each_entry
+test_embeddings_compiled = embeddings.test_compile
+
 test_dropout_in_training_alone = dropout.test_in_training_alone
 test_start_is_the_base_in_training_too = dropout.test_start_is_the_base_in_training_too
 test_checkpointing_draws_the_same_mask = dropout.test_checkpointing_draws_the_same_mask
@@ -44,6 +49,11 @@ test_rows_of_a_batch = dropout.test_rows_of_a_batch
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
 def test_an_adapter_for_each_row(variant: str) -> None:
     several.test_an_adapter_for_each_row(variant)
+
+
+@pytest.mark.parametrize("make", embeddings.MODELS.values(), ids=embeddings.MODELS)
+def test_embeddings_verified(make: Any, tmp_path: Path) -> None:
+    embeddings.test_saved_loaded_verified_diagnosed(make, "lora", tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """Operators: plain calls and dispatched ones agree, in results, gradients and errors."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,3 +51,22 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
     with See():
         scale.scale(torch.randn(3, 5), torch.randn(5))
     assert "lora_lite.scale.default" in seen
+
+
+@pytest.mark.parametrize("dispatched", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_on_two_devices_are_named(dispatched: bool, requires_grad: bool) -> None:
+    """A launch would read a pointer of another device as its own; here, of no memory at all."""
+    x, A, g = torch.randn(3, 12), torch.randn(4, 12, device="meta"), torch.ones(12, device="meta")
+    x.requires_grad_(requires_grad)
+    with operators.dispatched() if dispatched else nullcontext():
+        with pytest.raises(RuntimeError, match=r"lora_lite::shrink got x on cpu, A on meta; move the adapter"):
+            lowrank.shrink(x, A)
+        with pytest.raises(RuntimeError, match=r"lora_lite::scale got t on cpu, g on meta; move the adapter"):
+            scale.scale(x, g)
+
+
+def test_tensors_on_two_devices_are_named_in_a_graph() -> None:
+    x, g = torch.randn(3, 12), torch.ones(12, device="meta")
+    with pytest.raises(RuntimeError, match=r"lora_lite::scale got t on cpu, g on meta"):
+        torch.compile(scale.scale, backend="eager")(x, g)

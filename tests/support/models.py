@@ -73,6 +73,12 @@ def gemma(seed: int = 0, **sizes: Any) -> nn.Module:
     return build(transformers.GemmaForCausalLM, config, seed)
 
 
+def gemma3(seed: int = 0, **sizes: Any) -> nn.Module:
+    """An embedding that multiplies its rows by √hidden_size, to which the head is tied."""
+    config = transformers.Gemma3TextConfig(**{**SIZES, **_GROUPED, "head_dim": 8, **sizes})
+    return build(transformers.Gemma3ForCausalLM, config, seed)
+
+
 def gpt2(seed: int = 0, **sizes: Any) -> nn.Module:
     """Conv1D layers, whose weight is stored in × out, one of them fused."""
     config = transformers.GPT2Config(**{"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, **sizes})

@@ -1,0 +1,79 @@
+"""Calls of modules under way, by thread: what a pre-hook leaves for the hook that follows it.
+
+Nothing of a call survives it, however it ends.
+"""
+
+import sys
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Call(NamedTuple):
+    """A call of a module under way."""
+
+    module: nn.Module
+    frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known
+    kept: Any  # what its pre-hook leaves
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_thread = _Thread()
+
+
+def under_way() -> list[Call]:
+    """This thread's calls, the innermost last, without those that were interrupted."""
+    if _thread.calls:
+        _drop_interrupted(_thread.calls)
+    return _thread.calls
+
+
+def begin(module: nn.Module, kept: Any) -> None:
+    """A hook of nn.Module's call begins a call of the module."""
+    _thread.calls.append(Call(module, None if torch.compiler.is_compiling() else _frame_of_call(), kept))
+
+
+def end(module: nn.Module) -> Call | None:
+    """Take this thread's last call of the module off, and what an exception left above it; None: there is none."""
+    calls = _thread.calls
+    for i in range(len(calls) - 1, -1, -1):
+        if calls[i].module is module:
+            call = calls[i]
+            del calls[i:]
+            return call
+    return None
+
+
+def forget(module: nn.Module) -> None:
+    """Drop all calls of the module."""
+    _thread.calls[:] = [call for call in _thread.calls if call.module is not module]
+
+
+def _frame_of_call() -> FrameType | None:
+    """The frame of nn.Module's call that runs the hook."""
+    frame = sys._getframe(3)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        frame = frame.f_back
+    return frame
+
+
+def _drop_interrupted(calls: list[Call]) -> None:
+    """A KeyboardInterrupt runs no hook. Calls whose frame is not running any more are dropped, and their graphs with
+    them. What stands below one that is running was running when that began."""
+    if torch.compiler.is_compiling():
+        return
+    here = sys._getframe(2)
+    while calls and (wanted := calls[-1].frame) is not None:
+        frame: FrameType | None = here
+        while frame is not None and frame is not wanted:
+            frame = frame.f_back
+        if frame is not None:
+            return
+        calls.pop()

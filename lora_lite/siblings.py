@@ -1,0 +1,195 @@
+"""Layers that read the same x share the work: q, k and v under one attention, gate and up under one feed-forward block.
+
+Their parent gets two hooks. While it runs, the first of such children to be called takes x Aᵀ for all of them from one
+read of x, and leaves each an alias of x: all gradients then come back to one function, which adds them at once
+(`shrink_together`). Which children read the same tensor shows at their calls, by its identity: one that gets another
+computes alone, and belongs from then on to those that get that one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import peek_interpreter_stack
+
+from .calls import Call, begin, end, under_way
+from .params import SITE
+from .placement import is_managed, is_sharded
+from .primitives import LowRankAdd, Shrinks
+from .shapes import shape
+from .targets import Target
+
+if TYPE_CHECKING:
+    from .site import Piece, Site
+
+SIBLINGS = "_lora_lite_siblings"  # attribute of a parent
+
+
+class Siblings:
+    """The groups of a parent's children that have read the same x so far, by name. Holds no module, so that copies and
+    replicas of the parent group their own children."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        self.groups: list[list[str]] = []
+        self.handles = [
+            parent.register_forward_pre_hook(self.enter),
+            parent.register_forward_hook(self.leave, always_call=True),
+        ]
+        vars(parent)[SIBLINGS] = self
+
+    def enter(self, parent: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the parent."""
+        under_way()
+        begin(parent, Family(self))
+
+    def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the parent; also called where its forward raised. What nobody fetched is dropped."""
+        end(parent)
+
+    def remove(self, parent: nn.Module) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        del vars(parent)[SIBLINGS]
+
+
+@dataclass
+class Shared:
+    """What a child of a group finds ready: its pieces, and what `on_input` of the first returns, if that was done."""
+
+    pieces: "list[Piece]"
+    x: Tensor | None = None
+    h: Tensor | None = None
+
+
+@dataclass
+class _OfGroup:
+    x: Tensor
+    context: tuple[Any, ...]
+    ready: dict[str, Shared] = field(default_factory=dict)
+
+
+class Family:
+    """One call of a parent: what the groups of its children share."""
+
+    def __init__(self, siblings: Siblings) -> None:
+        self.groups, self.packing = siblings.groups, _packing()
+        self.done: dict[int, _OfGroup] = {}
+
+    def share(self, parent: nn.Module, layer: nn.Module, x: Tensor) -> Shared | None:
+        """What is ready for this layer, of which x is the input; None: it computes alone."""
+        found = next(
+            ((i, name) for i, group in enumerate(self.groups) for name in group if parent._modules.get(name) is layer),
+            None,
+        )
+        if found is None or not _groupable() or _packing() != self.packing:
+            return None
+        i, name = found
+        context = _context(x)
+        if i not in self.done:
+            self.done[i] = _OfGroup(x, context, _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {})
+        done = self.done[i]
+        if done.x is x:
+            return done.ready.pop(name, None) if done.context == context else None
+        if not torch.compiler.is_compiling():
+            self._regroup(i, name, x, context)
+        return None
+
+    def _regroup(self, i: int, name: str, x: Tensor, context: tuple[Any, ...]) -> None:
+        """The child leaves its group, for that of the children that got its x in this call, if there is one."""
+        self.groups[i].remove(name)
+        for j, done in self.done.items():
+            if done.x is x:
+                self.groups[j].append(name)
+                return
+        self.done[len(self.groups)] = _OfGroup(x, context)
+        self.groups.append([name])
+
+
+def share(parent: Call, layer: nn.Module, x: Tensor) -> Shared | None:
+    """What the call of its parent has ready for the layer; None: it computes alone, or the call is not its parent's."""
+    return parent.kept.share(parent.module, layer, x) if isinstance(parent.kept, Family) else None
+
+
+def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Group the children that may read the same x, once adapters have come or gone: those that read from the residual
+    stream, and are as wide. `targets`: of all attachments."""
+    readers = {id(target.layer) for target in targets if target.role == "reader"}
+    for parent in list(model.modules()):
+        by_width: dict[int, list[str]] = {}
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in readers and SITE in child._modules:
+                by_width.setdefault(shape(child)[0], []).append(name)
+        groups = [names for names in by_width.values() if len(names) > 1]
+        standing = cast("Siblings | None", vars(parent).get(SIBLINGS))
+        if groups:
+            (standing or Siblings(parent)).groups[:] = groups
+        elif standing is not None:
+            standing.remove(parent)
+
+
+def _packing() -> Any:
+    """How tensors are saved for the backward: a checkpoint's own way, inside of one. It runs what is in it again, and
+    not what is around it, so that a checkpoint in the middle of the parent's forward must find its layers alone."""
+    return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
+
+
+def _groupable() -> bool:
+    """Not where something differentiates forward, or maps."""
+    return torch.autograd.forward_ad._current_level < 0 and (
+        torch.compiler.is_compiling() or peek_interpreter_stack() is None
+    )
+
+
+def _context(x: Tensor) -> tuple[Any, ...]:
+    """What must not change between the calls of two that share: x itself, and how it is computed."""
+    kind, compiling = x.device.type, torch.compiler.is_compiling()
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    version = 0 if compiling or x.is_inference() else x._version
+    return (version, torch.is_grad_enabled(), autocast)
+
+
+def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]:
+    """The pieces of each of these children that acts, and of those that shrink x, x Aᵀ."""
+    ready: dict[str, Shared] = {}
+    for name in names:
+        layer = parent._modules.get(name)
+        site = cast("Site | None", None if layer is None else layer._modules.get(SITE))
+        if layer is None or site is None or site.rows is not None or is_managed(layer):
+            continue
+        acting = site.acting()
+        if acting and not any(_away(adapter) for _, adapter in acting):
+            ready[name] = Shared(site.pieces(acting, layer, x))
+    if not any(isinstance(each.pieces[0].primitive, Shrinks) for each in ready.values()):
+        names.clear()  # nor will they
+    by_ops: dict[int, list[Shared]] = {}
+    for each in ready.values():
+        if _shrinks(each.pieces[0], x):
+            by_ops.setdefault(id(each.pieces[0].ops), []).append(each)
+    for alike in by_ops.values():
+        if len(alike) > 1:
+            As = [cast(Shrinks, each.pieces[0].primitive).A for each in alike]
+            xs, hs = alike[0].pieces[0].ops.shrink_together(x, As)
+            for each, own_x, h in zip(alike, xs, hs, strict=True):
+                each.x, each.h = own_x, h
+    return ready
+
+
+def _away(adapter: nn.Module) -> bool:
+    """Whether its tensors come when its own layer is called, or have no values."""
+    return is_managed(adapter) or cast(Any, adapter).valueless or any(is_sharded(p) for p in adapter.parameters())
+
+
+def _shrinks(piece: "Piece", x: Tensor) -> bool:
+    """Whether all that its `on_input` does is x Aᵀ."""
+    primitive = piece.primitive
+    return (
+        isinstance(primitive, Shrinks)
+        and type(primitive).on_input in (Shrinks.on_input, LowRankAdd.on_input)
+        and primitive.dropout == 0
+        and primitive.segments is None
+        and primitive.A.device == x.device
+    )

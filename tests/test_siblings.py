@@ -1,0 +1,455 @@
+"""Layers that read the same x: one operation for all, and nothing that a user sees but time."""
+
+import copy
+import gc
+import io
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import (
+    assert_same,
+    attach,
+    build,
+    calibration_batches,
+    llama,
+    logits,
+    randomize,
+    rel_error,
+    snapshot,
+    token_ids,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_lite as ll
+from lora_lite import reference
+from lora_lite.calls import _thread
+from lora_lite.siblings import SIBLINGS
+
+SHRINKING = ("lora", "pissa", "dora", "delora", "eva", "antipasto")
+F64 = torch.float64
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many layers each operation of a group served."""
+    served: list[int] = []
+    whole = reference.shrink_together
+
+    def counting(x: Tensor, As: Any) -> Any:
+        served.append(len(As))
+        return whole(x, As)
+
+    reference.shrink_together = counting
+    try:
+        yield served
+    finally:
+        reference.shrink_together = whole
+
+
+def alone(model: nn.Module) -> Any:
+    """The same model with layers that share nothing."""
+    for module in model.modules():
+        if SIBLINGS in vars(module):
+            vars(module)[SIBLINGS].remove(module)
+    return model
+
+
+def groups(model: nn.Module) -> list[list[list[str]]]:
+    return [vars(module)[SIBLINGS].groups for module in model.modules() if SIBLINGS in vars(module)]
+
+
+def adapted(variant: str = "lora", dtype: torch.dtype = F64, make: Any = llama, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    fields = {"block_size": 4, **fields} if variant == "antipasto" else fields
+    batches = calibration_batches() if variant in ("eva", "antipasto") else None
+    attach(model, variant, batches, **{"dtype": F64, "r": 4, **fields})
+    randomize(model, by=0.3)
+    return model
+
+
+def step(model: Any, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Logits and gradients of a step, of an input's too."""
+    model.zero_grad()
+    embedded = model.get_input_embeddings()(token_ids() if ids is None else ids).detach().requires_grad_()
+    out = model(inputs_embeds=embedded).logits
+    out.float().square().mean().backward() if out.dtype != F64 else out.square().mean().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert embedded.grad is not None
+    return {"logits": out.detach(), "input": embedded.grad, **grads}
+
+
+def assert_alike(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        assert rel_error(got[name], t) <= tolerance or t.norm() == 0, (name, rel_error(got[name], t))
+
+
+@pytest.mark.parametrize("variant", SHRINKING)
+def test_the_same_as_alone(variant: str) -> None:
+    with counted() as served:
+        got = step(adapted(variant))
+    assert served == [3, 2] * 2
+    with counted() as served:
+        want = step(alone(adapted(variant)))
+    assert not served
+    assert_alike(got, want)
+
+
+def test_no_further_from_float64_than_eager_in_bfloat16() -> None:
+    exact = step(adapted())
+    fields = {"dtype": torch.bfloat16}
+    ours, single = (step(each) for each in (adapted(dtype=torch.bfloat16), alone(adapted(dtype=torch.bfloat16))))
+    assert fields
+    for name, want in exact.items():
+        assert rel_error(ours[name].double(), want) <= 1.1 * rel_error(single[name].double(), want) + 2e-3, name
+
+
+def test_members_of_several_methods_and_ranks() -> None:
+    def mixed() -> Any:
+        torch.manual_seed(0)
+        model: Any = llama().to(F64)
+        of = {"q": ll.LoRAConfig, "k": ll.DoRAConfig, "v": ll.DeLoRAConfig, "gate": ll.PiSSAConfig, "up": ll.IA3Config}
+        ll.attach(
+            model,
+            {
+                name: config(r=i + 2, dtype=F64, target_names=(rf"{name}_proj$",))
+                for i, (name, config) in enumerate(of.items())
+            },
+        )
+        randomize(model, by=0.3)
+        return model
+
+    model = mixed()
+    with counted() as served:
+        got = step(model)
+    assert served == [3] * 2  # gate has no one to share with
+    assert_alike(got, step(alone(mixed())))
+
+
+def test_a_rank_that_gets_no_gradient() -> None:
+    model = adapted()
+    for module in (model, twin := alone(copy.deepcopy(model))):
+        for name, p in module.named_parameters():
+            if "k_proj" in name and "lora_A" in name:
+                p.requires_grad_(False)
+    assert_alike(step(model), step(twin))
+
+
+def test_dropout_masks_are_each_its_own() -> None:
+    """With dropout in force a layer draws its mask and computes alone; without, together."""
+    model = adapted(dropout=0.3).train()
+    with counted() as served:
+        torch.manual_seed(1)
+        got = step(model)
+        assert not served
+        torch.manual_seed(1)
+        assert_alike(got, step(alone(copy.deepcopy(model))))
+        model.eval()
+        logits(model)
+    assert served == [3, 2] * 2
+
+
+# ---- who reads what --------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three projections, called as a test wants."""
+
+    def __init__(self, D: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, D, dtype=F64) for _ in range(3))
+        self.plan: Any = None
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.plan(self, x, other)
+
+
+def attention(plan: Any) -> Any:
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"attention": Attention()})
+    ll.attach(holder, ll.LoRAConfig(r=3, dtype=F64, target_roles=(), target_names=("_proj$",)))
+    randomize(holder, by=0.5)
+    holder["attention"].plan = plan
+    return holder["attention"]
+
+
+def run(module: Any, *xs: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    leaves = [x.clone().requires_grad_() for x in xs]
+    out = module(*leaves)
+    out.square().sum().backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), **{f"x{i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}, **grads}
+
+
+PLANS = {
+    "self": lambda m, x, o: m.q_proj(x) + m.k_proj(x) * m.v_proj(x) + o,
+    "cross": lambda m, x, o: m.q_proj(x) + m.k_proj(o) * m.v_proj(o),
+    "one is not called": lambda m, x, o: m.q_proj(x) * m.v_proj(x) + o,
+    "one is called twice": lambda m, x, o: m.q_proj(x) * m.q_proj(x) + m.k_proj(x) * m.v_proj(x) + o,
+    "another order": lambda m, x, o: m.v_proj(x) * m.k_proj(x) + m.q_proj(x) + o,
+    "one without a gradient": lambda m, x, o: m.q_proj(x) * m.k_proj(x) + m.v_proj(x).detach() + o,
+    "the first without a graph": lambda m, x, o: _no_grad(m.q_proj, x) + m.k_proj(x) * m.v_proj(x) + o,
+    "in place": lambda m, x, o: _in_place(m, x) + o,
+    "one raises": lambda m, x, o: _raising(m, x) + o,
+}
+
+
+def _no_grad(layer: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return layer(x)
+
+
+def _in_place(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x.clone()
+        first = m.q_proj(y)
+        y += 1
+        return first + m.k_proj(y)
+
+
+def _raising(m: Any, x: Tensor) -> Tensor:
+    m.q_proj(x)
+    with pytest.raises(RuntimeError):
+        m.k_proj(x[..., :3])
+    return m.k_proj(x) * m.v_proj(x)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_whoever_reads_what(plan: str) -> None:
+    """Three steps, since groups form in the first."""
+    together, single = attention(PLANS[plan]), alone(attention(PLANS[plan]))
+    for i in range(3):
+        torch.manual_seed(i)
+        xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+        assert_alike(run(together, *xs), run(single, *xs))
+    assert not _thread.calls
+
+
+def test_cross_attention_finds_its_groups() -> None:
+    """q reads one tensor, k and v another: after the first call k and v are a group of their own."""
+    module = attention(PLANS["cross"])
+    xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+    with counted() as served:
+        run(module, *xs)
+        assert groups(module) == [[["q_proj"], ["k_proj", "v_proj"]]]
+        run(module, *xs)
+    assert served == [3, 2]
+
+
+def test_what_nobody_fetched_is_dropped() -> None:
+    kept: list[Any] = []
+
+    def plan(m: Any, x: Tensor, o: Tensor) -> Tensor:
+        out = m.q_proj(x)
+        kept.append(weakref.ref(_thread.calls[-1].kept.done[0].ready["k_proj"].h))
+        return out + o
+
+    module = attention(plan)
+    module(torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64))
+    gc.collect()
+    assert kept[0]() is None
+    assert not _thread.calls
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_middle(error: type[BaseException]) -> None:
+    def interrupted(m: Any, x: Tensor, o: Tensor) -> Tensor:
+        m.q_proj(x)
+        raise error
+
+    module = attention(interrupted)
+    xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+    with pytest.raises(error):
+        module(*xs)
+    module.plan = PLANS["self"]
+    assert_alike(run(module, *xs), run(alone(attention(PLANS["self"])), *xs))
+    assert not _thread.calls
+
+
+def test_two_threads() -> None:
+    model = adapted()
+    inputs = [token_ids(seed=i) for i in range(6)]
+    want = [logits_of(model, ids) for ids in inputs]
+    got: list[Any] = [None] * len(inputs)
+
+    def work(first: int) -> None:
+        for _ in range(3):
+            for i in range(first, len(inputs), 2):
+                got[i] = logits_of(model, inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    return model(ids).logits
+
+
+# ---- with the rest of the library ------------------------------------------------------------------------------------
+
+
+def test_detached_disabled_used_and_rows() -> None:
+    model = adapted()
+    ll.attach(model, ll.LoRAConfig(r=2, dtype=F64, target_names=("q_proj$", "up_proj$")), name="other")
+    ll.attach(model, ll.IA3Config(dtype=F64, target_names=("v_proj$",)), name="gain")
+    randomize(model, by=0.3)
+    twin = alone(copy.deepcopy(model))
+
+    def same() -> list[int]:
+        with counted() as served:
+            got = step(model)
+        assert_alike(got, step(alone(twin)))
+        return served
+
+    assert same() == [3, 2] * 2
+    for each in (model, twin):
+        ll.use(each, "other", "gain")
+    assert same() == []  # q alone, and v which takes no product of x
+    for each in (model, twin):
+        ll.use(each, ["default", "other"])
+    assert same() == []  # rows of the batch differ
+    for each in (model, twin):
+        ll.use(each, "default", "other", "gain")
+    with ll.disabled(model, "default"), ll.disabled(twin, "default"):
+        assert same() == []
+    for each in (model, twin):
+        ll.detach(each, "other")
+    assert same() == [3, 2] * 2
+
+
+def test_detach_leaves_no_trace() -> None:
+    model: Any = llama()
+    before, hooks = snapshot(model), [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    attach(model, "lora")
+    logits(model)
+    ll.detach(model)
+    assert_same(model, before)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert not any(SIBLINGS in vars(module) for module in model.modules())
+
+
+def test_copies_and_pickles_group_their_own() -> None:
+    model = adapted()
+    want = step(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        for p in ll.parameters(model):
+            p.data.zero_()  # whoever still reads the first model's shows it
+        with counted() as served:
+            assert_alike(step(other), want, 0.0)
+        assert served == [3, 2] * 2
+        ll.detach(other)
+        model = other
+        attach(model, "lora")
+        model = adapted()
+
+
+def test_layers_shared_between_blocks() -> None:
+    def albert() -> Any:
+        sizes = {"vocab_size": 64, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 48}
+        config = transformers.AlbertConfig(**sizes, num_hidden_layers=3, num_attention_heads=4)
+        return build(transformers.AlbertForMaskedLM, config)
+
+    with counted() as served:
+        got = step(adapted(make=albert, target_names=("query$", "key$", "value$")))
+    assert served == [3] * 3
+    assert_alike(got, step(alone(adapted(make=albert, target_names=("query$", "key$", "value$")))))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    want = step(adapted())
+    model = adapted().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with counted() as served:
+        assert_alike(step(model), want)
+    assert served == [3, 2] * 4  # forward, and again
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("around", ["two", "all"])
+def test_a_checkpoint_inside_of_the_parent(around: str, reentrant: bool) -> None:
+    """What is in it is computed again without the parent around it."""
+
+    def plan(m: Any, x: Tensor, o: Tensor) -> Tensor:
+        x = x * 1
+        if around == "two":
+            return m.q_proj(x) + checkpoint(lambda x: m.k_proj(x) * m.v_proj(x), x, use_reentrant=reentrant) + o  # type: ignore[operator]
+        return checkpoint(lambda x: m.q_proj(x) + m.k_proj(x) * m.v_proj(x), x, use_reentrant=reentrant) + o  # type: ignore[operator]
+
+    xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+    assert_alike(run(attention(plan), *xs), run(alone(attention(plan)), *xs))
+
+
+def test_compile_with_changing_lengths() -> None:
+    torch._dynamo.reset()
+    model, twin = adapted(), alone(adapted())
+    with counted() as served:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for length in (17, 9, 5):
+            ids = token_ids(length=length)
+            out = compiled(input_ids=ids).logits
+            out.square().mean().backward()
+            want = twin(input_ids=ids).logits
+            want.square().mean().backward()
+            assert rel_error(out, want) < 1e-12
+    assert served
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if p.grad is not None:
+            assert rel_error(p.grad, q.grad) < 1e-11, name
+
+
+def test_forward_mode_and_second_derivatives() -> None:
+    """What one product or another supports, the group does."""
+    module, single = attention(PLANS["self"]), alone(attention(PLANS["self"]))
+    x, o, v = (torch.randn(2, 3, 16, dtype=F64) for _ in range(3))
+    for each in (lambda m: torch.func.jvp(lambda x: m(x, o), (x,), (v,))[1], lambda m: _hessian_product(m, x, o, v)):
+        assert rel_error(each(module), each(single)) < 1e-12
+
+
+def _hessian_product(module: Any, x: Tensor, o: Tensor, v: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(module(x, o).pow(3).sum(), x, create_graph=True)
+    return torch.autograd.grad((grad * v).sum(), x)[0]
+
+
+def test_verify_diagnose_and_generation() -> None:
+    model = adapted(dtype=torch.float32)
+    assert (
+        ll.verify(model, {"input_ids": token_ids()}).ok
+        if hasattr(ll.Comparison, "ok")
+        else ll.verify(model, {"input_ids": token_ids()})
+    )
+    ids = token_ids(1, 5)
+    want = alone(copy.deepcopy(model)).generate(ids, max_new_tokens=6, do_sample=False)
+    with counted() as served:
+        assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), want)
+    assert served == [3, 2] * 2 * 6
+
+
+def test_a_layer_of_another_library_s_offloading_is_left_alone() -> None:
+    import accelerate
+
+    model = adapted(dtype=torch.float32)
+    want = logits(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with counted() as served:
+        assert rel_error(logits(model), want) < 1e-6
+    assert not served
