@@ -9,7 +9,6 @@ the case is named. So is every case for which no time was left. The exit status 
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -118,19 +117,20 @@ def share(command: list[str], names: list[str], deadline: float, environment: di
             with log.open("w") as output:
                 process = subprocess.Popen(
                     [*command, json.dumps(left), str(said)], stdout=output, stderr=output,
-                    env={**os.environ, **environment}, start_new_session=True,
+                    env={**os.environ, **environment},
                 )  # fmt: skip
                 try:
                     why = f"the process ended with status {process.wait(max(deadline - time.monotonic(), 0))}"
                 except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)  # with the compiler's processes
+                    process.kill()  # the compiler's processes notice and end
                     process.wait()
                     why = ""
+            before = len(left)
             begun = _hear(said, found, left)
             if not why:
                 break
             why += f": {log.read_text(errors='replace')[-1500:]}"
-            dead = [begun] if begun else [] if said.stat().st_size else left
+            dead = [begun] if begun else left if len(left) == before else []
             found.failed |= dict.fromkeys(dead, why)
             left = [name for name in left if name not in dead]
     found.left_out = left
@@ -191,6 +191,11 @@ def table(title: str, *headings: str) -> Table:
 def number(value: float | None, digits: int = 3) -> str:
     """To so many digits; – where there is none."""
     return "–" if value is None or value != value else f"{value:.{digits}g}"
+
+
+def shortened(text: str, to: int = 400) -> str:
+    """Its beginning and its end."""
+    return text if len(text) <= to else f"{text[: to // 2]} … {text[-to // 2 :]}"
 
 
 def parts_table(found: dict[str, Found]) -> Table:
@@ -307,10 +312,11 @@ def page(found: dict[str, Found], console: Console) -> None:
         modelled_table(beside(rows("modelled"), rows("layers")), gpu),
         parts_table(found),
     ):
-        console.print(made)
+        if made.row_count:
+            console.print(made)
     for name, part in found.items():
         said = [f"wrong: {row}" for row in part.wrong]
-        said += [f"failed: {case}: {why[:300]}" for case, why in part.failed.items()]
+        said += [f"failed: {case}: {shortened(why)}" for case, why in part.failed.items()]
         said += [f"no time left: {case}" for case in part.left_out]
         for line in said[:SHOWN]:
             console.print(f"{name}: {line}", style="red", markup=False)
@@ -322,6 +328,8 @@ def main(s: Settings) -> int:
     """0 where all ran and all was right."""
     if not (s.rehearse or torch.cuda.is_available()):
         sys.exit("gpu-day needs a GPU that torch sees; --rehearse tries the command without one")
+    if unknown := set(s.parts) - PARTS.keys():
+        sys.exit(f"gpu-day has no part {', '.join(unknown)}; its parts are {', '.join(PARTS)}")
     deadline, found = time.monotonic(), {}
     for name in s.parts:
         # A part that ends early leaves its time to those after it; a rehearsal is of the command, not of its speed.

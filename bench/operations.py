@@ -5,7 +5,7 @@ case's dtype, and the kernels'. Ours may be 1.5 times as far off as the plain fo
 roundoff where the plain formula is luckier than one rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import EllipsisType, SimpleNamespace
@@ -268,7 +268,7 @@ def _norms(c: Case, stored: Any, W: Tensor) -> Draw:
 
 
 def results(
-    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: dict[str, Tensor | None], dtype: torch.dtype
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: Mapping[str, Tensor | None], dtype: torch.dtype
 ) -> Draw:
     """Outputs, and gradients of all inputs that want them."""
     grad_output = None

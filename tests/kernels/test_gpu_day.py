@@ -67,7 +67,7 @@ def test_every_operation_and_method_is_there() -> None:
         "lowrank_add", "lowrank_add_rescale", "shrink_expand", "scale", "row_norm", "row_norm_int8", "row_norm_4bit",
     }  # fmt: skip
     for dtype in ("bfloat16", "float16", "float32"):
-        for detail in ("-dropout0.3", "-runs[", "row 1", "-M4096-", "-R300-"):
+        for detail in ("-dropout0.3", "-runs[", "row 1", "-M2048-", "-R300-"):
             assert [name for name in names["kernels"] if dtype in name and detail in name], (dtype, detail)
     for part, methods in (("verify", gpu_parts.VARIANTS), ("layers", gpu_parts.METHODS)):
         for method in methods:
@@ -191,6 +191,11 @@ def test_refuses_without_a_gpu() -> None:
         gpu_day.main(Settings())
 
 
+def test_refuses_a_part_that_is_none() -> None:
+    with pytest.raises(SystemExit, match="no part kernel; its parts are kernels, verify"):
+        gpu_day.main(Settings(parts=("kernel",), rehearse=True))
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 WORKER = """
@@ -235,6 +240,7 @@ def test_what_cannot_start_fails_once() -> None:
     found = share("a", "b", code="raise SystemExit('no torch here')")
     assert found.failed.keys() == {"a", "b"}
     assert "no torch here" in found.failed["a"]
+    assert gpu_day.shortened("a" * 300 + "b" * 300).count("b") == 200
 
 
 def test_work_names_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
