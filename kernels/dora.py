@@ -16,10 +16,12 @@ from torch import Tensor
 from ..operators import operator
 from ..segments import Segments
 from .common import Runs
+from .launching import replayed
 from .lowrank import launch_expand, launch_expand_backward
 
 
 @operator("lora_lite::expand_add_rescale")
+@replayed
 def _expand_add_rescale(
     y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> Tensor:
@@ -32,6 +34,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | N
 
 
 @operator("lora_lite::expand_add_rescale_backward")
+@replayed
 def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,4 +77,4 @@ def expand_add_rescale(
     """g ∘ (y − bias + scale · h Bᵀ) + bias. The bias, the base layer's, gets no gradient. With segments B, g and bias
     are stacks, of which each row takes its own; y stays where it has none."""
     bias = None if bias is None else bias.detach().contiguous()
-    return _expand_add_rescale(y, h, B, scale, g.contiguous(), bias, Runs.of(segments, y, len(B)))
+    return _expand_add_rescale(y, h, B, scale, g.contiguous(), bias, Runs.of(segments, y, B))

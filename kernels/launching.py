@@ -1,23 +1,43 @@
-"""A launch: the device's, and without Triton's binder where an equal one has been made before.
+"""Launches, and operators that repeat the launches they have made before.
 
-What a kernel is compiled for follows from its arguments: numbers that are 1 or divisible by 16, dtypes, alignment. The
-binder finds that out anew at every launch and takes most of its CPU time. Here the arguments themselves are the key of
-a look-up, and what Triton has compiled for equal ones is launched directly.
+Which kernels an operator launches, in which blocks, how large their results are: all of it follows from shapes, strides
+and dtypes, and from alignment what Triton compiles. To find it out anew at each call takes several times as long as the
+launches. An operator that is `replayed` is recorded when it is called a second time with the same, and from then on
+what is left of a call is to look that up, to ask for memory, and to launch.
+
+A recording is of launches, memory that was asked for, and casts. What does anything else is never replayed.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import tuning
 from .tuning import Config
 
-# Triton's backend for AMD also looks at how much memory a tensor's storage has.
-_REMEMBER = torch.version.hip is None
-_MOST = 4096
+_aten = torch.ops.aten
+_ROOM = (_aten.empty, _aten.empty_like, _aten.new_empty)
+_CASTS = (_aten._to_copy, _aten.to)
+_PARAMETER = torch.nn.Parameter
+_MOST = 4096  # recordings: the lengths of batches may vary without end
+_ATTEMPTS = 3
+# Triton compiles for the size of a tensor's storage too on AMD, where its binder is not to be left out.
+_COMPILED = torch.version.hip is None
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_recordings: dict[tuple[Any, ...], "Recording | int"] = {}  # a number: how often it was called without one
+
+
+class _Thread(threading.local):
+    recorder: "_Recorder | None" = None
+
+
+_thread = _Thread()
 
 
 def launch(
@@ -29,26 +49,163 @@ def launch(
     config: Config | None = None,
 ) -> None:
     """Start a kernel, whose parameters are these in their order, with a row's warps and stages, on the device that
-    holds the first tensor. Each parameter gets numbers of one type: 1 and 1.0 are equal as keys."""
-    assert tensors[0] is not None
-    index = tensors[0].get_device()
-    if index >= 0 and index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return launch(kernel, grid, tensors, numbers, constants, config)
-    options = (None, None) if config is None else (config.num_warps, config.num_stages)
-    kinds = [None if t is None else (t.dtype, t.data_ptr() & 15) for t in tensors]
-    key = (id(kernel), index, *kinds, *numbers, *constants, *options)
-    if (known := _compiled.get(key)) is not None:
-        known[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants)
-        return None
-    known = kernel[grid](*tensors, *numbers, *constants, **({} if config is None else config.launch))
-    if known is not None and _REMEMBER:  # the interpreter compiles nothing
-        if len(_compiled) >= _MOST:
-            _compiled.clear()
-        _compiled[key] = known
-    return None
+    holds the first tensor."""
+    with _device_of(tensors[0]):
+        options = {} if config is None else config.launch
+        compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+    if _thread.recorder is not None:
+        run = functools.partial(kernel[grid], **options)
+        if compiled is not None and _COMPILED:  # and not interpreted
+            run = compiled[(*grid, 1, 1)[:3]]
+        _thread.recorder.launches(run, tensors, (*numbers, *constants))
+
+
+class Recording(NamedTuple):
+    """What an operator has done. Tensors are numbered: its arguments, then those that it made.
+
+    Args:
+        made: of each its shape and dtype, and of which tensor it is a cast; None: memory.
+        launches: what to call, with which tensors (-1: none), and with what after them.
+        results: which tensors it returned, as a tuple or alone.
+    """
+
+    made: Sequence[tuple[torch.Size, torch.dtype, int | None]]
+    launches: Sequence[tuple[Callable[..., Any], Sequence[int], tuple[Any, ...]]]
+    results: tuple[int, ...] | int
+
+    def replay(self, tensors: list[Any]) -> Any:
+        """Do it again with these arguments."""
+        room = tensors[0].new_empty
+        for shape, dtype, source in self.made:
+            tensors.append(room(shape, dtype=dtype) if source is None else tensors[source].to(dtype))
+        tensors.append(None)
+        for run, which, rest in self.launches:
+            run(*[tensors[i] for i in which], *rest)
+        results = self.results
+        return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
+
+
+class _Recorder(TorchDispatchMode):
+    """Watches a call. `complete`: it has done nothing but what can be replayed."""
+
+    def __init__(self, arguments: list[Tensor]) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.number = {id(t): i for i, t in enumerate(arguments)}  # of a tensor or a view of all of it
+        self.complete = len(self.number) == len(arguments)  # one that is passed twice would stand for both
+        self.made: list[tuple[torch.Size, torch.dtype, int | None]] = []
+        self.own: dict[int, int] = {}  # numbers of tensors that the call made, views aside
+        self.launched: list[tuple[Callable[..., Any], list[int | None], tuple[Any, ...]]] = []
+        self.alive: list[Any] = []  # so that no id is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.alive.append(out)
+        source = self.number.get(id(args[0])) if args else None
+        plain = isinstance(out, Tensor) and out.device == self.arguments[0].device and out.is_contiguous()
+        if plain and func.overloadpacket in _ROOM and out.data_ptr() % 16 == 0:
+            self._made(out, None)
+        elif plain and func.overloadpacket in _CASTS and source is not None:
+            self._made(out, source)
+        elif func.is_view and source is not None and isinstance(out, Tensor) and _same(out, args[0]):
+            self.number[id(out)] = source
+            if id(args[0]) in self.own and out.shape == args[0].shape:
+                self.own[id(out)] = source
+        else:
+            self.complete = False
+        return out
+
+    def _made(self, out: Tensor, source: int | None) -> None:
+        self.number[id(out)] = self.own[id(out)] = len(self.arguments) + len(self.made)
+        self.made.append((out.shape, out.dtype, source))
+
+    def launches(self, run: Callable[..., Any], tensors: Sequence[Tensor | None], rest: tuple[Any, ...]) -> None:
+        """A launch, as it is to be made again."""
+        which = [None if t is None else self.number.get(id(t), -1) for t in tensors]
+        self.complete &= -1 not in which
+        self.launched.append((run, which, rest))
+
+    def recording(self, returned: Any) -> Recording | None:
+        """Of the whole call; None: it can't be replayed."""
+        results = [self.own.get(id(t), -1) for t in (returned if isinstance(returned, tuple) else (returned,))]
+        if not self.complete or -1 in results or not self.launched:
+            return None
+        # None is the last of the tensors.
+        launches = [(run, [-1 if i is None else i for i in which], rest) for run, which, rest in self.launched]
+        return Recording(self.made, launches, tuple(results) if isinstance(returned, tuple) else results[0])
+
+
+def _same(view: Tensor, of: Tensor) -> bool:
+    """Whether a kernel finds the same at both, given strides."""
+    return view.data_ptr() == of.data_ptr() and view.dtype == of.dtype
+
+
+def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors and what goes with them, positional all, which returns new tensors and does nothing else;
+    what it does follows from what its key holds."""
+
+    @functools.wraps(call)
+    def run(*args: Any) -> Any:
+        tensors: list[Tensor] = []
+        key: list[Any] = [call, torch.get_float32_matmul_precision()]
+        if tuning._forced or not _look(args, tensors, key):
+            return call(*args)
+        index = tensors[0].get_device()
+        key.append(index)
+        whole = tuple(key)
+        known = _recordings.get(whole)
+        if type(known) is Recording:
+            if index < 0 or index == torch.cuda.current_device():
+                return known.replay(tensors)
+            with torch.cuda.device(index):
+                return known.replay(tensors)
+        calls = known or 0
+        if calls > _ATTEMPTS or (index >= 0 and torch.cuda.is_current_stream_capturing()):
+            return call(*args)  # nothing has been timed for a graph's capture
+        if len(_recordings) >= _MOST:
+            _recordings.clear()
+        _recordings[whole] = calls + 1
+        return call(*args) if calls == 0 else _record(whole, tensors, call, args)
+
+    return run
+
+
+def _look(args: Sequence[Any], tensors: list[Tensor], key: list[Any]) -> bool:
+    """Collect the tensors among the arguments, and what tells calls apart. False: a tensor is of a class of its own."""
+    for each in args:
+        kind = type(each)
+        if kind is Tensor or kind is _PARAMETER:
+            tensors.append(each)
+            key += (each.dtype, each.shape, each.stride(), each.data_ptr() & 15)
+        elif kind is list or kind is tuple:
+            key.append(len(each))
+            if each and not _look(each, tensors, key):
+                return False
+        elif isinstance(each, Tensor):
+            return False
+        else:
+            key.append(each)
+    return True
+
+
+def _record(key: tuple[Any, ...], tensors: list[Tensor], call: Callable[..., Any], args: Sequence[Any]) -> Any:
+    before, _thread.recorder = _thread.recorder, _Recorder(tensors)
+    try:
+        with _thread.recorder as recorder:
+            returned = call(*args)
+    finally:
+        _thread.recorder = before
+    if (recording := recorder.recording(returned)) is not None:
+        _recordings[key] = recording
+    return returned
 
 
 def forget() -> None:
-    """What was compiled; for benchmarks, which put another driver under Triton."""
-    _compiled.clear()
+    """All recordings: for benchmarks, which put another driver under Triton."""
+    _recordings.clear()
+
+
+def _device_of(t: Tensor | None) -> AbstractContextManager[Any]:
+    """Where that is the current one, and on a CPU, nothing changes."""
+    here = t is None or not t.is_cuda or t.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(t.device)

@@ -57,7 +57,7 @@ from .common import (
     tile,
 )
 from .dropout import kept, new_seed, rescale, threshold
-from .launching import launch
+from .launching import launch, replayed
 from .tuning import Config, cdiv, programs, tuned
 
 # Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
@@ -458,6 +458,7 @@ def _at_most_three(bases: Sequence[Float[Tensor, "*M K"]]) -> list[Float[Tensor,
 
 
 @operator("lora_lite::shrink")
+@replayed
 def _shrink(
     x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float
 ) -> Tensor:
@@ -470,6 +471,7 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor
 
 
 @operator("lora_lite::shrink_backward")
+@replayed
 def _shrink_backward(
     dx_bases: list[Tensor],
     dh: Tensor,
@@ -558,6 +560,7 @@ class _TapTogether(torch.autograd.Function):
 
 
 @operator("lora_lite::expand_add")
+@replayed
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
     return launch_expand(y, h, B, scale, runs=Runs.read(runs))
 
@@ -568,6 +571,7 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tens
 
 
 @operator("lora_lite::expand_add_backward")
+@replayed
 def _expand_add_backward(
     dy: Tensor,
     h: Tensor,
@@ -612,6 +616,7 @@ _expand_add.register_autograd(_backward_expand_add, setup_context=_save_expand_a
 
 
 @operator("lora_lite::shrink_expand")
+@replayed
 def _shrink_expand(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -> tuple[Tensor, Tensor]:
     h = launch_shrink(x, A, dtype, Runs.read(runs))
     return launch_expand(x, h, B, 1.0, runs=Runs.read(runs)), h
@@ -623,6 +628,7 @@ def _(x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, runs: list[Tensor]) -
 
 
 @operator("lora_lite::shrink_expand_backward")
+@replayed
 def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -664,8 +670,8 @@ def shrink(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. With segments A is a stack, of which each row takes its own."""
-    seed = new_seed(x) if threshold(dropout) else None
-    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, len(A)), seed, dropout)
+    seed = new_seed(x) if dropout and threshold(dropout) else None
+    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A), seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Tap.apply(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
@@ -687,7 +693,7 @@ def expand_add(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ. With segments B is a stack as A is in `shrink`."""
-    return _expand_add(y, h, B, scale, Runs.of(segments, y, len(B)))
+    return _expand_add(y, h, B, scale, Runs.of(segments, y, B))
 
 
 def shrink_expand(
@@ -697,4 +703,4 @@ def shrink_expand(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M K"]:
     """x + (x Aᵀ) Bᵀ."""
-    return _shrink_expand(x, A, B, compute_dtype(x), Runs.of(segments, x, len(A)))[0]
+    return _shrink_expand(x, A, B, compute_dtype(x), Runs.of(segments, x, A))[0]

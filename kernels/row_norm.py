@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ..operators import operator
 from .common import block_of, inside, small, tile
-from .launching import launch
+from .launching import launch, replayed
 from .tuning import Config, architecture, cdiv, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -109,6 +109,7 @@ def full_precision(t: Tensor) -> str:
     return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
 
 
+@replayed
 def launch_row_norm(
     W: Float[Tensor, "*G N K"],
     factor: Float[Tensor, "N"] | None,
@@ -135,6 +136,7 @@ def launch_row_norm(
     return tuned("row_norm_int8", run, A, A.dtype, N, K, R)
 
 
+@replayed
 def launch_row_norm_4bit(
     packed: Tensor,
     code: Float[Tensor, "16"],

@@ -31,7 +31,7 @@ from .common import (
     sum_parts,
     tile,
 )
-from .launching import launch
+from .launching import launch, replayed
 from .tuning import Config, cdiv, programs, tuned
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -125,6 +125,7 @@ def launch_scale_backward(
 
 
 @operator("lora_lite::scale")
+@replayed
 def _scale(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
     return launch_scale(t, g, Runs.read(runs))
 
@@ -135,6 +136,7 @@ def _(t: Tensor, g: Tensor, runs: list[Tensor]) -> Tensor:
 
 
 @operator("lora_lite::scale_backward")
+@replayed
 def _scale_backward(
     dy: Tensor, t: Tensor, g: Tensor, runs: list[Tensor], needs_dt: bool, needs_dg: bool
 ) -> tuple[Tensor, Tensor]:
@@ -166,4 +168,4 @@ def scale(
     t: Float[Tensor, "*M D"], g: Float[Tensor, "*G D"], segments: Segments | None = None
 ) -> Float[Tensor, "*M D"]:
     """t ∘ g. With segments g is a stack, of which each row takes its own; a row that has none stays."""
-    return _scale(t, g, Runs.of(segments, t, len(g)))
+    return _scale(t, g, Runs.of(segments, t, g))

@@ -1,10 +1,13 @@
-"""The top-r singular triplets of a weight, without a full SVD where r is small."""
+"""Linear algebra of weights and parameters: the top-r singular triplets of a weight without a full SVD where r is
+small, and products of reflections."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .segments import once
 
 SVD = Literal["randomized", "exact"]
 
@@ -68,3 +71,57 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
         for _ in range(2):  # the first pass leaves rounding along the basis, or nothing but rounding
             newest = torch.linalg.qr(newest - basis @ (basis.t() @ newest)).Q
     return None
+
+
+# ---- reflections -----------------------------------------------------------------------------------------------------
+
+
+def reflections(U: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R K"]:
+    """Z with H₁ H₂ … H_R = I + Uᵀ Z for the reflections Hᵢ = I − 2 uᵢuᵢᵀ / ‖uᵢ‖² along U's rows.
+
+    The compact WY form (Schreiber & Van Loan 1989) of rows of any length: Z = −T U, T⁻¹ = stril(U Uᵀ) + ½ diag(U Uᵀ). A
+    row of zeros reflects nothing.
+    """
+    return _Reflections.apply(U)[1]  # type: ignore[index]
+
+
+class _Reflections(torch.autograd.Function):
+    """−T, and Z = −T U. By hand, since autograd takes several times as many small operations."""
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor) -> tuple[Tensor, Tensor]:
+        lower, least, minus = _triangles(U)
+        T = torch.linalg.solve_triangular(torch.addcmul(least, U @ U.mT, lower), minus, upper=False)
+        Z = T @ U
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(U, T, Z)
+        return T, Z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        dT, dZ = grads
+        U, T, Z = ctx.saved_tensors
+        dU, dS = None, 0  # S = −T⁻¹, and T dS T = dT
+        if dZ is not None:
+            dU = T.mT @ dZ
+            dS = dU @ Z.mT
+        if dT is not None:  # a second derivative's
+            dS = dS + T.mT @ dT @ T.mT
+        dP = dS * _triangles(U)[0]
+        return (dP + dP.mT) @ U if dU is None else dU + (dP + dP.mT) @ U
+
+
+_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _triangles(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of as many rows as U has: stril(1) + ½I; what keeps a row of zeros from dividing by zero; −I."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False):
+            eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
+            return torch.ones_like(eye).tril(-1) + eye / 2, eye * 1e-30, -eye
+
+    if type(U) not in (Tensor, torch.nn.Parameter):
+        return make()
+    return once(_made, (U.shape[-2], U.dtype, U.device), make)

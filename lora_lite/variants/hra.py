@@ -2,9 +2,8 @@
 
     y = W H₁ H₂ … H_r x,    Hᵢ = I − 2 uᵢuᵢᵀ / ‖uᵢ‖²
 
-In compact WY form (Schreiber & Van Loan 1989) the row x becomes x − (x Vᵀ)(T V), with V the unit rows of U and
-T⁻¹ = ½I + stril(V Vᵀ): two thin products, no K×K matrix and no r passes over x. The rows of U start in equal pairs,
-whose reflections cancel, so that step 0 is the base model.
+In compact WY form the row x becomes x + (x Uᵀ) Z (`linalg.reflections`): two thin products, no K×K matrix and no r
+passes over x. The rows of U start in equal pairs, whose reflections cancel, so that step 0 is the base model.
 """
 
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ..config import AdapterConfig
+from ..linalg import reflections
 from ..params import Params, ParamSpec
 from ..primitives import InputLowRankAdd
 from ..variant import Variant, register
@@ -50,8 +49,5 @@ class HRA(Variant):
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> InputLowRankAdd:
-        U = p.lora_U
-        V = normalize(U.to(torch.promote_types(U.dtype, torch.float32)), dim=-1)
-        T_inverse = (V @ V.mT).tril(-1) + 0.5 * torch.eye(cfg.r, dtype=V.dtype, device=V.device)
-        TV = torch.linalg.solve_triangular(T_inverse, V, upper=False)
-        return InputLowRankAdd(V, -TV.mT)
+        U = p.lora_U.to(torch.promote_types(p.lora_U.dtype, torch.float32))
+        return InputLowRankAdd(U, reflections(U).mT)
