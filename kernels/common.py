@@ -18,7 +18,7 @@ from ..operators import operator
 from ..segments import Segments
 from . import interpreter
 from .launching import launch
-from .tuning import Config, cdiv, has_tf32, power_of_2, programs
+from .tuning import Config, allows_tf32, cdiv, has_tf32, power_of_2, programs
 
 interpreter.install()
 
@@ -279,19 +279,9 @@ def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
     return wanted
 
 
-# Of PyTorch's two settings the newer (torch 2.9) knows what either was told; the older raises once the newer is used.
-_NEW_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-
-
 def precision(t: Tensor, dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies on t's device: float32 as PyTorch's own products do, where the device has TF32."""
-    if dtype != torch.float32:
-        return "ieee"
-    if _NEW_SETTING:
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    else:
-        allowed = torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed and has_tf32(t) else "ieee"
+    return "tf32" if dtype == torch.float32 and allows_tf32() and has_tf32(t) else "ieee"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -147,7 +147,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def run(*args: Any) -> Any:
         tensors: list[Tensor] = []
-        key: list[Any] = [call, torch.get_float32_matmul_precision()]
+        key: list[Any] = [call, tuning.allows_tf32(), torch.are_deterministic_algorithms_enabled()]
         if tuning._forced or not _look(args, tensors, key):
             return call(*args)
         index = tensors[0].get_device()

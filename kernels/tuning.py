@@ -241,6 +241,17 @@ def architecture(t: Tensor) -> str:
     return _forced.get("architecture") or (_architecture(t.device.index) if t.is_cuda else "sm_90")
 
 
+# Of PyTorch's two settings the newer (torch 2.9) knows what either was told; the older raises once the newer is used.
+_NEW_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch may round the operands of its own float32 products."""
+    if _NEW_SETTING:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def has_tf32(t: Tensor) -> bool:
     """Whether the device that holds t multiplies in TF32: NVIDIA's do, and of AMD's gfx942."""
     return not architecture(t).startswith("gfx") or architecture(t) == "gfx942"
