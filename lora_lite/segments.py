@@ -104,8 +104,6 @@ def expand_add(
 
 
 # ---- run by run, on a CPU --------------------------------------------------------------------------------------------
-# What has a row for each token and few columns is stored column after column, and gradients of a stack with their R
-# first: products make and read them several times faster so.
 
 
 def _by_run(t: Tensor) -> bool:
@@ -119,8 +117,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _in_runs(segments: Segments, *tensors: Tensor) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
     """(matrix, the rows of each tensor) of each run that is not empty."""
-    M = len(tensors[0])
-    runs = segments.once(("runs", M), lambda: list(segments.runs(M)))
+    runs = list(segments.runs(len(tensors[0])))
     sizes = [rows.stop - rows.start for _, rows in runs]
     parts = zip(*(t.split(sizes) for t in tensors), strict=True) if runs else ()
     return zip((matrix for matrix, _ in runs), parts, strict=True)
@@ -131,14 +128,18 @@ class _Shrink(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, stack)
         ctx.segments = segments
-        return x.view_as(x), _shrunk(x, stack.to(_wide(x.dtype)), segments)
+        wide = x.to(_wide(x.dtype))
+        return x.view_as(x), _grouped(wide, stack.to(wide.dtype), segments, narrow=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
         needs_x, needs_stack, _ = ctx.needs_input_grad
-        dx = _added(dx_base, dh, stack.to(dh.dtype).mT, 1.0, ctx.segments) if needs_x else None
-        d_stack = _outer_sums(dh, x, 1.0, ctx.segments, len(stack)).to(stack.dtype) if needs_stack else None
+        dx = d_stack = None
+        if needs_x:
+            dx = _add_product(dx_base, dh, stack.to(dh.dtype).mT, 1.0, ctx.segments)
+        if needs_stack:
+            d_stack = _grouped_outer(dh, x.to(dh.dtype), ctx.segments, len(stack)).to(stack.dtype)
         return dx, d_stack, None
 
 
@@ -147,57 +148,39 @@ class _ExpandAdd(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
         ctx.save_for_backward(h, stack)
         ctx.scale, ctx.segments = scale, segments
-        return _added(y, h, stack.to(h.dtype), scale, segments)
+        return _add_product(y, h, stack.to(h.dtype), scale, segments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (h, stack) = grads, ctx.saved_tensors
         _, needs_h, needs_stack, _, _ = ctx.needs_input_grad
-        dh = _shrunk(dy, (ctx.scale * stack.to(h.dtype)).mT, ctx.segments) if needs_h else None
-        d_stack = _outer_sums(h, dy, ctx.scale, ctx.segments, len(stack)).mT.to(stack.dtype) if needs_stack else None
+        wide, dh, d_stack = dy.to(h.dtype), None, None
+        if needs_h:
+            dh = _grouped(wide, stack.to(h.dtype).mT, ctx.segments, narrow=True).mul_(ctx.scale)
+        if needs_stack:
+            d_stack = _grouped_outer(ctx.scale * h, wide, ctx.segments, len(stack)).mT.to(stack.dtype)
         return dy, dh, d_stack, None, None
 
 
-def _shrunk(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P"]:
-    """`product`, multiplied in the stack's dtype."""
-    h = stack.new_empty(stack.shape[1], len(x)).t()
-    matrices = stack.mT.unbind()
-    for matrix, (xs, hs) in _in_runs(segments, x, h):
-        if matrix is None:
-            hs.zero_()
-        else:
-            torch.mm(xs.to(h.dtype), matrices[matrix], out=hs)
-    return h
-
-
-def _added(base: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
-    """base + scale · `product` of h, multiplied in h's dtype."""
+def _add_product(base: Tensor, x: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
+    """base + scale · `product`, multiplied in x's dtype; runs that are worth a call each are added in the cache."""
+    if len(base) < 48 * len(segments.ends):
+        return torch.add(base, _grouped(x, stack, segments).to(base.dtype), alpha=scale)
     out = torch.empty_like(base)
-    matrices = stack.mT.unbind()
-    for matrix, (bases, hs, outs) in _in_runs(segments, base, h, out):
+    for matrix, (bases, xs, outs) in _in_runs(segments, base, x, out):
         if matrix is None:
             outs.copy_(bases)
-        elif base.dtype == h.dtype:
-            torch.addmm(bases, hs, matrices[matrix], alpha=scale, out=outs)
+        elif base.dtype == x.dtype:
+            torch.addmm(bases, xs, stack[matrix].t(), alpha=scale, out=outs)
         else:
-            outs.copy_(bases.to(h.dtype).addmm_(hs, matrices[matrix], alpha=scale))
+            outs.copy_(bases.to(x.dtype).addmm_(xs, stack[matrix].t(), alpha=scale))
     return out
-
-
-def _outer_sums(h: Tensor, x: Tensor, scale: float, segments: Segments, G: int) -> Float[Tensor, "G R K"]:
-    """Of each matrix scale · Σ hᵀ x over its rows."""
-    sums = h.new_zeros(G, h.shape[1], x.shape[1])
-    matrices = sums.unbind()
-    for matrix, (hs, xs) in _in_runs(segments, h, x):
-        if matrix is not None:
-            matrices[matrix].addmm_(hs.t(), xs.to(h.dtype), alpha=scale)
-    return sums
 
 
 # ---- all at once -----------------------------------------------------------------------------------------------------
 
 
-def _grouped(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P"]:
+def _grouped(x: Tensor, stack: Tensor, segments: Segments, narrow: bool = False) -> Float[Tensor, "M P"]:
     if x.dtype not in _GROUPED:
         out = x.new_zeros(len(x), stack.shape[1])
         for matrix, (xs, outs) in _in_runs(segments, x, out):
@@ -207,7 +190,11 @@ def _grouped(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P
     each = stack if segments.which is None else stack[segments.which.clamp_min(0)]
     if pad := -x.shape[1] % (16 // x.element_size()):
         x, each = (torch.nn.functional.pad(t, (0, pad)) for t in (x, each))
-    out = grouped_mm(_aligned(x), _aligned(each).mT, offs=segments.ends)
+    x, each = _aligned(x), _aligned(each)
+    if narrow:
+        out = grouped_mm(each, x.mT, offs=segments.ends).mT
+    else:
+        out = grouped_mm(x, each.mT, offs=segments.ends)
     if segments.whole:
         return out
     # What belongs to no run, grouped_mm leaves as it was.

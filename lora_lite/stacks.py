@@ -205,9 +205,11 @@ def experts_forward(
 
 
 class _Gather(torch.autograd.Function):
-    """The rows that `index` names, summed over its second dimension where it has one. `adjoint` names, for each row,
-    the places that it goes to: so the gradient is the same operation the other way, not an addition into place: faster,
-    deterministic, and summed in float32 for low precision."""
+    """The rows that `index` names, summed over its second dimension where it has one.
+
+    `adjoint` names for each row the places that it goes to, so that the gradient is the same the other way: not added
+    into place, which is slower, and in low precision less exact.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
