@@ -256,16 +256,14 @@ def examine_unaligned(job: Job) -> dict[str, int]:
     name, dtype, kernel, rank, config = job
     if rank < MOST and config in rows_of(kernel, name, dtype, 2 * rank):
         return {}
-    sizes = [(8190, 4090, 4090, rank)]
-    if config in rows_of(kernel, name, dtype, rank // 2 - 4):
-        sizes.append((8192, 4096, 4096, rank // 2 - 4))
+    sizes = (8190, 4090, 4090, rank), (8192, 4096, 4096, rank - 4)
     found = [compiled_for(job, *size)[1] for size in sizes]
     return {f"unaligned_{what}": max(each[what] for each in found) for what in ("spills", "scalar_spills")}
 
 
 def is_bad(row: dict[str, Any]) -> bool:
-    """Whether it overflows or spills. Where 16 divides no size AMD keeps masks in vector registers, not in memory."""
-    return row["overflows"] or any(row.get(s) for s in ("spills", "scalar_spills", "unaligned_spills"))
+    """Whether it overflows or spills. Spills at sizes that 16 does not divide are shown beside."""
+    return bool(row["overflows"] or row["spills"] or row["scalar_spills"])
 
 
 def fingerprint() -> str:
@@ -309,13 +307,24 @@ def main(s: Settings) -> int:
     rows = list(report(work, show=sys.stdout.isatty()))
     table = Table(title=f"{len(rows)} kernels, compiled")
     headings = ("kernel", "architecture", "dtype", "rank", "rows", "cols", "num_warps", "num_stages", "registers")
-    headings += ("spills", "shared", "occupancy", "dots", "dot_kind", "loads_128", "stores_128")
+    headings += (
+        "spills",
+        "scalar_spills",
+        "unaligned_spills",
+        "unaligned_scalar_spills",
+        "shared",
+        "occupancy",
+        "dots",
+        "dot_kind",
+        "loads_128",
+        "stores_128",
+    )
     for heading in headings:
         table.add_column(heading.replace("num_", ""))
     bad = [row for row in rows if is_bad(row)]
     for row in rows:
-        table.add_row(*(str(row[heading]) for heading in headings), style="red" if row in bad else "")
-    Console(width=170).print(table)
+        table.add_row(*(str(row.get(heading, "")) for heading in headings), style="red" if row in bad else "")
+    Console(width=220).print(table)
     if s.save:
         machine.write(RESULTS, {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows}, compact=True)
     if bad:

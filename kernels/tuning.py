@@ -6,7 +6,8 @@ under LORA_LITE_AUTOTUNE=0, under `torch.use_deterministic_algorithms`, in the i
 captured. A shape keeps its row, and so its bits, for as long as the process lives.
 
 Every row compiles without spilling for every architecture of its vendor (`just kernels-report` shows it, a test asks
-for it). What bounds them: 255 registers a thread, 99 KiB of shared memory on sm_120, 64 KiB on gfx942.
+for it); where 16 does not divide the widths or the rank some spill, and the report says how much. What bounds them: 255
+registers a thread, 99 KiB of shared memory on sm_120, 64 KiB on gfx942.
 """
 
 import math
@@ -153,19 +154,6 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     },
-    # What spills here, and nowhere else, where 16 does not divide the widths.
-    ("sm_120", 2): {
-        "expand_backward_rescale": {
-            64: (Config(32, 128, 8),),
-            128: (Config(32, 64, 8),),
-            256: (Config(32, 64, 8, 1),),
-        },
-        "shrink_expand_backward": {
-            16: (Config(64, 64, 8),),
-            128: (Config(32, 64, 8),),
-            256: (Config(32, 32, 8, 1),),
-        },
-    },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
@@ -190,7 +178,11 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {256: (Config(64, 64, 8, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
-        "shrink_expand_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 32, 8, 1),)},
+        "shrink_expand_backward": {
+            64: (Config(64, 64, 8, 1),),
+            128: (Config(32, 64, 8, 1),),  # with 64 rows ranks that 16 does not divide spill
+            256: (Config(32, 32, 8, 1),),
+        },
         "row_norm": {256: (Config(16, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
@@ -268,18 +260,19 @@ def programs(t: Tensor) -> int:
 
 
 def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: bool = False) -> Rows:
-    """The table's rows for a launch. One whose rank 16 does not divide takes registers as if it had twice as many.
+    """The table's rows for a launch.
 
     `wide`: its tokens are in float32 and its products, of `itemsize` bytes an element, are not, as under autocast. The
-    first row then, with half the columns, so that a tile has as many bytes.
+    first row then, with half the columns, so that a tile has as many bytes, and two stages at most.
     """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
     names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together"))
     table = next(table[name] for name in names for table in tables if name in table)
-    rank *= 1 if rank % 16 == 0 else 2
     rows = table[min((most for most in table if rank <= most), default=max(table))]
-    return (replace(rows[0], cols=rows[0].cols // 2),) if wide else rows
+    if wide:
+        return (replace(rows[0], cols=rows[0].cols // 2, num_stages=min(rows[0].num_stages, 2)),)
+    return rows
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
