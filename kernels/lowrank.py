@@ -27,7 +27,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import applied, operator, watched
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -513,6 +513,9 @@ class _Tap(torch.autograd.Function):
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
+_tap = applied(_Tap)
+
+
 @operator("lora_lite::expand_add")
 @replayed
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
@@ -627,7 +630,7 @@ def shrink(
     seed = new_seed(x) if dropout and threshold(dropout) else None
     arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A), seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Tap.apply(*arguments)  # type: ignore[return-value]
+        return (_Tap.apply if watched() else _tap)(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
 
 

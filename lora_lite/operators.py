@@ -12,12 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack  # type: ignore[attr-defined]
+from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
+
+# Nor are views recorded: an output that is known for one could not be written to later.
+from torch._C import _AutoDispatchBelowADInplaceOrView as _BelowAutograd  # type: ignore[attr-defined]
 from torch._C._functorch import peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_KNOWN = frozenset({Tensor, torch.nn.Parameter, list, float, int, bool, torch.dtype, type(None)})
 _dispatching = False
 
 
@@ -32,7 +34,7 @@ def dispatched() -> Iterator[None]:
         _dispatching = before
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether something in force wants to see operators."""
     return (
         _dispatching
@@ -43,25 +45,27 @@ def _watched() -> bool:
     )
 
 
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` without the search for function transforms, which see operators and never come here."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class Operator(CustomOpDef):
     """A custom operator that in eager mode is called without the dispatcher."""
 
     _function: Callable[..., Any] | None = None  # with the operator's gradient
 
     def __call__(self, *args: Any) -> Any:
-        if _watched():
+        if watched():
             return super().__call__(*args)
-        needs_grad, grad_enabled = False, torch.is_grad_enabled()
-        for each in args:
-            if isinstance(each, Tensor):
-                if type(each) not in _PLAIN:
-                    return super().__call__(*args)
-                needs_grad |= grad_enabled and each.requires_grad
-        if not needs_grad:
-            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-                return self._init_fn(*args)
-        # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
-        return super().__call__(*args) if self._function is None else self._function(*args)
+        for kind in map(type, args):
+            if kind not in _KNOWN and issubclass(kind, Tensor):
+                return super().__call__(*args)
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args):
+            # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
+            return super().__call__(*args) if self._function is None else self._function(*args)
+        with _BelowAutograd():
+            return self._init_fn(*args)
 
     def register_autograd(
         self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None
@@ -72,8 +76,7 @@ class Operator(CustomOpDef):
         call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            # Nor are views recorded: an output that is known for one could not be written to later.
-            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            with _BelowAutograd():
                 output = call(*args)
             keep(ctx, args, output)
             return output
@@ -84,7 +87,7 @@ class Operator(CustomOpDef):
 
         bases: tuple[type, ...] = (torch.autograd.Function,)
         members = {"forward": staticmethod(forward), "backward": staticmethod(of_arguments)}
-        self._function = type(self._name, bases, members).apply  # type: ignore[attr-defined]
+        self._function = applied(type(self._name, bases, members))  # type: ignore[attr-defined]
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -424,7 +424,9 @@ def test_layers_that_have_moved(form: str, tmp_path: Path) -> None:
 
 def test_modules_that_have_moved(tmp_path: Path) -> None:
     """Modules that train in full, too; several beginnings at once, and a target_modules that is an expression."""
-    config = peft.LoraConfig(r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["model.norm"])
+    config = peft.LoraConfig(
+        r=4, target_modules=r"model\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["model.norm"]
+    )
     theirs = saved_by_peft(llama(), config, tmp_path)
     prefixes = {**MOVED, "model.norm": "model.language_model.norm"}
     other = Wrapped(llama())
