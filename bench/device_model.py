@@ -185,7 +185,7 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
     programs = math.prod(of.launch.grid)
     busiest = -(-programs // gpu.processors) * gpu.processors / programs
     in_flight = math.inf
-    parts = tensors["parts"].nbytes if of.config is None else 0
+    parts = max((t.nbytes for name, t in tensors.items() if name.startswith("parts")), default=0)
     if of.config is not None:
         c = of.config
         of_rank = 16 if of.kernel.startswith("scale") else max(rank, 16)

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -88,6 +89,9 @@ def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
     return step
 
 
+CALLS = 20  # steps of a round
+
+
 def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """Small steps of the bare layer, ours, and PEFT's where it has the method."""
     layers = {
@@ -99,7 +103,10 @@ def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callab
 
 
 def medians(
-    steps: dict[str, Callable[[], None]], rounds: int, calls: int = 20, clock: Callable[[], float] = time.process_time
+    steps: dict[str, Callable[[], None]],
+    rounds: int,
+    calls: int = CALLS,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
     """CPU µs of each step: of interleaved rounds."""
     for step in steps.values():
@@ -164,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=60, help="interleaved rounds of 20 steps")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "host.json", help="where the results go")
     parser.add_argument("--dry", action="store_true", help="print only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,7 +184,7 @@ def main() -> None:
         print(f"{each['method']:10} {each['backend']:10} {added}{ratio}  launches {each['launches']}", flush=True)
     if not arguments.dry:
         settings = {"width": WIDTH, "tokens": TOKENS, "r": RANK, "rounds": arguments.rounds, "counted_at": COUNTED}
-        write(RESULTS / "host.json", {"settings": settings, "rows": rows})
+        write(arguments.out, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

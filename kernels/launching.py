@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from . import tuning
 from .tuning import Config
@@ -50,14 +50,15 @@ def launch(
 ) -> None:
     """Start a kernel, whose parameters are these in their order, with a row's warps and stages, on the device that
     holds the first tensor."""
-    with _device_of(tensors[0]):
-        options = {} if config is None else config.launch
+    options = {} if config is None else config.launch
+    recorder = _thread.recorder
+    with _device_of(tensors[0]), nullcontext() if recorder is None else _disable_current_modes():
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-    if _thread.recorder is not None:
+    if recorder is not None:
         run = functools.partial(kernel[grid], **options)
         if compiled is not None and _COMPILED:  # and not interpreted
             run = compiled[(*grid, 1, 1)[:3]]
-        _thread.recorder.launches(run, tensors, (*numbers, *constants))
+        recorder.launches(run, tensors, (*numbers, *constants))
 
 
 class Recording(NamedTuple):

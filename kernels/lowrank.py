@@ -31,7 +31,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..operators import operator
+from ..operators import applied, operator, watched
 from ..reference import each_of, together
 from ..segments import Segments
 from .common import (
@@ -537,6 +537,9 @@ class _Tap(torch.autograd.Function):
         return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
+_tap = applied(_Tap)
+
+
 class _TapTogether(torch.autograd.Function):
     """x Aᵀ of several layers, and where x needs a gradient an alias of x for each; all gradients come back together."""
 
@@ -673,7 +676,7 @@ def shrink(
     seed = new_seed(x) if dropout and threshold(dropout) else None
     arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A), seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Tap.apply(*arguments)  # type: ignore[return-value]
+        return (_Tap.apply if watched() else _tap)(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..operators import operator
+from ..reference import without_autocast
 from .common import block_of, inside, small, tile
 from .launching import launch, replayed
 from .tuning import Config, architecture, cdiv, tuned
@@ -169,9 +170,10 @@ def launch_row_norm_4bit(
 def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A, B, B (A Aᵀ) and w_sq in float32."""
     A, B, w_sq = (small(t, torch.float32) for t in (A, B, w_sq))
-    with torch.autocast(A.device.type, enabled=False):
+    with without_autocast(A.device):
         # The Gram matrix's error goes into every row: add its K products in pieces, which rounds less.
-        pieces = pad(A, (0, -A.shape[-1] % 128)).unflatten(-1, (-1, 128)).transpose(-3, -2)
+        even = A if A.shape[-1] % 128 == 0 else pad(A, (0, -A.shape[-1] % 128))
+        pieces = even.view(*even.shape[:-1], -1, 128).transpose(-3, -2)
         return A, B, B @ (pieces @ pieces.mT).sum(-3), w_sq
 
 

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack  # type: ignore[attr-defined]
+
+# Nor are views recorded: an output that is known for one could not be written to later.
+from torch._C import _AutoDispatchBelowADInplaceOrView as _BelowAutograd  # type: ignore[attr-defined]
+from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
 from torch._C._functorch import peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _dispatching = False
 
 
@@ -33,7 +35,7 @@ def dispatched() -> Iterator[None]:
         _dispatching = before
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether something in force wants to see operators."""
     return (
         _dispatching
@@ -44,6 +46,11 @@ def _watched() -> bool:
     )
 
 
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply` without the search for function transforms, which see operators and never come here."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class Operator(CustomOpDef):
     """A custom operator that in eager mode is called without the dispatcher. Its tensors must be on one device, or it
     raises a RuntimeError."""
@@ -51,7 +58,7 @@ class Operator(CustomOpDef):
     _function: Callable[..., Any] | None = None  # with the operator's gradient
 
     def __call__(self, *args: Any) -> Any:
-        plain, device, needs_grad, grad_enabled = not _watched(), None, False, torch.is_grad_enabled()
+        plain, device, needs_grad = not watched(), None, False
         for each in args:
             if isinstance(each, Tensor):
                 if device is None:
@@ -59,14 +66,14 @@ class Operator(CustomOpDef):
                 elif each.device != device:
                     raise self._on_two_devices(args)
                 plain &= type(each) in _PLAIN
-                needs_grad |= grad_enabled and each.requires_grad
+                needs_grad |= each.requires_grad
         if not plain:
             return super().__call__(*args)
-        if not needs_grad:
-            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-                return self._init_fn(*args)
-        # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
-        return super().__call__(*args) if self._function is None else self._function(*args)
+        if needs_grad and torch.is_grad_enabled():
+            # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
+            return super().__call__(*args) if self._function is None else self._function(*args)
+        with _BelowAutograd():
+            return self._init_fn(*args)
 
     def _on_two_devices(self, args: tuple[Any, ...]) -> RuntimeError:
         """A kernel would read from its own device at another's address."""
@@ -85,8 +92,7 @@ class Operator(CustomOpDef):
         call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            # Nor are views recorded: an output that is known for one could not be written to later.
-            with _AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            with _BelowAutograd():
                 output = call(*args)
             keep(ctx, args, output)
             return output
@@ -97,7 +103,7 @@ class Operator(CustomOpDef):
 
         bases: tuple[type, ...] = (torch.autograd.Function,)
         members = {"forward": staticmethod(forward), "backward": staticmethod(of_arguments)}
-        self._function = type(self._name, bases, members).apply  # type: ignore[attr-defined]
+        self._function = applied(type(self._name, bases, members))  # type: ignore[attr-defined]
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

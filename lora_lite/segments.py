@@ -191,10 +191,7 @@ def _grouped(x: Tensor, stack: Tensor, segments: Segments, narrow: bool = False)
     if pad := -x.shape[1] % (16 // x.element_size()):
         x, each = (torch.nn.functional.pad(t, (0, pad)) for t in (x, each))
     x, each = _aligned(x), _aligned(each)
-    if narrow:
-        out = grouped_mm(each, x.mT, offs=segments.ends).mT
-    else:
-        out = grouped_mm(x, each.mT, offs=segments.ends)
+    out = grouped_mm(each, x.mT, offs=segments.ends).mT if narrow else grouped_mm(x, each.mT, offs=segments.ends)
     if segments.whole:
         return out
     # What belongs to no run, grouped_mm leaves as it was.

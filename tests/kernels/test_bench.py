@@ -1,6 +1,11 @@
 """The kernels' benchmark on a CPU: bytes counted at a small size, and a GPU run's code with a timer that only runs."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -113,3 +118,24 @@ def test_the_bar_tells_wrong_from_right(how: str | None) -> None:
     ours = WRONG[how](near) if how else near
     error, bar = operations.errors(lambda: ({"y": exact}, {"y": near}, {"y": ours}), torch.bfloat16)["y"]
     assert (error > bar) == bool(how)
+
+
+def test_host_time(tmp_path: Path) -> None:
+    """In a process whose kernels can be compiled: what it counts is of a layer whose launches are known."""
+    bench, out = Path(kernel_bench.__file__).parent, tmp_path / "host.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "host.py", "--rounds", "1", "--methods", "lora", "ia3", "--out", out]
+    done = subprocess.run(command, cwd=bench, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["method"], row["backend"]): row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("lora", "reference")}
+    for row in rows.values():
+        assert min(row["base_us"], row["added_us"]["ours"], row["added_us"]["peft"]) > 0
+        assert row["ratio"] == pytest.approx(row["added_us"]["ours"] / row["added_us"]["peft"])
+        assert row["peft_launches"] > 0
+    kernels = {name: row["launches"] for (name, backend), row in rows.items() if backend == "triton"}
+    halves = ("_shrink_kernel", "_expand_kernel", "_expand_backward_kernel", "_shrink_backward_kernel")
+    assert kernels["lora"]["kernels"] == {**dict.fromkeys(halves, 1), "_sum_parts_kernel": 2}
+    assert kernels["lora"]["torch"] == 1  # A in the tokens' dtype
+    of_gain = ("_scale_kernel", "_scale_backward_kernel", "_sum_parts_kernel")
+    assert kernels["ia3"] == {"ours": 3, "torch": 0, "kernels": dict.fromkeys(of_gain, 1)}
