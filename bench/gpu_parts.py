@@ -103,6 +103,7 @@ def checks(b: Bench) -> Cases:
         # int8 and 4-bit weights have no dtype of tokens; the latter are rounded to one.
         for operation, cases in {
             operations.lowrank_add: [*of_rank, *with_dropout],
+            operations.lowrank_add_together: of_shapes,
             operations.lowrank_add_rescale: of_rank,
             operations.shrink_expand: of_rank,
             operations.scale: of_rank,

@@ -127,13 +127,17 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             lambda: lowrank.launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
             4 * s.M * s.N * s.R,
             lambda: (
-                SCALE * d(dy) @ (d(g)[:, None] * d(B)), SCALE * d(g)[:, None] * (d(dy).t() @ d(h)), d(g) * d(dy),
+                SCALE * (d(g) * d(dy)) @ d(B), SCALE * (d(g) * d(dy)).t() @ d(h), d(g) * d(dy),
                 (d(dy) * (d(y) + SCALE * d(h) @ d(B).t())).sum(0),
             ),
         ),
         "shrink_backward": (
             lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
+        ),
+        "shrink_backward_together": (
+            lambda: lowrank.launch_shrink_backward([dx_base] * 3, dh, x, A, True, True)[:2], 5 * MK + MR + 2 * KR,
+            4 * s.M * s.K * s.R, lambda: (3 * d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_expand_backward": (
             lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,

@@ -183,6 +183,27 @@ def lowrank_add(c: Case) -> Draw:
     return results(ours, plain, inputs, c.dtype)
 
 
+def lowrank_add_together(c: Case) -> Draw:
+    """Three layers that read the same x, side by side."""
+
+    def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
+        of = [linear(x, w) + 0.7 * (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT for w, a, b in zip(W, A, B, strict=True)]
+        return torch.cat(of, -1)
+
+    def ours(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
+        xs, hs = ops.shrink_together(x, A.unbind())
+        pieces = zip(xs, hs, W, B, strict=True)
+        return torch.cat([ops.expand_add(linear(x, w), h, b, 0.7) for x, h, w, b in pieces], -1)
+
+    inputs = {
+        "x": c.tokens(c.K),
+        "A": (c.normal(3, c.R, c.K, dtype=torch.float32) * c.K**-0.5).to(c.wide).requires_grad_(),
+        "B": (c.normal(3, c.N, c.R, dtype=torch.float32) * c.R**-0.5).to(c.wide).requires_grad_(),
+        "W": (c.normal(3, c.N, c.K, dtype=torch.float32) * c.K**-0.5).to(c.dtype),
+    }
+    return results(ours, plain, inputs, c.dtype)
+
+
 def shrink_expand(c: Case) -> Draw:
     """HRA's: both halves with no layer between, so that x's gradient is that of the sum."""
 

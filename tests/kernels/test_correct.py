@@ -55,6 +55,11 @@ def test_as_accurate_as_pytorch(operation: str, case: Case) -> None:
     assert_within(operations.errors_of(getattr(operations, operation), case))
 
 
+@pytest.mark.parametrize("case", list(cases())[::7], ids=str)
+def test_layers_that_read_the_same_tokens(case: Case) -> None:
+    assert_within(operations.errors_of(operations.lowrank_add_together, case))
+
+
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize(("K", "N"), WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
