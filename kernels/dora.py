@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..operators import operator
 from ..segments import Segments
-from .common import Runs
+from .common import Runs, or_empty
 from .launching import replayed
 from .lowrank import launch_expand, launch_expand_backward
 
@@ -39,7 +39,7 @@ def _expand_add_rescale_backward(
     dy: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, g: Tensor, bias: Tensor | None, runs: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dh, dB, dy_base, dg = launch_expand_backward(dy, h, B, scale, True, True, y, g, bias, Runs.read(runs))
-    return dy_base, dh, dB, dg  # type: ignore[return-value]  # all are asked for
+    return or_empty(dy_base, y), or_empty(dh, h), or_empty(dB, B), or_empty(dg, g)
 
 
 @_expand_add_rescale_backward.register_fake

@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-
-# Nor are views recorded: an output that is known for one could not be written to later.
-from torch._C import _AutoDispatchBelowADInplaceOrView as _BelowAutograd  # type: ignore[attr-defined]
 from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
 from torch._C._functorch import peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 
+# Views are not recorded either: an output that is known for one could not be written to later.
+_BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
 _PLAIN = (Tensor, torch.nn.Parameter)
 _dispatching = False
 

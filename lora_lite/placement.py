@@ -106,9 +106,10 @@ def brought(module: nn.Module, key: str) -> Tensor | None:
     """A tensor of the module with its values: from accelerate's map where it is offloaded, onto the device on which the
     module runs."""
     t = getattr(module, key, None)
-    hook = _aligned(module)
-    if isinstance(t, Tensor) and t.is_meta and hook is not None and hook.weights_map is not None:
-        return hook.weights_map[key].to(execution_device(module))
+    if isinstance(t, Tensor) and t.is_meta:
+        hook = _aligned(module)
+        if hook is not None and hook.weights_map is not None:
+            return hook.weights_map[key].to(execution_device(module))
     return t
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .segments import Segments
 
@@ -175,8 +176,24 @@ class LowRankAddRescale(Shrinks):
     dropout: float = 0.0
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        g = self.m / ops.row_norm(self.W, self.A, self.B, self.scale, self.w_sq)
+        g = self.m / self._norm(ops)
         return ops.expand_add_rescale(y, carry, self.B, self.scale, g, self.bias, self.segments)
+
+    def _norm(self, ops: Any) -> Float[Tensor, "*G N"]:
+        """The rows' norms: the last forward's, where a backward computes it again (checkpointing) and A and B are as
+        they were. No forward takes an earlier one's: what is written to `p.data` leaves no trace in a version."""
+        operands = (self.W, self.A, self.B, self.scale, self.w_sq)
+        if torch.compiler.is_compiling() or type(self.A) is not torch.nn.Parameter or self.A.is_inference():
+            return ops.row_norm(*operands)
+        state = (ops, *((t.data_ptr(), t._version) for t in (self.A, self.B)))
+        before, norm = _norms.get(self.m, (None, None))
+        if norm is None or before != state or torch._C._current_graph_task_id() == -1:
+            norm = ops.row_norm(*operands)
+            _norms[self.m] = (state, norm)
+        return norm
+
+
+_norms: Any = WeakTensorKeyDictionary()  # of each m
 
 
 @dataclass

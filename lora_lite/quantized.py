@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
+from torch.nn import Linear
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import shapes
@@ -140,6 +141,9 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     Raises:
         AttachError: the weight is of a kind that can't be read.
     """
+    plain = layer.weight if type(layer) is Linear else None  # what nearly all layers have, and each call asks for
+    if plain is not None and is_dense(plain) and not plain.is_meta and plain.shape == shapes.shape(layer):
+        return plain.detach()
     weight: Any = weight_of(layer)
     (K, N), experts = shapes.shape(layer), shapes.copies(layer)
     shape = (N, K) if experts is None else (experts, N, K)
