@@ -176,7 +176,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "shrink": {256: (Config(64, 64, 8),)},
         "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
-        "expand_backward_rescale": {256: (Config(64, 64, 8, 1),)},
+        "expand_backward_rescale": {32: (Config(32, 64, 8, 1),), 256: (Config(64, 64, 8, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
         "shrink_expand_backward": {
             64: (Config(64, 64, 8, 1),),
