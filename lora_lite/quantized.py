@@ -133,6 +133,16 @@ def token_dtype(layer: Any) -> torch.dtype:
     return declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
+def _is_plain(layer: Any) -> bool:
+    """Whether it is what nearly all layers are, of which each call asks."""
+    return (
+        type(layer) is Linear
+        and is_dense(layer.weight)
+        and not layer.weight.is_meta
+        and layer.weight.shape == (layer.out_features, layer.in_features)
+    )
+
+
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
     """A layer's weight as it is stored, without a copy; torchao's, HQQ's and 8-bit floats, of which there are many
     kinds, made dense; FSDP2's and ZeRO-3's gathered, which all processes must do at once; what accelerate offloads
@@ -141,9 +151,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     Raises:
         AttachError: the weight is of a kind that can't be read.
     """
-    plain = layer.weight if type(layer) is Linear else None  # what nearly all layers have, and each call asks for
-    if plain is not None and is_dense(plain) and not plain.is_meta and plain.shape == shapes.shape(layer):
-        return plain.detach()
+    if _is_plain(layer):
+        return layer.weight.detach()
     weight: Any = weight_of(layer)
     (K, N), experts = shapes.shape(layer), shapes.copies(layer)
     shape = (N, K) if experts is None else (experts, N, K)
