@@ -133,6 +133,15 @@ def token_dtype(layer: Any) -> torch.dtype:
     return declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
+def _plain_weight(layer: Any) -> Float[Tensor, "N K"] | None:
+    """What nearly all layers have, and each call of some methods asks for; None: it takes a closer look."""
+    if type(layer) is not Linear:
+        return None
+    weight = layer.weight
+    plain = is_dense(weight) and not weight.is_meta and weight.shape == (layer.out_features, layer.in_features)
+    return weight if plain else None
+
+
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
     """A layer's weight as it is stored, without a copy; torchao's, HQQ's and 8-bit floats, of which there are many
     kinds, made dense; FSDP2's and ZeRO-3's gathered, which all processes must do at once; what accelerate offloads
@@ -141,9 +150,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     Raises:
         AttachError: the weight is of a kind that can't be read.
     """
-    if type(layer) is Linear and is_dense(plain := layer.weight) and not plain.is_meta:
-        if plain.shape == (layer.out_features, layer.in_features):
-            return plain.detach()  # what nearly all layers have, and each call asks for
+    if (plain := _plain_weight(layer)) is not None:
+        return plain.detach()
     weight: Any = weight_of(layer)
     (K, N), experts = shapes.shape(layer), shapes.copies(layer)
     shape = (N, K) if experts is None else (experts, N, K)
