@@ -59,8 +59,8 @@ from .tuning import Config, cdiv, programs, tuned
 # once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts.
 MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 
-# Up to these ranks B is read as the parameter is, in float32, and converted in registers, which saves a launch. `expand`
-# reads it for every block of rows: beyond them more than it reads of y. In the backward registers run out.
+# Up to these ranks B is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond
+# them `expand`, which reads B for every block of rows, would read more of it than of y; the backward lacks registers.
 MOST_RANKS_UNCAST = {"expand": 32, "expand_backward": 16}
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def launch_expand(
     through dropout."""
     out, y = y.new_empty(y.shape), rows_of(y)
     (M, N), R = y.shape, B.shape[-1]
-    B = B if R <= MOST_RANKS_UNCAST["expand"] else small(B, y.dtype)
+    B = B if MOST_RANKS_UNCAST["expand"] >= R else small(B, y.dtype)
     h = h.contiguous()
     inner = 64 if y.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
@@ -325,7 +325,7 @@ def launch_expand_backward(
     dy, y = rows_of(dy), None if y is None else rows_of(y)
     (M, N), R = dy.shape, B.shape[-1]
     B, h = B.contiguous(), h.contiguous()
-    narrow = B if R <= MOST_RANKS_UNCAST["expand_backward"] else small(B, dy.dtype)
+    narrow = B if MOST_RANKS_UNCAST["expand_backward"] >= R else small(B, dy.dtype)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
     dh = torch.empty_like(h) if in_parts else None

@@ -18,7 +18,8 @@ from torch._library.custom_ops import CustomOpDef
 
 # Views are not recorded either: an output that is known for one could not be written to later.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
-_KNOWN = frozenset({Tensor, torch.nn.Parameter, list, float, int, bool, torch.dtype, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_NO_TENSOR = frozenset({list, float, int, bool, torch.dtype, type(None)})
 _dispatching = False
 
 
@@ -57,10 +58,14 @@ class Operator(CustomOpDef):
     def __call__(self, *args: Any) -> Any:
         if watched():
             return super().__call__(*args)
-        for kind in map(type, args):
-            if kind not in _KNOWN and issubclass(kind, Tensor):
+        needs_grad = False
+        for each in args:
+            kind = type(each)
+            if kind in _PLAIN:
+                needs_grad = needs_grad or each.requires_grad
+            elif kind not in _NO_TENSOR and isinstance(each, Tensor):
                 return super().__call__(*args)
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args):
+        if needs_grad and torch.is_grad_enabled():
             # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
             return super().__call__(*args) if self._function is None else self._function(*args)
         with _BelowAutograd():
