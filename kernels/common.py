@@ -131,12 +131,11 @@ class Runs(NamedTuple):
     starts: Int[Tensor, "G+1"]
 
     @classmethod
-    def of(cls, segments: Segments | None, x: Tensor, stack: Tensor) -> list[Tensor]:
-        """The tensors of those of x's rows in segments, which take their matrices of the stack, made once for each
-        number of rows; operators take them as a list. Empty: there are no segments."""
+    def of(cls, segments: Segments | None, x: Tensor, G: int) -> list[Tensor]:
+        """The tensors of those of x's rows in segments, of G matrices, made once for each number of rows; operators
+        take them as a list. Empty: there are no segments."""
         if segments is None:
             return []
-        G = len(stack)
         M = x.numel() // x.shape[-1]
         return segments.once(("runs", M, G), lambda: make_runs(segments.ends, segments.which, M, G))
 

@@ -77,4 +77,4 @@ def expand_add_rescale(
     """g ∘ (y − bias + scale · h Bᵀ) + bias. The bias, the base layer's, gets no gradient. With segments B, g and bias
     are stacks, of which each row takes its own; y stays where it has none."""
     bias = None if bias is None else bias.detach().contiguous()
-    return _expand_add_rescale(y, h, B, scale, g.contiguous(), bias, Runs.of(segments, y, B))
+    return _expand_add_rescale(y, h, B, scale, g.contiguous(), bias, Runs.of(segments, y, B.shape[0]))

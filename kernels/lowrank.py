@@ -64,9 +64,9 @@ from .tuning import Config, cdiv, programs, tuned
 # once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts.
 MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 
-# `expand` reads B for every block of rows. Up to these ranks that is less than it reads of y, and B is converted in
-# registers; beyond them a launch that converts it once costs less than reading float32 from cache again and again.
-MOST_RANKS_UNCAST = 32
+# Up to these ranks B is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond
+# them `expand`, which reads B for every block of rows, would read more of it than of y; the backward lacks registers.
+MOST_RANKS_UNCAST = {"expand": 32, "expand_backward": 16}
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
@@ -136,20 +136,20 @@ def _expand_kernel(
 
 @triton.jit
 def _expand_backward_kernel(
-    dy, h, B, dh, dB, y, g, bias, dy_base, dg, table, scale,
+    dy, h, B, dh, dB, y, g, bias, dy_base, dg, wide_B, table, scale,
     M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, stride_hm, m_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part."""
+    """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part.
+    wide_B is B as the parameter is."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
     B, of_B = own(B, table, matrix, R, N)
-    B_here = inside(cols, ranks, N, of_B)
     dtype = h.dtype.element_ty
     if dh is not None:
         dh += tl.program_id(0).to(tl.int64) * M * R
-        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=B_here, other=0.0)
+        B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=inside(cols, ranks, N, of_B), other=0.0)
         if g is not None:
             B_tile = B_tile.to(tl.float32) * own_vector(g, table, matrix, cols, N, 1.0)[:, None]
         B_tile = B_tile.to(dtype)
@@ -177,9 +177,11 @@ def _expand_backward_kernel(
             tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
     if dB is not None:
         dB_acc *= scale
-        if g is not None:  # B again, rather than kept in registers all along
-            B_tile = tl.load(tile(B, cols, ranks, R, 1), mask=B_here, other=0.0).to(tl.float32)
-            dg_acc += tl.sum(B_tile * dB_acc, 1)
+        if g is not None:
+            wide_B, of_B = own(wide_B, table, matrix, R, N)
+            # Across, so that addresses are not kept in registers all along.
+            wide = tl.load(tile(wide_B, ranks, cols, 1, R), mask=inside(ranks, cols, of_B, N), other=0.0)
+            dg_acc += tl.sum(tl.trans(wide.to(tl.float32)) * dB_acc, 1)
             dB_acc *= own_vector(g, table, matrix, cols, N, 1.0)[:, None]
         dB += tl.program_id(1).to(tl.int64) * N * R
         tl.store(tile(dB, cols, ranks, R, 1), dB_acc, mask=inside(cols, ranks, N, R))
@@ -301,7 +303,7 @@ def launch_expand(
     through dropout."""
     out, y = y.new_empty(y.shape), rows_of(y)
     (M, N), R = y.shape, B.shape[-1]
-    B = B if R <= MOST_RANKS_UNCAST else small(B, h.dtype)
+    B = B if MOST_RANKS_UNCAST["expand"] >= R else small(B, h.dtype)
     h = _rows_apart(h)
     inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
     if M == 0:
@@ -337,6 +339,7 @@ def launch_expand_backward(
     dy, y = rows_of(dy), None if y is None else rows_of(y)
     (M, N), R = dy.shape, B.shape[-1]
     B, h = B.contiguous(), _rows_apart(h)
+    narrow = B if MOST_RANKS_UNCAST["expand_backward"] >= R else small(B, h.dtype)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
     dh = h.new_empty((M, R)) if in_parts else None
@@ -352,7 +355,8 @@ def launch_expand_backward(
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
         constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
-        tensors = (dy, h, B, dhs, dBs, y, g, bias, dy_base, dgs, table)
+        wide_B = None if y is None else B
+        tensors = (dy, h, narrow, dhs, dBs, y, g, bias, dy_base, dgs, wide_B, table)
         launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
 
@@ -674,7 +678,7 @@ def shrink(
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. With segments A is a stack, of which each row takes its own."""
     seed = new_seed(x) if dropout and threshold(dropout) else None
-    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A), seed, dropout)
+    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A.shape[0]), seed, dropout)
     if torch.is_grad_enabled() and x.requires_grad:
         return (_Tap.apply if watched() else _tap)(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
@@ -696,7 +700,7 @@ def expand_add(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ. With segments B is a stack as A is in `shrink`."""
-    return _expand_add(y, h, B, scale, Runs.of(segments, y, B))
+    return _expand_add(y, h, B, scale, Runs.of(segments, y, B.shape[0]))
 
 
 def shrink_expand(
@@ -706,4 +710,4 @@ def shrink_expand(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M K"]:
     """x + (x Aᵀ) Bᵀ."""
-    return _shrink_expand(x, A, B, compute_dtype(x), Runs.of(segments, x, A))[0]
+    return _shrink_expand(x, A, B, compute_dtype(x), Runs.of(segments, x, A.shape[0]))[0]

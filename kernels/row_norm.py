@@ -171,10 +171,16 @@ def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor,
     """A, B, B (A Aᵀ) and w_sq in float32."""
     A, B, w_sq = (small(t, torch.float32) for t in (A, B, w_sq))
     with without_autocast(A.device):
-        # The Gram matrix's error goes into every row: add its K products in pieces, which rounds less.
-        even = A if A.shape[-1] % 128 == 0 else pad(A, (0, -A.shape[-1] % 128))
-        pieces = even.view(*even.shape[:-1], -1, 128).transpose(-3, -2)
-        return A, B, B @ (pieces @ pieces.mT).sum(-3), w_sq
+        return A, B, B @ _gram(A), w_sq
+
+
+def _gram(A: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R R"]:
+    """A Aᵀ. Its error goes into every row: K products are added in pieces of 128, which rounds less."""
+    K = A.shape[-1]
+    if K <= 128:
+        return A @ A.mT
+    pieces = (A if K % 128 == 0 else pad(A, (0, -K % 128))).view(*A.shape[:-1], -1, 128).transpose(-3, -2)
+    return (pieces @ pieces.mT).sum(-3)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -168,4 +168,4 @@ def scale(
     t: Float[Tensor, "*M D"], g: Float[Tensor, "*G D"], segments: Segments | None = None
 ) -> Float[Tensor, "*M D"]:
     """t ∘ g. With segments g is a stack, of which each row takes its own; a row that has none stays."""
-    return _scale(t, g, Runs.of(segments, t, g))
+    return _scale(t, g, Runs.of(segments, t, g.shape[0]))

@@ -263,16 +263,17 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     """The table's rows for a launch.
 
     `wide`: its tokens are in float32 and its products, of `itemsize` bytes an element, are not, as under autocast. The
-    first row then, with half the columns, so that a tile has as many bytes, and two stages at most.
+    first row then, with half the columns or fewer, so that a tile has as many bytes, and two stages at most.
     """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
     names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together"))
     table = next(table[name] for name in names for table in tables if name in table)
     rows = table[min((most for most in table if rank <= most), default=max(table))]
-    if wide:
-        return (replace(rows[0], cols=rows[0].cols // 2, num_stages=min(rows[0].num_stages, 2)),)
-    return rows
+    if not wide:
+        return rows
+    less = 4 if kernel.startswith("expand_backward") else 2  # it holds B and dB, as wide as a tile, in registers too
+    return (replace(rows[0], cols=max(rows[0].cols // less, 16), num_stages=min(rows[0].num_stages, 2)),)
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:

@@ -19,7 +19,8 @@ from torch._library.custom_ops import CustomOpDef
 
 # Views are not recorded either: an output that is known for one could not be written to later.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_NO_TENSOR = frozenset({list, float, int, bool, torch.dtype, type(None)})
 _dispatching = False
 
 
@@ -59,13 +60,14 @@ class Operator(CustomOpDef):
     def __call__(self, *args: Any) -> Any:
         plain, device, needs_grad = not watched(), None, False
         for each in args:
-            if isinstance(each, Tensor):
+            kind = type(each)
+            if kind in _PLAIN or (kind not in _NO_TENSOR and isinstance(each, Tensor)):
                 if device is None:
                     device = each.device
                 elif each.device != device:
                     raise self._on_two_devices(args)
-                plain &= type(each) in _PLAIN
-                needs_grad |= each.requires_grad
+                plain = plain and kind in _PLAIN
+                needs_grad = needs_grad or each.requires_grad
         if not plain:
             return super().__call__(*args)
         if needs_grad and torch.is_grad_enabled():

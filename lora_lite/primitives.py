@@ -5,6 +5,7 @@ after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with 
 M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the method with a leading G.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
@@ -185,15 +186,19 @@ class LowRankAddRescale(Shrinks):
         operands = (self.W, self.A, self.B, self.scale, self.w_sq)
         if torch.compiler.is_compiling() or type(self.A) is not torch.nn.Parameter or self.A.is_inference():
             return ops.row_norm(*operands)
-        state = (ops, *((t.data_ptr(), t._version) for t in (self.A, self.B)))
-        before, norm = _norms.get(self.m, (None, None))
+        A, B, key = self.A, self.B, id(self.m)
+        state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version)
+        alive, before, norm = _norms.get(key, _NO_NORM)
+        if alive() is not self.m:
+            alive, norm = weakref.ref(self.m, lambda _: _norms.pop(key, None)), None
         if norm is None or before != state or torch._C._current_graph_task_id() == -1:
             norm = ops.row_norm(*operands)
-            _norms[self.m] = (state, norm)
+            _norms[key] = (alive, state, norm)
         return norm
 
 
-_norms: Any = WeakTensorKeyDictionary()  # of each m
+_norms: dict[int, tuple[Any, Any, Any]] = {}  # of each m by its id: whether it is alive, what it was made of, the norm
+_NO_NORM = (lambda: None, None, None)
 
 
 @dataclass

@@ -133,14 +133,13 @@ def token_dtype(layer: Any) -> torch.dtype:
     return declared if isinstance(declared, torch.dtype) else torch.bfloat16
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether it is what nearly all layers are, of which each call asks."""
-    return (
-        type(layer) is Linear
-        and is_dense(layer.weight)
-        and not layer.weight.is_meta
-        and layer.weight.shape == (layer.out_features, layer.in_features)
-    )
+def _plain_weight(layer: Any) -> Float[Tensor, "N K"] | None:
+    """What nearly all layers have, and each call of some methods asks for; None: it takes a closer look."""
+    if type(layer) is not Linear:
+        return None
+    weight = layer.weight
+    plain = is_dense(weight) and not weight.is_meta and weight.shape == (layer.out_features, layer.in_features)
+    return weight if plain else None
 
 
 def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeight:
@@ -151,8 +150,8 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     Raises:
         AttachError: the weight is of a kind that can't be read.
     """
-    if _is_plain(layer):
-        return layer.weight.detach()
+    if (plain := _plain_weight(layer)) is not None:
+        return plain.detach()
     weight: Any = weight_of(layer)
     (K, N), experts = shapes.shape(layer), shapes.copies(layer)
     shape = (N, K) if experts is None else (experts, N, K)
