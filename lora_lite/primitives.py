@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, pad
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .segments import Segments
 
