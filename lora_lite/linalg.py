@@ -77,7 +77,7 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
 
 
 def reflections(U: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R K"]:
-    """Z with H₁ H₂ … H_R = I + Uᵀ Z for the reflections Hᵢ = I − 2 uᵢuᵢᵀ / ‖uᵢ‖² along U's rows.
+    """Z with x + (x Uᵀ) Z = x H_R … H₂ H₁ for a row x and the reflections Hᵢ = I − 2 uᵢuᵢᵀ / ‖uᵢ‖² along U's rows.
 
     The compact WY form (Schreiber & Van Loan 1989) of rows of any length: Z = −T U, T⁻¹ = stril(U Uᵀ) + ½ diag(U Uᵀ). A
     row of zeros reflects nothing.
