@@ -70,6 +70,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
         # accumulator of dB allows.
         "expand_backward": {
+            16: (Config(32, 512, 16), Config(32, 256, 8)),
             32: (Config(32, 512, 8), Config(32, 256, 8)),
             64: (Config(32, 256, 8), Config(32, 128, 8)),
             128: (Config(32, 128, 8),),
@@ -263,7 +264,7 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     """The table's rows for a launch.
 
     `wide`: its tokens are in float32 and its products, of `itemsize` bytes an element, are not, as under autocast. The
-    first row then, with half the columns or fewer, so that a tile has as many bytes, and two stages at most.
+    first row then, with half the columns or fewer, so that a tile has as many bytes, and one stage.
     """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
@@ -272,8 +273,8 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     rows = table[min((most for most in table if rank <= most), default=max(table))]
     if not wide:
         return rows
-    less = 4 if kernel.startswith("expand_backward") else 2  # it holds B and dB, as wide as a tile, in registers too
-    return (replace(rows[0], cols=max(rows[0].cols // less, 16), num_stages=min(rows[0].num_stages, 2)),)
+    less = 4 if kernel.startswith("expand_backward") or kernel.endswith("_dropout") else 2  # more in registers
+    return (replace(rows[0], cols=max(rows[0].cols // less, 16), num_stages=1),)
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:

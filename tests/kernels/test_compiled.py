@@ -55,9 +55,6 @@ def test_report_has_every_row_of_the_tables(report: dict[str, Any]) -> None:
 def test_nothing_spills_or_overflows(report: dict[str, Any]) -> None:
     bad = [row for row in report["rows"] if row["overflows"] or row["spills"] or row["scalar_spills"]]
     assert bad == []
-    assert {row["kernel"] for row in report["rows"] if "unaligned_spills" in row} == {
-        row["kernel"] for row in report["rows"]
-    }
     assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in report["rows"])
 
 
