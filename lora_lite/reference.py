@@ -110,7 +110,10 @@ def shrink_together(
 ) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
     """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one product. A layer whose results
     get no gradient gives none to its A."""
-    found = list(_Together.apply(x, product_dtype(x.device, x.dtype), *As))  # type: ignore[arg-type]
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    with without_autocast(x.device):  # whose dtype the backward is to find again
+        found = list(_Together.apply(x, autocast or product_dtype(x.device, x.dtype), *As))  # type: ignore[arg-type]
     return found[: -len(As)] or [x] * len(As), found[-len(As) :]
 
 

@@ -120,7 +120,7 @@ def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
     readers = {id(target.layer) for target in targets if target.role == "reader"}
     for parent in list(model.modules()):
         by_width: dict[int, list[str]] = {}
-        for name, child in parent._modules.items():
+        for name, child in parent._modules.items() if not isinstance(parent, nn.Sequential) else ():
             if child is not None and id(child) in readers and SITE in child._modules:
                 by_width.setdefault(shape(child)[0], []).append(name)
         groups = [names for names in by_width.values() if len(names) > 1]
@@ -163,8 +163,6 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
         acting = site.acting()
         if acting and not any(_away(adapter) for _, adapter in acting):
             ready[name] = Shared(site.pieces(acting, layer, x))
-    if not any(isinstance(each.pieces[0].primitive, Shrinks) for each in ready.values()):
-        names.clear()  # nor will they
     by_ops: dict[int, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from models import (
+    alone,
     assert_same,
     attach,
     build,
@@ -51,14 +52,6 @@ def counted() -> Iterator[list[int]]:
         yield served
     finally:
         reference.shrink_together = whole
-
-
-def alone(model: nn.Module) -> Any:
-    """The same model with layers that share nothing."""
-    for module in model.modules():
-        if SIBLINGS in vars(module):
-            vars(module)[SIBLINGS].remove(module)
-    return model
 
 
 def groups(model: nn.Module) -> list[list[list[str]]]:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.siblings import SIBLINGS
 
 VOCAB = 61
 SIZES: dict[str, Any] = {
@@ -187,6 +188,14 @@ def only_adapter(model: nn.Module) -> Any:
     """The adapter of a model with a single adapted layer (or of that layer itself)."""
     (adapter,) = ll.attachment.require_attachment(model).adapters.values()
     return adapter
+
+
+def alone(model: nn.Module) -> Any:
+    """The same model with layers that share nothing, whatever they read."""
+    for module in model.modules():
+        if SIBLINGS in vars(module):
+            vars(module)[SIBLINGS].remove(module)
+    return model
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
