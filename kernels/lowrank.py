@@ -426,7 +426,8 @@ def launch_shrink_backward(
         dA = torch.cat([part[1] for part in parts], -2) if needs_dA else None  # type: ignore[misc]
         return dx, dA, _side_by_side([part[2] for part in parts])
     dx = x.new_empty(x.shape) if needs_dx else None
-    x, bases = rows_of(x), _at_most_three(dx_bases)
+    # With many ranks in float32 registers hold one base.
+    x, bases = rows_of(x), _as_few(dx_bases, 1 if dh.element_size() == 4 and R > 128 else 3)
     M, K = x.shape
     A, h = A.contiguous(), None if h is None else h.contiguous()
     dA = torch.empty_like(A) if needs_dA else None
@@ -450,12 +451,12 @@ def launch_shrink_backward(
     return dx, dA, dB
 
 
-def _at_most_three(bases: Sequence[Float[Tensor, "*M K"]]) -> list[Float[Tensor, "M K"]]:
-    """As many as the kernel adds, of the same strides."""
+def _as_few(bases: Sequence[Float[Tensor, "*M K"]], most: int) -> list[Float[Tensor, "M K"]]:
+    """As many as the kernel adds, of the same strides; the rest is added to the last of them."""
     if len(bases) < 2:
         return [rows_of(base) for base in bases]
     rows = [rows_of(base).contiguous() for base in bases]
-    return rows if len(rows) <= 3 else [*rows[:2], sum(rows[3:], rows[2])]
+    return rows if len(rows) <= most else [*rows[: most - 1], sum(rows[most:], rows[most - 1])]
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

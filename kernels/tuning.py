@@ -70,7 +70,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
         # accumulator of dB allows.
         "expand_backward": {
-            16: (Config(32, 512, 16), Config(32, 256, 8)),
+            16: (Config(32, 512, 16),),
             32: (Config(32, 512, 8), Config(32, 256, 8)),
             64: (Config(32, 256, 8), Config(32, 128, 8)),
             128: (Config(32, 128, 8),),
@@ -78,7 +78,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         # As above with a second token-sized read and a write in flight.
         "expand_backward_rescale": {
-            32: (Config(32, 256, 8), Config(32, 128, 8)),
+            32: (Config(32, 256, 8),),
             64: (Config(32, 128, 8), Config(16, 256, 8)),
             128: (Config(32, 64, 8),),
             256: (Config(32, 64, 8, 1),),
@@ -273,7 +273,7 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     rows = table[min((most for most in table if rank <= most), default=max(table))]
     if not wide:
         return rows
-    less = 4 if kernel.startswith("expand_backward") or kernel.endswith("_dropout") else 2  # more in registers
+    less = 8 if kernel.startswith("expand_backward") else 4 if "backward" in kernel or "dropout" in kernel else 2
     return (replace(rows[0], cols=max(rows[0].cols // less, 16), num_stages=1),)
 
 
