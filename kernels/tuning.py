@@ -273,8 +273,13 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     rows = table[min((most for most in table if rank <= most), default=max(table))]
     if not wide:
         return rows
-    less = 8 if kernel.startswith("expand_backward") else 4 if "backward" in kernel or "dropout" in kernel else 2
-    return (replace(rows[0], cols=max(rows[0].cols // less, 16), num_stages=1),)
+    first, backward = rows[0], "backward" in kernel
+    less = 4 if kernel.startswith("expand_backward") or "dropout" in kernel else 2
+    less *= 2 if backward and vendor == "amd" else 1
+    # With eight warps NVIDIA's compiler spills some registers here, rather than take more than half of what there are.
+    most = 128 if kernel.endswith("_together") else 64 if kernel.startswith(("shrink_expand", "expand_backward")) else 0
+    warps = 4 if vendor == "nvidia" and first.num_warps == 8 and rank <= most else first.num_warps
+    return (replace(first, cols=max(first.cols // less, 16), num_warps=warps, num_stages=1),)
 
 
 def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
