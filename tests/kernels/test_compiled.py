@@ -72,7 +72,7 @@ def test_dots_run_on_tensor_cores(report: dict[str, Any]) -> None:
 
 
 def test_accesses_are_wide(report: dict[str, Any]) -> None:
-    """128 bits a thread."""
+    """128 bits a thread; of float32 tokens beside 16-bit products, whose tiles are narrow, on NVIDIA's alone."""
     stores = {
         "expand",
         "expand_dropout",
@@ -86,7 +86,8 @@ def test_accesses_are_wide(report: dict[str, Any]) -> None:
         "scale_backward",
     }
     for row in report["rows"]:
-        if row["dtype"] == "bfloat16":
+        wide, amd = row["kernel"].endswith("_wide"), row["architecture"].startswith("gfx")
+        if row["dtype"] == "bfloat16" and not (wide and amd):
             assert row["loads_128"] > 0, row
             assert row["stores_128"] > 0 or row["kernel"] not in stores, row
 
@@ -106,7 +107,7 @@ def test_compiles_here(architecture: str) -> None:
     """Every kernel at r=32 with the row that is taken untimed."""
     done = compiled_anew("--ranks", "32", "--architectures", architecture)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "35 kernels, compiled" in done.stdout
+    assert "37 kernels, compiled" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     return {
         "shrink": (x, A, BF16, [], None, 0.0),
         "shrink of dropout": (x, A, BF16, [], seed, 0.3),
-        "shrink_backward": (t(4, 40, K), h, x, A, [], None, 0.0, True, True),
-        "shrink_backward of dA": (None, h, x, A, [], None, 0.0, False, True),
+        "shrink_backward": ([t(4, 40, K)], h, x, A, [], None, 0.0, True, True),
+        "shrink_backward of dA": ([], h, x, A, [], None, 0.0, False, True),
         "expand_add": (y, h, B, 0.5, []),
         "expand_add_backward": (y, h, B, 0.5, [], True, True),
         "shrink_expand": (x, A, t(R, K, dtype=f32).mT, BF16, []),

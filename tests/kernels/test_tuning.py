@@ -61,7 +61,7 @@ def test_the_fastest_row_is_kept_for_its_shape(timed: list[tuning.Config]) -> No
 def test_untimed_where_it_is_switched_off(timed: list[tuning.Config], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_LITE_AUTOTUNE", "0")
     assert on_gpu(itself) == SLOW
-    assert on_gpu(itself, tokens=torch.float32) == replace(SLOW, cols=SLOW.cols // 2)  # it has two stages
+    assert on_gpu(itself, tokens=torch.float32) == replace(SLOW, cols=SLOW.cols // 2, num_stages=1)
     assert not timed
 
 
@@ -205,13 +205,13 @@ def test_float32_is_multiplied_as_pytorch_does(change: Callable[[], None], expec
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
 @pytest.mark.parametrize("kernel", ["shrink", "expand_grouped", "expand_backward", "shrink_backward_dropout"])
-def test_float32_tokens_of_products_in_bf16_take_half_the_columns(kernel: str, architecture: str) -> None:
-    """A tile has as many bytes, and no block has fewer columns than a product takes."""
+def test_float32_tokens_of_products_in_bf16_take_fewer_columns(kernel: str, architecture: str) -> None:
+    """A tile has no more bytes, and no block has fewer columns than a product takes."""
     for rank in (1, 16, 64, 100, 256):
         first, *_ = tuning.candidates(kernel, architecture, 2, rank)
         (wide,) = tuning.candidates(kernel, architecture, 2, rank, wide=True)
-        assert 2 * first.rows * first.cols == 4 * wide.rows * wide.cols
-        assert wide.cols >= 16
+        assert 2 * first.rows * first.cols >= 4 * wide.rows * wide.cols
+        assert (wide.cols >= 16, wide.num_stages) == (True, 1)
 
 
 def taken(call: Callable[[], Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]:
