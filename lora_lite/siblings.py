@@ -92,15 +92,16 @@ class Family:
         if i not in self.done:
             self.done[i] = _OfGroup(x, context, _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {})
         done = self.done[i]
+        ready = done.ready.pop(name, None)
         if done.x is x:
-            return done.ready.pop(name, None) if done.context == context else None
-        if not torch.compiler.is_compiling():
+            return ready if done.context == context else None
+        if ready is not None and not torch.compiler.is_compiling():  # and not called a second time
             self._regroup(i, name, x, context)
         return None
 
     def _regroup(self, i: int, name: str, x: Tensor, context: tuple[Any, ...]) -> None:
         """The child leaves its group, for that of the children that got its x in this call, if there is one."""
-        self.groups[i].remove(name)
+        self.groups[i] = [other for other in self.groups[i] if other != name]
         for j, done in self.done.items():
             if done.x is x:
                 self.groups[j].append(name)

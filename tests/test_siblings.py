@@ -98,9 +98,7 @@ def test_the_same_as_alone(variant: str) -> None:
 
 def test_no_further_from_float64_than_eager_in_bfloat16() -> None:
     exact = step(adapted())
-    fields = {"dtype": torch.bfloat16}
     ours, single = (step(each) for each in (adapted(dtype=torch.bfloat16), alone(adapted(dtype=torch.bfloat16))))
-    assert fields
     for name, want in exact.items():
         assert rel_error(ours[name].double(), want) <= 1.1 * rel_error(single[name].double(), want) + 2e-3, name
 
@@ -239,6 +237,17 @@ def test_cross_attention_finds_its_groups() -> None:
     assert served == [3, 2]
 
 
+def test_a_child_that_is_called_on_two_tensors_stays_in_its_group() -> None:
+    """Step by step: groups neither part for a second call nor grow."""
+    module = attention(lambda m, x, o: m.q_proj(x) + m.k_proj(x) * m.v_proj(x) + m.k_proj(o) * m.q_proj(o))
+    xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+    with counted() as served:
+        for _ in range(4):
+            run(module, *xs)
+            assert groups(module) == [[["q_proj", "k_proj", "v_proj"]]]
+    assert served == [3] * 4
+
+
 def test_what_nobody_fetched_is_dropped() -> None:
     kept: list[Any] = []
 
@@ -342,16 +351,14 @@ def test_copies_and_pickles_group_their_own() -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        for p in ll.parameters(model):
-            p.data.zero_()  # whoever still reads the first model's shows it
+    others = (copy.deepcopy(model), torch.load(file, weights_only=False))
+    for p in ll.parameters(model):
+        p.data.zero_()  # whoever still reads the first model's shows it
+    for other in others:
         with counted() as served:
             assert_alike(step(other), want, 0.0)
         assert served == [3, 2] * 2
         ll.detach(other)
-        model = other
-        attach(model, "lora")
-        model = adapted()
 
 
 def test_layers_shared_between_blocks() -> None:
