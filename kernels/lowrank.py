@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..operators import applied, operator, watched
-from ..reference import each_of, together
+from ..reference import sharing
 from ..segments import Segments
 from .common import (
     MAX_RANK,
@@ -545,28 +545,6 @@ class _Tap(torch.autograd.Function):
 _tap = applied(_Tap)
 
 
-class _TapTogether(torch.autograd.Function):
-    """x Aᵀ of several layers, and where x needs a gradient an alias of x for each; all gradients come back together."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *As)
-        ctx.dtype = dtype
-        ctx.set_materialize_grads(False)
-        h = _shrink(x, torch.cat(As), dtype, [], None, 0.0)
-        aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
-        return *aliases, *h.split([len(A) for A in As], 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *As = ctx.saved_tensors
-        dhs, bases = grads[-len(As) :], [base for base in grads[: -len(As)] if base is not None]
-        dh = together(dhs, As, x.numel() // x.shape[-1], ctx.dtype)
-        needs_dx, _, *needs_dAs = ctx.needs_input_grad
-        dx, dA = _shrink_backward(bases, dh, x, torch.cat(As), [], None, 0.0, needs_dx, any(needs_dAs))
-        return dx if needs_dx else None, None, *(each_of(dA, dhs, As) if any(needs_dAs) else [None] * len(As))
-
-
 @operator("lora_lite::expand_add")
 @replayed
 def _expand_add(y: Tensor, h: Tensor, B: Tensor, scale: float, runs: list[Tensor]) -> Tensor:
@@ -685,12 +663,13 @@ def shrink(
     return x, _shrink(*arguments)
 
 
-def shrink_together(
-    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
-) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
-    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x."""
-    found = list(_TapTogether.apply(x, compute_dtype(x), *As))  # type: ignore[arg-type]
-    return found[: -len(As)] or [x] * len(As), found[-len(As) :]
+shrink_together = sharing(
+    compute_dtype,
+    lambda x, A, dtype: _shrink(x, A, dtype, [], None, 0.0),
+    lambda dx_bases, dh, x, A, needs_dx, needs_dA: _shrink_backward(
+        dx_bases, dh, x, A, [], None, 0.0, needs_dx, needs_dA
+    ),
+)
 
 
 def expand_add(

@@ -6,7 +6,7 @@ float32 where the CPU has no instructions for products in that. With `segments`,
 each row takes its own of them; a row that has none passes unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -105,63 +105,75 @@ def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -
     return rows.view(x.shape), h
 
 
-def shrink_together(
-    x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
-) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
-    """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one product. A layer whose results
-    get no gradient gives none to its A."""
+def sharing(
+    dtype_of: Callable[[Tensor], torch.dtype], product: Callable[..., Tensor], gradients: Callable[..., Any]
+) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
+    """A backend's `shrink_together`, from its product(x, A, dtype) = x Aᵀ and, of that, gradients(dx_bases, dh, x, A,
+    needs_dx, needs_dA) = (Σ dx_bases + dh A, dhᵀ x)."""
+
+    class Together(torch.autograd.Function):
+        """x Aᵀ of all layers, and where x needs a gradient an alias of x for each. The gradients of all come back
+        together: they are added once, and multiplied in one product each for x and A."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
+            ctx.save_for_backward(x, *As)
+            ctx.dtype = dtype
+            ctx.set_materialize_grads(False)
+            aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
+            return *aliases, *product(x, torch.cat(As), dtype).split([len(A) for A in As], 1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            x, *As = ctx.saved_tensors
+            M, ranks = x.numel() // x.shape[-1], [len(A) for A in As]
+            bases, dhs = [base for base in grads[: -len(As)] if base is not None], grads[-len(As) :]
+            parts = zip(dhs, ranks, strict=True)
+            dh = torch.cat([x.new_zeros((M, R), dtype=ctx.dtype) if part is None else part for part, R in parts], 1)
+            needs_dx, _, *needs_dAs = ctx.needs_input_grad
+            dx, dA = gradients(bases, dh, x, torch.cat(As), needs_dx, any(needs_dAs))
+            dAs = dA.split(ranks) if any(needs_dAs) else [None] * len(As)
+            of_each = zip(dAs, dhs, As, strict=True)
+            dAs = [None if dh is None or dA is None else dA.to(A.dtype) for dA, dh, A in of_each]
+            return dx if needs_dx else None, None, *dAs
+
+    def shrink_together(
+        x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+    ) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
+        """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x. A layer whose
+        results get no gradient gives none to its A."""
+        with without_autocast(x.device):  # whose dtype the backward is to find again
+            found = list(Together.apply(x, dtype_of(x), *As))  # type: ignore[arg-type]
+        return found[: -len(As)] or [x] * len(As), found[-len(As) :]
+
+    return shrink_together
+
+
+def _together_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    with without_autocast(x.device):  # whose dtype the backward is to find again
-        found = list(_Together.apply(x, autocast or product_dtype(x.device, x.dtype), *As))  # type: ignore[arg-type]
-    return found[: -len(As)] or [x] * len(As), found[-len(As) :]
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x.device, x.dtype)
 
 
-class _Together(torch.autograd.Function):
-    """x Aᵀ of all layers, and where x needs a gradient an alias of x for each. The gradients of all come back together:
-    they are added once, and multiplied in one product each for x and A."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *As)
-        ctx.dtype = dtype
-        ctx.set_materialize_grads(False)
-        h = _rows(x).to(dtype) @ torch.cat([A.to(dtype) for A in As]).t()
-        aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
-        return *aliases, *h.split([len(A) for A in As], 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *As = ctx.saved_tensors
-        rows, dhs = _rows(x), grads[-len(As) :]
-        dh = together(dhs, As, len(rows), ctx.dtype)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            A = torch.cat([A.to(ctx.dtype) for A in As])
-            bases = [_rows(base).to(ctx.dtype) for base in grads[: -len(As)] if base is not None]
-            if len(bases) > 1:
-                bases[0] = bases[0] + bases[1]
-                for more in bases[2:]:
-                    bases[0] += more
-            dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
-            dx = dx.to(x.dtype).view(x.shape)
-        return dx, None, *each_of(dh.t() @ rows.to(ctx.dtype), dhs, As)
+def _product(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    return _rows(x).to(dtype) @ A.to(dtype).t()
 
 
-def together(
-    dhs: Sequence[Tensor | None], As: Sequence[Float[Tensor, "R K"]], M: int, dtype: torch.dtype
-) -> Float[Tensor, "M ranks"]:
-    """The gradients of several layers' x Aᵀ side by side, zeros where there is none."""
-    found = [A.new_zeros((M, len(A)), dtype=dtype) if dh is None else dh for dh, A in zip(dhs, As, strict=True)]
-    return torch.cat(found, 1)
+def _gradients(
+    dx_bases: Sequence[Tensor], dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = None
+    if needs_dx:
+        bases = [_rows(base).to(dh.dtype) for base in dx_bases]
+        if len(bases) > 1:
+            bases[0] = bases[0] + bases[1]
+            for more in bases[2:]:
+                bases[0] += more
+        A = A.to(dh.dtype)
+        dx = (torch.addmm(bases[0], dh, A) if bases else dh @ A).to(x.dtype).view(x.shape)
+    return dx, dh.t() @ _rows(x).to(dh.dtype) if needs_dA else None
 
 
-def each_of(
-    dA: Float[Tensor, "ranks K"], dhs: Sequence[Tensor | None], As: Sequence[Float[Tensor, "R K"]]
-) -> list[Float[Tensor, "R K"] | None]:
-    """Of each of these layers its A's gradient; None where nothing came back."""
-    parts = zip(dA.split([len(A) for A in As]), dhs, As, strict=True)
-    return [None if dh is None else part.to(A.dtype) for part, dh, A in parts]
+shrink_together = sharing(_together_dtype, _product, _gradients)
 
 
 def expand_add(
