@@ -7,7 +7,6 @@ the metadata a reader takes alpha for the rank.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attachment import DEFAULT, Attachment, require_attachment, unwrap
-from ..checkpoint import first_of, names_now, read_tensors, replace_file, standalone, warn_of_losses
+from ..checkpoint import first_of, read_tensors, replace_file, warn_of_losses
 from ..errors import AttachError, CheckpointError
 from ..renaming import Renaming
-from .exporting import as_lora
+from .exporting import as_lora, as_they_are, patterns
 from .formats import PREFIX
 from .importing import attach_stored
 
@@ -57,7 +56,10 @@ def export_diffusers(
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
     for place, part in models.items():
-        config, its_tensors = _of_model(unwrap(part), name, uniform)
+        part = unwrap(part)
+        attachment = require_attachment(part, name)
+        config, its_tensors = _of_model(part, attachment, uniform)
+        warn_of_losses(part, attachment, "export_diffusers")
         configs |= {f"{place}.{field}": value for field, value in config.items()}
         tensors |= {f"{place}.{key}": t for key, t in its_tensors.items()}
     metadata = {"format": "pt", _METADATA: json.dumps(configs, indent=2, sort_keys=True)}
@@ -110,16 +112,13 @@ def place_of(model: nn.Module) -> str:
     return "unet" if "UNet" in kind.__name__ else "transformer"
 
 
-def _of_model(model: nn.Module, name: str | None, uniform: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    attachment = require_attachment(model, name)
+def _of_model(model: nn.Module, attachment: Attachment, uniform: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if attachment.whole.names:
         raise AttachError(
             f"export_diffusers: diffusers takes no modules that train in full ({', '.join(attachment.whole.names)}); "
             "use save(model, path)"
         )
-    names = names_now(model, attachment, "export_diffusers")
-    adapters = {names[layer]: adapter for layer, adapter in standalone(attachment, "export_diffusers").items()}
-    warn_of_losses(model, attachment, "export_diffusers")
+    names, adapters = as_they_are(model, attachment, "export_diffusers")
     config, tensors = as_lora(attachment, adapters, names, uniform, "export_diffusers")
     return {
         **config,
@@ -160,15 +159,8 @@ def _from_tensors(tensors: dict[str, Tensor], alphas: dict[str, float]) -> dict[
     """The config of a file without metadata: alpha is the rank where the file does not say it."""
     end = ".lora_A.weight"
     ranks = {key.removesuffix(end): len(t) for key, t in tensors.items() if key.endswith(end)}
-    own = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
-    usual = {
-        "r": Counter(ranks.values()).most_common(1)[0][0],
-        "lora_alpha": Counter(own.values()).most_common(1)[0][0],
-    }
     return {
-        **usual,
-        "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items() if rank != usual["r"]},
-        "alpha_pattern": {f"^{layer}": alpha for layer, alpha in own.items() if alpha != usual["lora_alpha"]},
+        **patterns(ranks, {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}),
         "target_modules": list(ranks),
         "use_dora": any("lora_magnitude_vector" in key for key in tensors),
     }

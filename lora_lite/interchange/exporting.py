@@ -65,8 +65,7 @@ def export_peft(
     tensors: dict[str, Tensor] = {}
     attachments = _of_one_file(model, name)
     for attachment in attachments:
-        names = names_now(model, attachment, "export_peft")
-        adapters = {names[layer]: adapter for layer, adapter in standalone(attachment, "export_peft").items()}
+        names, adapters = as_they_are(model, attachment, "export_peft")
         warn_of_losses(model, attachment, "export_peft")
         if (kind := TENSORS.get(attachment.cfg.variant, ("LORA",))[0]) == "LORA":
             of_one, its_tensors = as_lora(attachment, adapters, names, uniform or for_ != "peft", "export_peft")
@@ -101,6 +100,12 @@ def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Att
             "if they are an ia3 and an ia3_ff on different layers; export them one by one"
         )
     return attachments
+
+
+def as_they_are(model: nn.Module, attachment: Attachment, what: str) -> tuple[dict[str, str], dict[str, Adapter]]:
+    """The names that the layers have now, by those at attach; and by the former the adapters, with whole tensors."""
+    names = names_now(model, attachment, what)
+    return names, {names[layer]: adapter for layer, adapter in standalone(attachment, what).items()}
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def as_lora(
     ranks = {name: each.rank for name, each in sums.items()}
     alphas = {name: _whole(each.scale * each.rank) for name, each in sums.items()}
     dora = {"use_dora": True} if attachment.cfg.variant == "dora" else {}
-    return {**_patterns(ranks, alphas), **dora}, tensors
+    return {**patterns(ranks, alphas), **dora}, tensors
 
 
 def _sum(attachment: Attachment, adapter: Any, layer: nn.Module, name: str, what: str) -> Sum:
@@ -165,7 +170,7 @@ def _sum(attachment: Attachment, adapter: Any, layer: nn.Module, name: str, what
     return Sum(primitive.A, primitive.B, primitive.scale)
 
 
-def _patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     """PEFT's fields for ranks and alphas by layer: the most frequent, and patterns for the layers that differ."""
     config: dict[str, Any] = {}
     for values, one, pattern in ((ranks, "r", "rank_pattern"), (alphas, "lora_alpha", "alpha_pattern")):
@@ -191,7 +196,7 @@ def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[d
     ranks = {layer: adapter.cfg.r for layer, adapter in adapters.items()}
     config: dict[str, Any] = {"r": cfg.r, "lora_alpha": _whole(cfg.alpha)}
     if name == "delora":
-        ranks_as = _patterns(ranks, ranks)
+        ranks_as = patterns(ranks, ranks)
         config |= {"delora_lambda": cfg.lambda0, "r": ranks_as["r"], "rank_pattern": ranks_as["rank_pattern"]}  # type: ignore[attr-defined]
     elif name == "hra":
         if len(set(ranks.values())) > 1:
