@@ -213,9 +213,9 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
 
 
 def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
-    """Twice the reference's own error in that dtype; at least four roundings, and of a tensor of few elements more: it
-    has none to average over, so that the reference's error there is one draw."""
-    roundings = 4 * torch.finfo(dtype).eps / 2 * (1 + 2 / max(want.numel(), 1) ** 0.5)
+    """Twice the reference's own error in that dtype; at least four roundings, and of a number alone twelve: it has no
+    others to average over, so that the reference's error there is one draw."""
+    roundings = (12 if want.numel() == 1 else 4) * torch.finfo(dtype).eps / 2
     return min(max(2 * _error(plain, want), roundings), _CEILING)
 
 
