@@ -197,8 +197,7 @@ def load(
         metadata, tensors = read_tensors(path)
         cfg, variant = _config(metadata)
         moved.check(tensors)
-        of_layers = {key: t for key, t in tensors.items() if key not in _listed(metadata, "whole_tensors")}
-        cfg = cfg.renamed({old: moved.new(old) for old in _layers(of_layers)})
+        cfg = cfg.renamed({old: moved.new(old) for old in _described(metadata, tensors)})
         tensors, metadata = moved.keys(tensors), _moved(metadata, moved)
         whole = _whole_modules(model, metadata, tensors)
         targets = named_targets(model, metadata, tensors)
@@ -264,8 +263,11 @@ def _shapes(metadata: dict[str, str]) -> dict[str, list[int]]:
     return shapes
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+def _described(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> Mapping[str, list[int] | None]:
+    """The file's target layers, with their shapes. PEFT's files and the original's name them in their tensors alone."""
+    if "format" in metadata:
+        return _shapes(metadata)
+    return dict.fromkeys(name.rpartition(".")[0] for name in tensors)
 
 
 def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
@@ -336,24 +338,22 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
 
 
 def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
-    """The layers that the file names, checked against the model. The original's files name them in their tensors."""
+    """The layers that the file names, checked against the model."""
     layers = {target.name: target for target in candidates(model)}
-    names = _layers(tensors)
-    shapes = _shapes(metadata) if "format" in metadata else {}
-    problems = []
-    for name in shapes or names:
+    described, problems = _described(metadata, tensors), []
+    for name, shape_in_file in described.items():
         target = layers.get(name)
         if target is None:
             problems.append(f"the model has no linear layer {name}")
-        elif name in shapes and shapes[name] != _shape(target.layer):
+        elif shape_in_file not in (None, _shape(target.layer)):
             kind = "(in, out)" if copies(target.layer) is None else "(in, out, experts)"
-            problems.append(f"{name} is {shapes[name]} {kind} in the file and {_shape(target.layer)} in the model")
+            problems.append(f"{name} is {shape_in_file} {kind} in the file and {_shape(target.layer)} in the model")
     if problems:
         raise CheckpointError(
             f"it was trained on another base model ({metadata.get('base_model', 'unnamed')}): {first_of(problems)}"
-            f"{proposal(list(shapes or names), layers)}"
+            f"{proposal(list(described), layers)}"
         )
-    for target in (targets := [layers[name] for name in shapes or names]):
+    for target in (targets := [layers[name] for name in described]):
         with naming(target):
             if why := unfit(model, target):
                 raise CheckpointError(f"{target.name}: {why}")
