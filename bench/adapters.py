@@ -59,8 +59,6 @@ class Settings:
     """Timed steps of each model, after two that are not timed; fewer, but at least three, where they take long."""
     seconds: float = 20.0
     """How long."""
-    threads: int = 1
-    """Of PyTorch."""
     attaches: int = 3
     """Timed attaches, saves and loads of each library."""
     r: int = 16
@@ -235,17 +233,18 @@ def measure(name: str, variant: str, s: Settings, dtype: torch.dtype) -> dict[st
 
 
 def rounds(models: dict[str, nn.Module], x: torch.Tensor, s: Settings) -> dict[str, list[float]]:
-    """CPU seconds of each model's steps, taken in turns."""
+    """CPU seconds of each model's steps, on one thread, taken in turns."""
     times: dict[str, list[float]] = {side: [] for side in models}
-    for _ in range(2):
-        for model in models.values():
-            step(model, x)
-    start = time.perf_counter()
-    for i in range(s.steps):
-        if i >= 3 and time.perf_counter() - start > s.seconds:
-            break
-        for side, model in models.items():
-            times[side].append(step(model, x))
+    with mixtures.one_thread():
+        for _ in range(2):
+            for model in models.values():
+                step(model, x)
+        start = time.perf_counter()
+        for i in range(s.steps):
+            if i >= 3 and time.perf_counter() - start > s.seconds:
+                break
+            for side, model in models.items():
+                times[side].append(step(model, x))
     return times
 
 
@@ -286,7 +285,6 @@ def mixture_rows(s: Settings) -> list[dict[str, Any]]:
 
 
 def main(s: Settings) -> None:
-    torch.set_num_threads(s.threads)
     if mixtures.NAME in s.models:
         rows = mixture_rows(s)
         if s.save:

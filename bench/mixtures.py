@@ -8,6 +8,8 @@ and the median counts. Memory: bytes that autograd holds for the backward beyond
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -43,6 +45,17 @@ def adapted(experts: int, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
     return {"base": build(experts, dtype), "ours": ours, "peft": peft.get_peft_model(theirs, config)}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, so that the process's CPU time is that of the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def step(model: nn.Module, x: Tensor) -> float:
     """CPU seconds of one forward and backward."""
     x.grad = None
@@ -72,9 +85,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 def measure(experts: int, dtype: torch.dtype, r: int, tokens: tuple[int, int], steps: int) -> dict[str, Any]:
     """A row: CPU seconds of each model's step, and what ours and PEFT's add to the base, bytes saved too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             models = adapted(experts, dtype, r)
@@ -87,8 +98,6 @@ def measure(experts: int, dtype: torch.dtype, r: int, tokens: tuple[int, int], s
                 seconds = step(model, x)
                 if i >= 2:
                     times[side].append(seconds)
-    finally:
-        torch.set_num_threads(threads)
     over = {
         side: statistics.median(a - b for a, b in zip(times[side], times["base"], strict=True))
         for side in ("ours", "peft")

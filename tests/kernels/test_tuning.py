@@ -168,7 +168,7 @@ def settings() -> Iterator[None]:
         each.fp32_precision = value
 
 
-NEW = "the newer setting is torch 2.9's"
+NEW = "runs with torch 2.9 or later, which has the newer setting"
 needs_new = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason=NEW)
 
 
