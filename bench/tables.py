@@ -54,8 +54,8 @@ def adapters() -> str:
     lines = [
         f"What an adapter adds to a training step of the frozen base (forward and backward; Llama, {s['width']} wide, "
         f"{s['layers']} layers, 7 linears each, {s['tokens'][0] * s['tokens'][1]} tokens, r={s['r']}), beside PEFT's; "
-        f"adapters in float32, the default of both. CPU time on one thread, medians of up to {s['steps']} interleaved steps. "
-        f"{machine_of(result)}",
+        f"adapters in float32, the default of both. CPU time on one thread, medians of up to {s['steps']} interleaved "
+        f"steps. {machine_of(result)}",
         "",
         "| method | base dtype | base | + lora-lite | + PEFT | lora-lite / PEFT | attach: PEFT / lora-lite |",
         "|---|---|--:|--:|--:|--:|--:|",
