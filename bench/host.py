@@ -18,8 +18,10 @@ from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import block
 import peft
 import torch
+from block import CostlessLinear
 from launch_path import torch_launches, without_launching
 from machine import RESULTS, write
 from rivals import peft_config
@@ -33,23 +35,6 @@ METHODS = {
 }  # fmt: skip
 WIDTH, TOKENS, RANK = 64, 8, 16
 COUNTED = {"M": 8192, "K": 4096, "N": 4096, "r": RANK}
-
-
-class Costless(torch.autograd.Function):
-    """A product's shapes without the product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy.new_empty(*dy.shape[:-1], COUNTED["K"]), None
-
-
-class CostlessLinear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return Costless.apply(x, self.weight)  # type: ignore[return-value]
 
 
 def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear, device: str = "cpu") -> nn.Module:
@@ -89,6 +74,7 @@ def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
     return step
 
 
+HOW = ("together", "one by one")
 CALLS = 20  # steps of a round
 
 
@@ -182,9 +168,15 @@ def main() -> None:
         added = "  ".join(f"{name} {us:7.1f} µs" for name, us in each["added_us"].items())
         ratio = "" if each["ratio"] is None else f"  ratio {each['ratio']:.2f}"
         print(f"{each['method']:10} {each['backend']:10} {added}{ratio}  launches {each['launches']}", flush=True)
+    with without_launching() as counts:
+        whole = {
+            name: {how: block.launched(counts, COUNTED["M"], how == "together", METHODS[name]) for how in HOW}
+            for name in ("lora", "pissa", "dora")
+        }
+    print(f"launches of ours for a block of Llama-3-8B: {whole}")
     if not arguments.dry:
         settings = {"width": WIDTH, "tokens": TOKENS, "r": RANK, "rounds": arguments.rounds, "counted_at": COUNTED}
-        write(arguments.out, {"settings": settings, "rows": rows})
+        write(arguments.out, {"settings": settings, "rows": rows, "block_launches": whole})
 
 
 if __name__ == "__main__":
