@@ -4,6 +4,7 @@ The base layers' products are left out: they give memory of the right shape. Wha
 read the same x, counts for every contender whose layers are adapted one by one.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import numpy as np
 import peft
 import torch
+from launch_path import torch_launches
 from rivals import peft_config
 from torch import Tensor, nn
 from traffic import OperatorsCounted, kernels_counted
@@ -87,7 +89,7 @@ def step(model: nn.Module, M: int) -> Callable[[], None]:
 
     def run() -> None:
         ys = [y for part, xs in zip(model.children(), inputs, strict=True) for y in part(*xs)]
-        torch.autograd.grad(ys, [*sum(inputs, []), *parameters], [torch.empty_like(y) for y in ys])
+        torch.autograd.grad(ys, [*itertools.chain(*inputs), *parameters], [torch.empty_like(y) for y in ys])
 
     return run
 
@@ -157,8 +159,8 @@ def counted(M: int) -> dict[str, Any]:
     return {"M": M, "R": R, "bytes": found, "ratio": ratio, "target": TARGET, "meets_target": meets}
 
 
-def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig] = ll.LoRAConfig) -> int:
-    """Launches of ours in a step, under a driver that counts them."""
+def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig] = ll.LoRAConfig) -> dict[str, int]:
+    """Launches in a step, of kernels and of PyTorch's, under a driver that counts the first."""
 
     def any_svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return torch.randn(len(W), r), torch.ones(r), torch.randn(r, W.shape[1])
@@ -168,4 +170,4 @@ def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig]
     run()
     counts.clear()
     run()
-    return sum(counts.values())
+    return {"ours": sum(counts.values()), "torch": torch_launches(run)}

@@ -154,14 +154,14 @@ def step(variant: str, M: int, K: int, N: int, R: int) -> None:
     if variant == "hra":
         lowrank.launch_expand(x, h, B, 1.0)
         lowrank.launch_shrink(x, B.t(), x.dtype)
-        lowrank.launch_shrink_backward([x], h, x, A, True, True, h)
+        lowrank.launch_shrink_backward([x], [h], x, A, True, True, h)
         return
     of_dora = (y, g) if variant == "dora" else ()
     if of_dora:
         row_norm.launch_row_norm(t(N, K), None, A, B, B, SCALE, g)
     lowrank.launch_expand(y, h, B, SCALE, g if of_dora else None)
     lowrank.launch_expand_backward(y, h, B, SCALE, True, True, *of_dora)
-    lowrank.launch_shrink_backward([x], h, x, A, True, True)
+    lowrank.launch_shrink_backward([x], [h], x, A, True, True)
 
 
 Resources = dict[tuple[Any, ...], float]

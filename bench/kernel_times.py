@@ -105,6 +105,7 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
         return torch.randn(*shape, dtype=dtype, device=device)
 
     x, dx_base, y, dy, h, dh = t(s.M, s.K), t(s.M, s.K), t(s.M, s.N), t(s.M, s.N), t(s.M, s.R), t(s.M, s.R)
+    thirds = [each.contiguous() for each in dh.tensor_split(3, 1)]
     A, B, g, W = t(s.R, s.K, dtype=f32), t(s.N, s.R, dtype=f32), t(s.N, dtype=f32), t(s.N, s.K)
     BG, w_sq = B @ (A @ A.t()), W.float().square().sum(1)
     d = torch.Tensor.double
@@ -132,15 +133,15 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             ),
         ),
         "shrink_backward": (
-            lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
+            lambda: lowrank.launch_shrink_backward([dx_base], [dh], x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_backward_together": (
-            lambda: lowrank.launch_shrink_backward([dx_base] * 3, dh, x, A, True, True)[:2], 5 * MK + MR + 2 * KR,
-            4 * s.M * s.K * s.R, lambda: (3 * d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
+            lambda: lowrank.launch_shrink_backward([dx_base] * 3, thirds, x, A, True, True)[:2],
+            5 * MK + MR + 2 * KR, 4 * s.M * s.K * s.R, lambda: (3 * d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_expand_backward": (
-            lambda: lowrank.launch_shrink_backward([dx_base], dh, x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
+            lambda: lowrank.launch_shrink_backward([dx_base], [dh], x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
             6 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x), d(dx_base).t() @ d(h)),
         ),
         "row_norm": (

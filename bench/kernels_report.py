@@ -83,14 +83,16 @@ def kernel_calls(
     A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
     i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
     seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
+    seeds, thirds = t(3, dtype=torch.int64), (R - 2 * (R // 3), R - R // 3, R)  # of three layers' ranks the ends
+    dhs = [t(M, each) for each in (thirds[0], R // 3, R // 3)]
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
-        "shrink_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seed, 0.1),
+        "shrink_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seed),
         "shrink_grouped": lambda: lowrank.launch_shrink(x, As, dtype, runs),
         "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
-        "expand_dropout": lambda: lowrank.launch_expand(y, h, B, 0.5, None, None, None, seed, 0.1),
+        "expand_dropout": lambda: lowrank.launch_expand(y, h, B, 0.5, None, None, None, seed),
         "expand_grouped": lambda: lowrank.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
         "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
         "expand_backward_grouped": lambda: lowrank.launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
@@ -98,14 +100,18 @@ def kernel_calls(
         "expand_backward_rescale_grouped": lambda: lowrank.launch_expand_backward(
             y, h, Bs, 0.5, True, True, y, gs, biases, runs
         ),
-        "shrink_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True),
+        "shrink_backward": lambda: lowrank.launch_shrink_backward([x], [h], x, A, True, True),
         "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
-            [x], h, x, A, True, True, None, None, seed, 0.1
+            [x], [h], x, A, True, True, None, None, seed
         ),
-        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, None, runs),
-        "shrink_backward_together": lambda: lowrank.launch_shrink_backward([x] * 3, h, x, A, True, True),
-        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward([x], h, x, A, True, True, h),
-        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward([x], h, x, As, True, True, h, runs),
+        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward([x], [h], x, As, True, True, None, runs),
+        "shrink_together_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seeds, thirds),
+        "shrink_backward_together_dropout": lambda: lowrank.launch_shrink_backward(
+            [x] * 3, dhs, x, A, True, True, None, None, seeds
+        ),
+        "shrink_backward_together": lambda: lowrank.launch_shrink_backward([x] * 3, dhs, x, A, True, True),
+        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward([x], [h], x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward([x], [h], x, As, True, True, h, runs),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(

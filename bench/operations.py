@@ -5,6 +5,7 @@ case's dtype, and the kernels'. Ours may be 1.5 times as far off as the plain fo
 roundoff where the plain formula is luckier than one rounding.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from philox import dropout_mask
+from philox import dropout_mask, seed_of
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -135,8 +136,14 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-def with_seed(seed: int, device: str = "cpu") -> "mock._patch[mock.MagicMock]":
-    return mock.patch.object(lowrank, "new_seed", return_value=torch.tensor([seed], device=device))
+def with_seed(bits: int, device: str = "cpu") -> "mock._patch[Any]":
+    """Seeds are drawn of these bits, of the next, and so on."""
+    following = itertools.count(bits)
+
+    def drawn(like: Tensor, dropout: float) -> Tensor:
+        return torch.tensor([seed_of(next(following), dropout)], device=device)
+
+    return mock.patch.object(lowrank, "new_seed", drawn)
 
 
 @contextmanager
@@ -158,7 +165,7 @@ def poisoned() -> Iterator[None]:
 def lowrank_add(c: Case) -> Draw:
     """The two halves around a base layer: x's gradient is the base's plus the adapter's; with dropout, the base gets
     all of x."""
-    mask = dropout_mask(SEED, c.M, c.K, c.dropout).to(c.device) if c.dropout else None
+    mask = dropout_mask(seed_of(SEED, c.dropout), c.M, c.K).to(c.device) if c.dropout else None
 
     def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         kept = x if mask is None else x * mask.to(x.dtype).view(x.shape)
@@ -184,14 +191,22 @@ def lowrank_add(c: Case) -> Draw:
 
 
 def lowrank_add_together(c: Case) -> Draw:
-    """Three layers that read the same x, side by side."""
+    """Three layers that read the same x, side by side; with dropout, the last has a higher, and each its own mask."""
+    dropouts = [c.dropout, c.dropout, c.dropout * 1.5]
+    seeds = [seed_of(SEED + i, dropout) for i, dropout in enumerate(dropouts)]
+    masks = [dropout_mask(seed, c.M, c.K).to(c.device) for seed in seeds]
 
     def plain(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        of = [linear(x, w) + 0.7 * (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT for w, a, b in zip(W, A, B, strict=True)]
+        kept = [x * mask.to(x.dtype).view(x.shape) for mask in masks]
+        of = [
+            linear(x, w) + 0.7 * (own @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
+            for own, w, a, b in zip(kept, W, A, B, strict=True)
+        ]
         return torch.cat(of, -1)
 
     def ours(x: Tensor, A: Tensor, B: Tensor, W: Tensor) -> Tensor:
-        xs, hs = ops.shrink_together(x, A.unbind())
+        with with_seed(SEED, c.device):
+            xs, hs = ops.shrink_together(x, A.unbind(), dropouts)
         pieces = zip(xs, hs, W, B, strict=True)
         return torch.cat([ops.expand_add(linear(x, w), h, b, 0.7) for x, h, w, b in pieces], -1)
 

@@ -18,9 +18,14 @@ def philox(counter: np.ndarray, key: tuple[int, int], rounds: int) -> np.ndarray
     return np.stack([c0, c1, c2, c3], -1)
 
 
-def dropout_mask(seed: int, M: int, N: int, dropout: float) -> Tensor:
+def seed_of(bits: int, dropout: float) -> int:
+    """A seed of 47 bits, with the probability's 16 above them."""
+    return round(dropout * 65536) << 47 | bits & (1 << 47) - 1
+
+
+def dropout_mask(seed: int, M: int, N: int) -> Tensor:
     """M×N in float64: 0 where dropped, 1 / (1 − the probability) elsewhere."""
-    drop = round(dropout * 65536)
+    drop = seed >> 47
     eights, rows = np.meshgrid(np.arange((N + 7) // 8), np.arange(M))
     counter = np.stack([eights, rows, np.zeros_like(rows), np.zeros_like(rows)], -1)
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32), 7)

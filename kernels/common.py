@@ -5,6 +5,7 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -115,6 +116,18 @@ def _sum_parts_kernel(
             _sum_block(parts_2, out_2, order_2, starts_2, P_2, size_2, block - blocks, BLOCK)
         elif parts_3 is not None:
             _sum_block(parts_3, out_3, order_3, starts_3, P_3, size_3, block - blocks - blocks_2, BLOCK)
+
+
+@triton.jit
+def _join_kernel(first, second, third, out, size, size_2, size_3, BLOCK: tl.constexpr):
+    """One after the other, in out's dtype."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(first + at, mask=at < size, other=0.0).to(tl.float32)
+    end = size + size_2
+    values += tl.load(second + (at - size), mask=(at >= size) & (at < end), other=0.0).to(tl.float32)
+    if third is not None:
+        values += tl.load(third + (at - end), mask=(at >= end) & (at < end + size_3), other=0.0).to(tl.float32)
+    tl.store(out + at, values, mask=at < end + size_3)
 
 
 class Runs(NamedTuple):
@@ -228,6 +241,18 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None, Runs | None]) -> None:
 
 
 _SUMMED = 1024  # elements of a program
+
+
+def joined(As: Sequence[Float[Tensor, "R K"]], dtype: torch.dtype) -> Float[Tensor, "R K"]:
+    """The ranks of several layers as one matrix in the dtype of the product: one launch for two and three."""
+    if len(As) == 1 or len(As) > 3:
+        return small(As[0] if len(As) == 1 else torch.cat(list(As)), dtype)
+    As = [A.contiguous() for A in As]
+    out = As[0].new_empty((sum(len(A) for A in As), As[0].shape[1]), dtype=dtype)
+    numbers = [*(A.numel() for A in As), 0][:3]
+    tensors = [*As, *[None] * (3 - len(As)), out]
+    launch(_join_kernel, (cdiv(out.numel(), _SUMMED),), tensors, numbers, (_SUMMED,))
+    return out
 
 
 def rows_of(t: Float[Tensor, "*M N"]) -> Float[Tensor, "M N"]:

@@ -18,12 +18,14 @@ dh: no M×K delta is ever stored and autograd has nothing to add. With g and bia
 composition (see dora.py). Sums over a dimension that several programs share are float32 parts, added in fixed order.
 
 With dropout, x Aᵀ is of x's surviving elements; the backward computes the mask again from the same seed (dropout.py).
+Each of several layers has a mask of its own.
 With segments, A is G×R×K and B is G×N×R, and each row takes the A and the B of its run; where it has none, as if they
 were zero. A program's rows are of one run: it finds them in a table of shares (`common.Runs`).
 """
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +44,7 @@ from .common import (
     compute_dtype,
     full_waves,
     inside,
+    joined,
     or_empty,
     own,
     own_vector,
@@ -68,16 +71,45 @@ MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 # them `expand`, which reads B for every block of rows, would read more of it than of y; the backward lacks registers.
 MOST_RANKS_UNCAST = {"expand": 32, "expand_backward": 16}
 
+MOST_LAYERS = 3  # whose results, of one x, a launch takes
+
 # ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _of_layer(ranks, i: tl.constexpr, LAYERS: tl.constexpr, R_1, R_2):
+    """Which ranks are layer i's."""
+    mine = ranks >= 0
+    if i == 0:
+        if LAYERS > 1:
+            mine = ranks < R_1
+    elif i == 1:
+        mine = ranks >= R_1
+        if LAYERS > 2:
+            mine &= ranks < R_2
+    else:
+        mine = ranks >= R_2
+    return mine
+
+
+@triton.jit
+def _rescales(seeds, ranks, LAYERS: tl.constexpr, R_1, R_2):
+    """Of each rank, 1 / the probability of its layer's inputs to stay."""
+    found = ranks * 0.0
+    for i in tl.static_range(LAYERS):
+        found = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2), rescale(seeds + i), found)
+    return found
+
+
+@triton.jit
 def _shrink_kernel(
-    x, A, h, table, seed, drop,
-    M, K, R, stride_xm, stride_xk, k_per_program,
+    x, A, h, table, seeds,
+    M, K, R, R_1, R_2, stride_xm, stride_xk, k_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s): rows of block i, and columns of part s. h holds a result a part."""
+    """Program (i, s): rows of block i, and columns of part s. h holds a result a part. With seeds, one for each layer
+    whose ranks A has: the ranks of the first end at R_1, of the second at R_2."""
     top, last, matrix = share_of_rows(tl.program_id(0), M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
@@ -88,19 +120,23 @@ def _shrink_kernel(
     for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, last, end), other=0.0)
-        if seed is not None:
-            x_tile = tl.where(kept(seed, drop, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0)
         A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0)
-        acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
-    if seed is not None:
-        acc *= rescale(drop)
+        if seeds is None:
+            acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
+        else:
+            for i in tl.static_range(LAYERS):
+                of_layer = tl.where(kept(seeds + i, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0).to(A_tile.dtype)
+                own_A = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2)[:, None], A_tile, 0.0)
+                acc = tl.dot(of_layer, tl.trans(own_A), acc, input_precision=PRECISION)
+    if seeds is not None:
+        acc *= _rescales(seeds, ranks, LAYERS, R_1, R_2)[None, :]
     h += tl.program_id(1).to(tl.int64) * M * R
     tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, last, R))
 
 
 @triton.jit
 def _expand_kernel(
-    y, h, B, out, g, bias, table, seed, scale, drop,
+    y, h, B, out, g, bias, table, seed, scale,
     M, N, R, stride_ym, stride_yn, stride_hm, stride_bn, stride_br,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +166,7 @@ def _expand_kernel(
         change *= gain
     if seed is not None:
         first = tl.program_id(0) % blocks * BLOCK_N
-        change = tl.where(kept(seed, drop, rows, first, BLOCK_M, BLOCK_N), rescale(drop) * change, 0.0)
+        change = tl.where(kept(seed, rows, first, BLOCK_M, BLOCK_N), rescale(seed) * change, 0.0)
     tl.store(tile(out, rows, cols, N, 1), y_tile + change, mask=here)
 
 
@@ -191,12 +227,14 @@ def _expand_backward_kernel(
 
 @triton.jit
 def _shrink_backward_kernel(
-    x, dx_base, second, third, dh, h, A, dx, dA, dB, table, seed, drop,
-    M, K, R, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
+    x, dx_base, dx_base_2, dx_base_3, dh, dh_2, dh_3, h, A, dx, dA, dB, table, seeds,
+    M, K, R, R_1, R_2, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part, and with h so does
-    dB = dx_baseᵀ h. second and third are further dx_bases, of layers that read the same x."""
+    dB = dx_baseᵀ h. Layers that read the same x have a dx_base each, and a dh each for ranks that end at R_1, R_2, R;
+    with seeds, one for each."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
@@ -208,34 +246,50 @@ def _shrink_backward_kernel(
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         here, of_rank = inside(rows, cols, end, K), inside(rows, ranks, end, R)
-        dh_tile = tl.load(tile(dh, rows, ranks, R, 1), mask=of_rank, other=0.0)
-        if seed is not None:
-            keep = kept(seed, drop, rows, tl.program_id(0) * BLOCK_K, BLOCK_M, BLOCK_K)
+        dh_tile = tl.load(tile(dh, rows, ranks, R_1, 1), mask=inside(rows, ranks, end, R_1), other=0.0)
+        if dh_2 is not None:
+            of_2 = inside(rows, ranks, end, R_2) & (ranks >= R_1)[None, :]
+            dh_tile += tl.load(tile(dh_2, rows, ranks - R_1, R_2 - R_1, 1), mask=of_2, other=0.0)
+        if dh_3 is not None:
+            of_3 = of_rank & (ranks >= R_2)[None, :]
+            dh_tile += tl.load(tile(dh_3, rows, ranks - R_2, R - R_2, 1), mask=of_3, other=0.0)
         if dA is not None:
             x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=here, other=0.0).to(dtype)
-            if seed is not None:
-                x_tile = tl.where(keep, x_tile, 0.0)
-            dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
+            if seeds is None:
+                dA_acc = tl.dot(tl.trans(x_tile), dh_tile, dA_acc, input_precision=PRECISION)
         if dx_base is not None:
             base_tile = tl.load(tile(dx_base, rows, cols, stride_dm, stride_dk), mask=here, other=0.0)
             if h is not None:
                 h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=of_rank, other=0.0)
                 dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
+        # dx as (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
+        if seeds is None:
+            if dx is not None:
+                dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
+        else:
+            dx_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+            for i in tl.static_range(LAYERS):
+                keep = kept(seeds + i, rows, tl.program_id(0) * BLOCK_K, BLOCK_M, BLOCK_K)
+                own_dh = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2)[None, :], dh_tile, 0.0)
+                if dA is not None:
+                    of_layer = tl.where(keep, x_tile, 0.0)
+                    dA_acc = tl.dot(tl.trans(of_layer), own_dh, dA_acc, input_precision=PRECISION)
+                if dx is not None:
+                    own_dx = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(own_dh), input_precision=PRECISION))
+                    dx_tile += tl.where(keep, rescale(seeds + i) * own_dx, 0.0)
         if dx is not None:
-            # As (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
-            dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
-            if seed is not None:
-                dx_tile = tl.where(keep, rescale(drop) * dx_tile, 0.0)
             if dx_base is not None:
                 dx_tile += base_tile.to(tl.float32)
-            if second is not None:
-                dx_tile += tl.load(tile(second, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
-            if third is not None:
-                dx_tile += tl.load(tile(third, rows, cols, stride_dm, stride_dk), mask=here, other=0.0).to(tl.float32)
+            if dx_base_2 is not None:
+                more = tl.load(tile(dx_base_2, rows, cols, stride_dm, stride_dk), mask=here, other=0.0)
+                dx_tile += more.to(tl.float32)
+            if dx_base_3 is not None:
+                more = tl.load(tile(dx_base_3, rows, cols, stride_dm, stride_dk), mask=here, other=0.0)
+                dx_tile += more.to(tl.float32)
             tl.store(tile(dx, rows, cols, K, 1), dx_tile, mask=here)
     if dA is not None:
-        if seed is not None:
-            dA_acc *= rescale(drop)
+        if seeds is not None:
+            dA_acc *= _rescales(seeds, ranks, LAYERS, R_1, R_2)[None, :]
         dA += tl.program_id(1).to(tl.int64) * R * K
         tl.store(tile(dA, cols, ranks, 1, K), dA_acc, mask=inside(cols, ranks, K, R))
     if h is not None:
@@ -246,9 +300,9 @@ def _shrink_backward_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def named(kernel: str, runs: Runs | None, seed: Tensor | None = None) -> str:
+def named(kernel: str, runs: Runs | None, seeds: Tensor | None = None) -> str:
     """The kernel's name in the block tables."""
-    return kernel + ("_dropout" if seed is not None else "_grouped" if runs is not None else "")
+    return kernel + ("_dropout" if seeds is not None else "_grouped" if runs is not None else "")
 
 
 def _rows_apart(h: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
@@ -256,20 +310,53 @@ def _rows_apart(h: Float[Tensor, "M R"]) -> Float[Tensor, "M R"]:
     return h if h.stride(1) == 1 else h.contiguous()
 
 
+class _Ranks(NamedTuple):
+    """The ranks and the layers of one launch: `ends` of each layer's ranks, of those that are here."""
+
+    ranks: slice
+    layers: slice
+    ends: tuple[int, ...]
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """R, R_1, R_2 of a kernel."""
+        R_1, R_2, *_ = (*self.ends, self.ends[-1], self.ends[-1])
+        return self.ends[-1], R_1, R_2
+
+
+def _launches_of(R: int, ends: Sequence[int], layers: int = MOST_LAYERS) -> list[_Ranks]:
+    """R ranks, of layers that end at these (none: of one), in launches of at most MAX_RANK and so many layers."""
+    ends, found = tuple(ends) or (R,), []
+    for at in range(0, len(ends), layers):
+        of = slice(at, at + layers)
+        begin, end = ends[at - 1] if at else 0, ends[of][-1]
+        for first in range(begin, max(end, begin + 1), MAX_RANK):
+            last = min(first + MAX_RANK, end)
+            found.append(_Ranks(slice(first, last), of, tuple(min(max(e, first), last) - first for e in ends[of])))
+    return found
+
+
 def launch_shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     dtype: torch.dtype,
     runs: Runs | None = None,
-    seed: Int[Tensor, "1"] | None = None,
-    dropout: float = 0.0,
+    seeds: Int[Tensor, "L"] | None = None,
+    ends: Sequence[int] = (),
 ) -> Float[Tensor, "M R"]:
-    """x Aᵀ, multiplied and returned in `dtype`; with a seed, of x after dropout."""
-    R = A.shape[-2]
-    if R > MAX_RANK:
-        return torch.cat([launch_shrink(x, part, dtype, runs, seed, dropout) for part in A.split(MAX_RANK, -2)], 1)
+    """x Aᵀ, multiplied and returned in `dtype`; with seeds, of x after dropout. A may have the ranks of L layers, which
+    end at these: each has a seed."""
+    launches = _launches_of(A.shape[-2], ends if seeds is not None else ())
+    if len(launches) > 1:
+        parts = [
+            launch_shrink(x, A[..., of.ranks, :], dtype, runs, None if seeds is None else seeds[of.layers], of.ends)
+            for of in launches
+        ]
+        return torch.cat(parts, 1)
+    (of,) = launches
     x = rows_of(x)
     M, K = x.shape
+    R, R_1, R_2 = of.numbers
     A = small(A, dtype)
     h = x.new_empty((M, R), dtype=dtype)
     if M == 0:
@@ -279,13 +366,14 @@ def launch_shrink(
         blocks, table, rows = blocks_of(M, config, runs)
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
-        numbers = (threshold(dropout), M, K, R, *x.stride(), each)
-        constants = (precision(x, dtype), rows, config.cols, block_of(R))
-        launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seed), numbers, constants, config)
+        numbers = (M, K, R, R_1, R_2, *x.stride(), each)
+        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends))
+        launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seeds), numbers, constants, config)
         sum_parts((parts, h, None))
         return h
 
-    return tuned(named("shrink", runs, seed), run, x, dtype, M, K, R)
+    name = "shrink_together_dropout" if seeds is not None and len(of.ends) > 1 else named("shrink", runs, seeds)
+    return tuned(name, run, x, dtype, M, K, R)
 
 
 def launch_expand(
@@ -297,7 +385,6 @@ def launch_expand(
     bias: Float[Tensor, "*G N"] | None = None,
     runs: Runs | None = None,
     seed: Int[Tensor, "1"] | None = None,
-    dropout: float = 0.0,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ; with g and bias, g ∘ (y − bias + scale · h Bᵀ) + bias. With a seed, what is added to y goes
     through dropout."""
@@ -311,7 +398,7 @@ def launch_expand(
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
-        numbers = (float(scale), threshold(dropout), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
+        numbers = (float(scale), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
         constants = (precision(y, h.dtype), rows, config.cols, block_of(R, inner))
         grid = (blocks * cdiv(N, config.cols),)
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
@@ -400,37 +487,31 @@ def _side_by_side(parts: list[Tensor | None]) -> Tensor | None:
 
 def launch_shrink_backward(
     dx_bases: Sequence[Float[Tensor, "*M K"]],
-    dh: Float[Tensor, "M R"],
+    dhs: Sequence[Float[Tensor, "M _"]],
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
     needs_dx: bool,
     needs_dA: bool,
     h: Float[Tensor, "M R"] | None = None,
     runs: Runs | None = None,
-    seed: Int[Tensor, "1"] | None = None,
-    dropout: float = 0.0,
+    seeds: Int[Tensor, "L"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h. What is not needed is None."""
-    R = A.shape[-2]
-    dh, options = dh.contiguous(), (runs, seed, dropout)
-    if R > MAX_RANK:
-        hs = [None] * len(A.split(MAX_RANK, -2)) if h is None else h.split(MAX_RANK, -1)
-        of_ranks = zip(dh.split(MAX_RANK, -1), A.split(MAX_RANK, -2), hs, strict=True)
-        read = [] if h is None else dx_bases
-        parts = [
-            launch_shrink_backward(read, each, x, rows, False, needs_dA, part, *options)
-            for each, rows, part in of_ranks
-        ]
-        base = sum(dx_bases[1:], dx_bases[0]) if dx_bases else torch.zeros_like(x)
-        dx = launch_expand(base, dh, A.mT, 1.0, None, None, *options) if needs_dx else None
-        dA = torch.cat([part[1] for part in parts], -2) if needs_dA else None  # type: ignore[misc]
-        return dx, dA, _side_by_side([part[2] for part in parts])
+    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h, where dh are the dhs of all layers side by
+    side. What is not needed is None. `dtype`: of dA; without it, A's."""
+    M = x.numel() // x.shape[-1]
+    if seeds is None and (len(dhs) > MOST_LAYERS or A.shape[-2] > MAX_RANK):
+        dhs = [torch.cat(list(dhs), 1)] if len(dhs) > 1 else dhs
+    launches = _launches_of(A.shape[-2], tuple(itertools.accumulate(dh.shape[1] for dh in dhs)))
+    if len(launches) > 1:
+        return _shrink_backward_by_ranks(dx_bases, dhs, x, A, needs_dx, needs_dA, h, runs, seeds, dtype)
+    (of,), K = launches, x.shape[-1]
+    R, R_1, R_2 = of.numbers
     dx = x.new_empty(x.shape) if needs_dx else None
     # With many ranks in float32 registers hold one base.
-    x, bases = rows_of(x), _as_few(dx_bases, 1 if dh.element_size() == 4 and R > 128 else 3)
-    M, K = x.shape
-    A, h = A.contiguous(), None if h is None else h.contiguous()
-    dA = torch.empty_like(A) if needs_dA else None
+    x, bases = rows_of(x), _as_few(dx_bases, 1 if dhs[0].element_size() == 4 and R > 128 else 3)
+    A, h, dhs = A.contiguous(), None if h is None else h.contiguous(), [dh.contiguous() for dh in dhs]
+    dA = A.new_empty(A.shape, dtype=dtype or A.dtype) if needs_dA else None
     dB = None if h is None else A.new_empty(A.mT.shape)
     if M == 0:
         zeros = [None if t is None else t.zero_() for t in (dA, dB)]
@@ -440,15 +521,50 @@ def launch_shrink_backward(
         blocks = cdiv(K, config.cols)
         count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
-        numbers = (threshold(dropout), M, K, R, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
-        constants = (precision(x, dh.dtype), config.rows, config.cols, block_of(R))
-        tensors = (x, *bases, *[None] * (3 - len(bases)), dh, h, A, dx, dAs, dBs, table, seed)
+        numbers = (M, K, R, R_1, R_2, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
+        constants = (precision(x, dhs[0].dtype), config.rows, config.cols, block_of(R), len(dhs))
+        of_layers = [*bases, *[None] * (3 - len(bases)), *dhs, *[None] * (3 - len(dhs))]
+        tensors = (x, *of_layers, h, A, dx, dAs, dBs, table, seeds)
         launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dAs, dA, runs), (dBs, dB, runs))
 
-    name = named("shrink_backward", runs, seed) if h is None else "shrink_expand_backward"
-    tuned(name if len(bases) < 2 else "shrink_backward_together", run, x, dh.dtype, M, K, R)
+    name = named("shrink_backward", runs, seeds) if h is None else "shrink_expand_backward"
+    if len(dhs) > 1 or len(bases) > 1:
+        name = named("shrink_backward_together", None, seeds)
+    tuned(name, run, x, dhs[0].dtype, M, K, R)
     return dx, dA, dB
+
+
+def _shrink_backward_by_ranks(
+    dx_bases: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    x: Tensor,
+    A: Tensor,
+    needs_dx: bool,
+    needs_dA: bool,
+    h: Tensor | None,
+    runs: Runs | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As above, of more ranks or layers than a launch takes: dx of each layer's dh A by itself."""
+    dh, ends = torch.cat(list(dhs), 1) if len(dhs) > 1 else dhs[0], itertools.accumulate(each.shape[1] for each in dhs)
+    seeds_of = [None] * len(dhs) if seeds is None else seeds.split(1)
+    dx = None
+    if needs_dx:
+        dx = sum(dx_bases[1:], dx_bases[0]) if dx_bases else torch.zeros_like(x)
+        for each, rows, seed in zip(dhs, A.split([each.shape[1] for each in dhs], -2), seeds_of, strict=True):
+            dx = launch_expand(dx, each, rows.mT, 1.0, None, None, runs, seed)
+    dAs, dBs = [], []
+    for of in _launches_of(A.shape[-2], tuple(ends), 1):
+        part = None if h is None else h[:, of.ranks]
+        seed, read = seeds_of[of.layers.start], [] if h is None else dx_bases
+        _, dA, dB = launch_shrink_backward(
+            read, [dh[:, of.ranks]], x, A[..., of.ranks, :], False, needs_dA, part, runs, seed, dtype
+        )
+        dAs.append(dA)
+        dBs.append(dB)
+    return dx, torch.cat(dAs, -2) if needs_dA else None, _side_by_side(dBs)
 
 
 def _as_few(bases: Sequence[Float[Tensor, "*M K"]], most: int) -> list[Float[Tensor, "M K"]]:
@@ -464,14 +580,12 @@ def _as_few(bases: Sequence[Float[Tensor, "*M K"]], most: int) -> list[Float[Ten
 
 @operator("lora_lite::shrink")
 @replayed
-def _shrink(
-    x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float
-) -> Tensor:
-    return launch_shrink(x, A, dtype, Runs.read(runs), seed, dropout)
+def _shrink(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None) -> Tensor:
+    return launch_shrink(x, A, dtype, Runs.read(runs), seed)
 
 
 @_shrink.register_fake
-def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None, dropout: float) -> Tensor:
+def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor | None) -> Tensor:
     return x.new_empty(x.numel() // x.shape[-1], A.shape[-2], dtype=dtype)
 
 
@@ -479,47 +593,48 @@ def _(x: Tensor, A: Tensor, dtype: torch.dtype, runs: list[Tensor], seed: Tensor
 @replayed
 def _shrink_backward(
     dx_bases: list[Tensor],
-    dh: Tensor,
+    dhs: list[Tensor],
     x: Tensor,
     A: Tensor,
     runs: list[Tensor],
-    seed: Tensor | None,
-    dropout: float,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx, dA, _ = launch_shrink_backward(dx_bases, dh, x, A, needs_dx, needs_dA, None, Runs.read(runs), seed, dropout)
+    dx, dA, _ = launch_shrink_backward(dx_bases, dhs, x, A, needs_dx, needs_dA, None, Runs.read(runs), seeds, dtype)
     return or_empty(dx, x), or_empty(dA, A)
 
 
 @_shrink_backward.register_fake
 def _(
     dx_bases: list[Tensor],
-    dh: Tensor,
+    dhs: list[Tensor],
     x: Tensor,
     A: Tensor,
     runs: list[Tensor],
-    seed: Tensor | None,
-    dropout: float,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
     needs_dx: bool,
     needs_dA: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_dx else 0), A.new_empty(A.shape if needs_dA else 0)
+    dA = A.new_empty(A.shape, dtype=dtype) if needs_dA else A.new_empty(0)
+    return x.new_empty(x.shape if needs_dx else 0), dA
 
 
-ShrinkArguments = tuple[Tensor, Tensor, torch.dtype, list[Tensor], Tensor | None, float]
+ShrinkArguments = tuple[Tensor, Tensor, torch.dtype, list[Tensor], Tensor | None]
 
 
 def _save_shrink(ctx: Any, inputs: ShrinkArguments, output: Tensor) -> None:
-    x, A, _, runs, seed, ctx.dropout = inputs
+    x, A, _, runs, seed = inputs
     ctx.save_for_backward(x, A, seed, *runs)
 
 
 def _backward_shrink(ctx: Any, dh: Tensor) -> tuple[Any, ...]:
     needs_dx, needs_dA = ctx.needs_input_grad[:2]
     x, A, seed, *runs = ctx.saved_tensors
-    dx, dA = _shrink_backward([], dh, x, A, runs, seed, ctx.dropout, needs_dx, needs_dA)
-    return dx if needs_dx else None, dA if needs_dA else None, None, [None] * len(runs), None, None
+    dx, dA = _shrink_backward([], [dh], x, A, runs, seed, A.dtype, needs_dx, needs_dA)
+    return dx if needs_dx else None, dA if needs_dA else None, None, [None] * len(runs), None
 
 
 _shrink.register_autograd(_backward_shrink, setup_context=_save_shrink)
@@ -538,11 +653,24 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, seed, *runs = ctx.saved_tensors
         dx_base, dh = grads
-        dx, dA = _shrink_backward([dx_base], dh, x, A, runs, seed, ctx.dropout, True, ctx.needs_input_grad[1])
-        return dx, dA if ctx.needs_input_grad[1] else None, None, None, None, None
+        dx, dA = _shrink_backward([dx_base], [dh], x, A, runs, seed, A.dtype, True, ctx.needs_input_grad[1])
+        return dx, dA if ctx.needs_input_grad[1] else None, None, None, None
 
 
 _tap = applied(_Tap)
+
+
+@operator("lora_lite::shrink_together")
+@replayed
+def _shrink_together(x: Tensor, As: list[Tensor], dtype: torch.dtype, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+    A = joined(As, dtype)
+    return launch_shrink(x, A, dtype, None, seeds, tuple(itertools.accumulate(len(A) for A in As))), A
+
+
+@_shrink_together.register_fake
+def _(x: Tensor, As: list[Tensor], dtype: torch.dtype, seeds: Tensor | None) -> tuple[Tensor, Tensor]:
+    A = As[0].new_empty((sum(len(A) for A in As), x.shape[-1]), dtype=dtype)
+    return x.new_empty(x.numel() // x.shape[-1], len(A), dtype=dtype), A
 
 
 @operator("lora_lite::expand_add")
@@ -619,7 +747,7 @@ def _shrink_expand_backward(
     dy: Tensor, x: Tensor, h: Tensor, A: Tensor, B: Tensor, runs: list[Tensor], needs_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh = launch_shrink(dy, B.mT, h.dtype, Runs.read(runs))
-    dx, dA, dB = launch_shrink_backward([dy], dh, x, A, needs_dx, True, h, Runs.read(runs))
+    dx, dA, dB = launch_shrink_backward([dy], [dh], x, A, needs_dx, True, h, Runs.read(runs))
     return or_empty(dx, x), or_empty(dA, A), or_empty(dB, B).to(B.dtype)
 
 
@@ -656,20 +784,37 @@ def shrink(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. With segments A is a stack, of which each row takes its own."""
-    seed = new_seed(x) if dropout and threshold(dropout) else None
-    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A.shape[0]), seed, dropout)
+    seed = new_seed(x, dropout) if threshold(dropout) else None
+    arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A.shape[0]), seed)
     if torch.is_grad_enabled() and x.requires_grad:
         return (_Tap.apply if watched() else _tap)(*arguments)  # type: ignore[return-value]
     return x, _shrink(*arguments)
 
 
-shrink_together = sharing(
-    compute_dtype,
-    lambda x, A, dtype: _shrink(x, A, dtype, [], None, 0.0),
-    lambda dx_bases, dh, x, A, needs_dx, needs_dA: _shrink_backward(
-        dx_bases, dh, x, A, [], None, 0.0, needs_dx, needs_dA
-    ),
-)
+def _seeds(x: Tensor, dropouts: Sequence[float]) -> list[Tensor]:
+    if not any(map(threshold, dropouts)):
+        return []
+    return [torch.cat([new_seed(x, dropout) for dropout in dropouts])]
+
+
+def _together(x: Tensor, As: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _shrink_together(x, list(As), dtype, masks[0] if masks else None)
+
+
+def _together_backward(
+    dx_bases: list[Tensor],
+    dhs: list[Tensor],
+    x: Tensor,
+    A: Tensor,
+    masks: Sequence[Tensor],
+    dtype: torch.dtype,
+    needs_dx: bool,
+    needs_dA: bool,
+) -> tuple[Tensor, Tensor]:
+    return _shrink_backward(dx_bases, dhs, x, A, [], masks[0] if masks else None, dtype, needs_dx, needs_dA)
+
+
+shrink_together = sharing(compute_dtype, _seeds, _together, _together_backward)
 
 
 def expand_add(

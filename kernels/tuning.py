@@ -268,7 +268,8 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    names = (kernel, kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together"))
+    plain = kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together")
+    names = (kernel, kernel.replace("_together_dropout", "_dropout"), plain)
     table = next(table[name] for name in names for table in tables if name in table)
     rows = table[min((most for most in table if rank <= most), default=max(table))]
     if not wide:

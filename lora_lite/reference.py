@@ -6,6 +6,7 @@ float32 where the CPU has no instructions for products in that. With `segments`,
 each row takes its own of them; a row that has none passes unchanged.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -106,44 +107,55 @@ def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -
 
 
 def sharing(
-    dtype_of: Callable[[Tensor], torch.dtype], product: Callable[..., Tensor], gradients: Callable[..., Any]
+    dtype_of: Callable[[Tensor], torch.dtype],
+    draw: Callable[[Tensor, Sequence[float]], list[Tensor]],
+    product: Callable[..., tuple[Tensor, Tensor]],
+    gradients: Callable[..., Any],
 ) -> Callable[..., tuple[list[Tensor], list[Tensor]]]:
-    """A backend's `shrink_together`, from its product(x, A, dtype) = x Aᵀ and, of that, gradients(dx_bases, dh, x, A,
-    needs_dx, needs_dA) = (Σ dx_bases + dh A, dhᵀ x)."""
+    """A backend's `shrink_together`.
+
+    Args:
+        dtype_of: of the products with x.
+        draw: (x, dropouts) to whatever stands for the layers' masks; without dropout, nothing.
+        product: (x, As, masks, dtype) to x Aᵀ of all, and all A as it was multiplied.
+        gradients: (dx_bases, dhs, x, A, masks, dtype of dA, needs_dx, needs_dA) to Σ dx_bases + dh A and dhᵀ x.
+    """
 
     class Together(torch.autograd.Function):
         """x Aᵀ of all layers, and where x needs a gradient an alias of x for each. The gradients of all come back
         together: they are added once, and multiplied in one product each for x and A."""
 
         @staticmethod
-        def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *As: Tensor) -> tuple[Tensor, ...]:
-            ctx.save_for_backward(x, *As)
-            ctx.dtype = dtype
+        def forward(ctx: Any, x: Tensor, dtype: torch.dtype, masks: list[Tensor], *As: Tensor) -> tuple[Tensor, ...]:
+            h, A = product(x, As, masks, dtype)
+            ctx.save_for_backward(x, A, *masks)
+            ctx.dtype, ctx.dtypes, ctx.ranks = dtype, [A.dtype for A in As], [len(A) for A in As]
             ctx.set_materialize_grads(False)
             aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
-            return *aliases, *product(x, torch.cat(As), dtype).split([len(A) for A in As], 1)
+            return *aliases, *h.split(ctx.ranks, 1)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            x, *As = ctx.saved_tensors
-            M, ranks = x.numel() // x.shape[-1], [len(A) for A in As]
-            bases, dhs = [base for base in grads[: -len(As)] if base is not None], grads[-len(As) :]
-            parts = zip(dhs, ranks, strict=True)
-            dh = torch.cat([x.new_zeros((M, R), dtype=ctx.dtype) if part is None else part for part, R in parts], 1)
-            needs_dx, _, *needs_dAs = ctx.needs_input_grad
-            dx, dA = gradients(bases, dh, x, torch.cat(As), needs_dx, any(needs_dAs))
-            dAs = dA.split(ranks) if any(needs_dAs) else [None] * len(As)
-            of_each = zip(dAs, dhs, As, strict=True)
-            dAs = [None if dh is None or dA is None else dA.to(A.dtype) for dA, dh, A in of_each]
-            return dx if needs_dx else None, None, *dAs
+            x, A, *masks = ctx.saved_tensors
+            M, L = x.numel() // x.shape[-1], len(ctx.ranks)
+            bases, found = [base for base in grads[:-L] if base is not None], grads[-L:]
+            parts = zip(found, ctx.ranks, strict=True)
+            dhs = [x.new_zeros((M, R), dtype=ctx.dtype) if part is None else part for part, R in parts]
+            needs_dx, _, _, *needs_dAs = ctx.needs_input_grad
+            wide = functools.reduce(torch.promote_types, ctx.dtypes)
+            dx, dA = gradients(bases, dhs, x, A, masks, wide, needs_dx, any(needs_dAs))
+            dAs = dA.split(ctx.ranks) if any(needs_dAs) else [None] * L
+            of_each = zip(dAs, found, ctx.dtypes, strict=True)
+            dAs = [None if dh is None or dA is None else dA.to(dtype) for dA, dh, dtype in of_each]
+            return dx if needs_dx else None, None, None, *dAs
 
     def shrink_together(
-        x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]]
+        x: Float[Tensor, "*M K"], As: Sequence[Float[Tensor, "R K"]], dropouts: Sequence[float] = ()
     ) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
-        """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x. A layer whose
-        results get no gradient gives none to its A."""
+        """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x; each with a mask of
+        its own where it has dropout. A layer whose results get no gradient gives none to its A."""
         with without_autocast(x.device):  # whose dtype the backward is to find again
-            found = list(Together.apply(x, dtype_of(x), *As))  # type: ignore[arg-type]
+            found = list(Together.apply(x, dtype_of(x), draw(x, dropouts), *As))  # type: ignore[arg-type]
         return found[: -len(As)] or [x] * len(As), found[-len(As) :]
 
     return shrink_together
@@ -154,26 +166,51 @@ def _together_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x.device, x.dtype)
 
 
-def _product(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    return _rows(x).to(dtype) @ A.to(dtype).t()
+def _masks(x: Tensor, dropouts: Sequence[float]) -> list[Tensor]:
+    """Factors of x's elements: 0, or 1 / the probability to stay."""
+    return [nn.functional.dropout(torch.ones_like(_rows(x)), p) for p in dropouts] if any(dropouts) else []
+
+
+def _product(x: Tensor, As: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, A = _rows(x), torch.cat(list(As)).to(dtype)
+    if not masks:
+        return rows.to(dtype) @ A.t(), A
+    own = zip(masks, A.split([len(each) for each in As]), strict=True)
+    return torch.cat([(rows * mask).to(dtype) @ each.t() for mask, each in own], 1), A
 
 
 def _gradients(
-    dx_bases: Sequence[Tensor], dh: Tensor, x: Tensor, A: Tensor, needs_dx: bool, needs_dA: bool
+    dx_bases: Sequence[Tensor],
+    dhs: Sequence[Tensor],
+    x: Tensor,
+    A: Tensor,
+    masks: Sequence[Tensor],
+    dtype: torch.dtype,
+    needs_dx: bool,
+    needs_dA: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    dx = None
-    if needs_dx:
-        bases = [_rows(base).to(dh.dtype) for base in dx_bases]
-        if len(bases) > 1:
-            bases[0] = bases[0] + bases[1]
-            for more in bases[2:]:
-                bases[0] += more
-        A = A.to(dh.dtype)
-        dx = (torch.addmm(bases[0], dh, A) if bases else dh @ A).to(x.dtype).view(x.shape)
-    return dx, dh.t() @ _rows(x).to(dh.dtype) if needs_dA else None
+    rows, dx, dA = _rows(x), None, None
+    bases = [_rows(base).to(A.dtype) for base in dx_bases]
+    if len(bases) > 1:
+        bases[0] = bases[0] + bases[1]
+        for more in bases[2:]:
+            bases[0] += more
+    if masks:
+        own = list(zip(masks, dhs, A.split([dh.shape[1] for dh in dhs]), strict=True))
+        if needs_dA:
+            dA = torch.cat([dh.t() @ (rows * mask).to(dh.dtype) for mask, dh, _ in own])
+        if needs_dx:
+            dx = functools.reduce(torch.Tensor.add_, [mask * (dh @ each) for mask, dh, each in own], *bases[:1])
+    else:
+        dh = torch.cat(list(dhs), 1)
+        if needs_dA:
+            dA = dh.t() @ rows.to(dh.dtype)
+        if needs_dx:
+            dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
+    return None if dx is None else dx.to(x.dtype).view(x.shape), None if dA is None else dA.to(dtype)
 
 
-shrink_together = sharing(_together_dtype, _product, _gradients)
+shrink_together = sharing(_together_dtype, _masks, _product, _gradients)
 
 
 def expand_add(

@@ -170,8 +170,9 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             by_ops.setdefault(id(each.pieces[0].ops), []).append(each)
     for alike in by_ops.values():
         if len(alike) > 1:
-            As = [cast(Shrinks, each.pieces[0].primitive).A for each in alike]
-            xs, hs = alike[0].pieces[0].ops.shrink_together(x, As)
+            shrinks = [cast(Shrinks, each.pieces[0].primitive) for each in alike]
+            together = alike[0].pieces[0].ops.shrink_together
+            xs, hs = together(x, [each.A for each in shrinks], [each.dropout for each in shrinks])
             for each, own_x, h in zip(alike, xs, hs, strict=True):
                 each.x, each.h = own_x, h
     return ready
@@ -188,7 +189,6 @@ def _shrinks(piece: "Piece", x: Tensor) -> bool:
     return (
         isinstance(primitive, Shrinks)
         and type(primitive).on_input in (Shrinks.on_input, LowRankAdd.on_input)
-        and primitive.dropout == 0
         and primitive.segments is None
         and primitive.A.device == x.device
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import load_tests
 from operations import DTYPES, SEED, Case, poisoned, with_seed
-from philox import dropout_mask, philox
+from philox import dropout_mask, philox, seed_of
 from torch import Tensor
 
 from lora_lite.kernels import lowrank, ops, tuning
@@ -58,7 +58,9 @@ def test_the_generators_known_answers(rounds: int, counter: list[int], key: tupl
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (7, 61), (64, 48), (333, 130)])
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.99])
 def test_mask_is_the_generators(M: int, N: int, dropout: float) -> None:
-    torch.testing.assert_close(mask_of(M, N, dropout).double(), dropout_mask(SEED, M, N, dropout), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        mask_of(M, N, dropout).double(), dropout_mask(seed_of(SEED, dropout), M, N), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.1, 0.5])
@@ -105,6 +107,17 @@ def test_lowrank_add_with_dropout(dtype: torch.dtype, M: int, K: int, N: int, R:
     correct.assert_within(operations.errors_of(operations.lowrank_add, case))
 
 
+@pytest.mark.usefixtures("_watched")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K", "N", "R", "layout"), [
+    (7, 50, 130, 2, "contiguous"), (64, 61, 67, 5, "transposed"), (333, 257, 96, 16, "sliced"),
+    (70, 96, 80, 100, "3-D"),  # more ranks in all than a launch holds
+])  # fmt: skip
+def test_layers_that_share_x_with_dropout(dtype: torch.dtype, M: int, K: int, N: int, R: int, layout: str) -> None:
+    case = Case(dtype, M, K, N, R, layout, dropout=0.3)
+    correct.assert_within(operations.errors_of(operations.lowrank_add_together, case))
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_passes_are_the_same(grouped: bool) -> None:
     """The mask is computed, not stored: each token-sized tensor is read and written as often as without dropout, and
@@ -116,7 +129,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
     x, y, h = (torch.randn(M, size).to(bf16).requires_grad_() for size in (K, N, R))
     A, B = (torch.randn(*stack, *shape).to(bf16) for shape in ((R, K), (N, R)))
     runs = Runs.read(Runs.of(segments, x, 3))
-    options = (runs, torch.tensor([SEED]), 0.1)
+    options = (runs, torch.tensor([seed_of(SEED, 0.1)]))
     wanted = {
         "x": (1, 0), "y": (1, 0), "dy": (1, 0), "dx_base": (1, 0), "out": (0, 1), "dx": (0, 1),
     }  # fmt: skip
@@ -124,7 +137,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
         lowrank.launch_shrink(x, A, bf16, *options)
         lowrank.launch_expand(y, h, B, 0.7, None, None, *options)
         lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], h, x, A, True, True, None, *options)
+        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, *options)
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
@@ -139,12 +152,12 @@ def test_passes_are_the_same(grouped: bool) -> None:
 def test_opcheck(dropout: float, grouped: bool) -> None:
     segments = Segments.equal(torch.tensor([1, 0, -1]), 2) if grouped else None
     stack = (2,) if grouped else ()
-    seed = torch.tensor([SEED]) if dropout else None
+    seed = torch.tensor([seed_of(SEED, dropout)]) if dropout else None
     x, y, h = (torch.randn(3, 2, 12).requires_grad_(), torch.randn(3, 2, 10).requires_grad_(), torch.randn(6, 4))
     A, B = torch.randn(*stack, 4, 12).requires_grad_(), torch.randn(*stack, 10, 4).requires_grad_()
     group = Runs.of(segments, x, 2)
-    torch.library.opcheck(lowrank._shrink, (x, A, torch.float32, group, seed, dropout))
+    torch.library.opcheck(lowrank._shrink, (x, A, torch.float32, group, seed))
     torch.library.opcheck(lowrank._expand_add, (y, h, B, 0.7, group))
     x, y, A, B = (t.detach() for t in (x, y, A, B))
-    torch.library.opcheck(lowrank._shrink_backward, ([x], h, x, A, group, seed, dropout, True, True))
+    torch.library.opcheck(lowrank._shrink_backward, ([x], [h], x, A, group, seed, A.dtype, True, True))
     torch.library.opcheck(lowrank._expand_add_backward, (y, h, B, 0.7, group, True, True))

@@ -52,7 +52,7 @@ def test_lowrank_add() -> None:
     backward = main_launch(lambda: lowrank.launch_expand_backward(y, h, B, 0.7, True, True))
     assert passes(backward, "dy", "dh", "dB") == {"dy": (1, 0), "dh": (0, 1), "dB": (0, 1)}
     assert all(t.numel() != y.numel() for name, t in backward.tensors.items() if name != "dy"), "another M×N tensor"
-    backward = main_launch(lambda: lowrank.launch_shrink_backward([tensor(M, K)], h, x, A, True, True))
+    backward = main_launch(lambda: lowrank.launch_shrink_backward([tensor(M, K)], [h], x, A, True, True))
     assert passes(backward, "x", "dx_base", "dx", "dA") == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
 
 
@@ -70,7 +70,7 @@ def test_many_ranks_take_one_more_look_at_dy() -> None:
 def test_shrink_expand() -> None:
     """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
     dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)
-    backward = main_launch(lambda: lowrank.launch_shrink_backward([dy], h, x, A, True, True, h))
+    backward = main_launch(lambda: lowrank.launch_shrink_backward([dy], [h], x, A, True, True, h))
     names = ("x", "dx_base", "dx", "dA", "dB")
     assert passes(backward, *names) == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1), "dB": (0, 1)}
 
@@ -171,7 +171,7 @@ def test_offsets_beyond_2_to_the_31() -> None:
             lowrank.launch_shrink(t["x"], A, torch.bfloat16),
             lowrank.launch_expand(t["y"], h, B, 0.7, g),
             *lowrank.launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
-            *lowrank.launch_shrink_backward([t["base"]], h, t["x"], A, True, True, h),
+            *lowrank.launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
             row_norm.launch_row_norm(t["x"], None, A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),

@@ -85,7 +85,7 @@ def test_passes() -> None:
         lowrank.launch_expand(y, h, B, 0.7, g, bias, runs)
         lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
         lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, y, g, bias, runs)
-        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], h, x, A, True, True, None, runs)
+        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
         scale.launch_scale(y, g, runs)
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
     found = set()

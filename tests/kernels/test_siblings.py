@@ -33,15 +33,17 @@ QKV, GATE_UP = {"q_proj": 300, "k_proj": 140, "v_proj": 140}, {"gate_proj": 500,
 
 
 @pytest.mark.parametrize(("widths", "together", "alone"), [(QKV, 15, 27), (GATE_UP, 11, 17)])
-@pytest.mark.parametrize("variant", ["lora", "pissa", "delora", "antipasto"])
-def test_passes(variant: str, widths: dict[str, int], together: int, alone: int) -> None:
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [("lora", {}), ("lora", {"dropout": 0.1}), ("pissa", {}), ("delora", {}), ("antipasto", {"block_size": 4})],
+)
+def test_passes(variant: str, fields: dict[str, Any], widths: dict[str, int], together: int, alone: int) -> None:
     """Of a group and of its layers one by one, autograd's own additions of what comes back counted with them."""
     M = 200
     sizes = {M * K, *(M * N for N in widths.values())}
 
     def step(grouped: bool) -> float:
         model = nn.ModuleDict({"parent": Parent(widths)})
-        fields = {"block_size": 4} if variant == "antipasto" else {}
         attach(model, variant, r=20, target_roles=(), target_names=("_proj$",), **fields)
         randomize(model)
         siblings = vars(model["parent"])[SIBLINGS]
