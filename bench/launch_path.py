@@ -21,8 +21,8 @@ from lora_lite.kernels import interpreter, launching
 # Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
 _NAMES = (
     "empty empty_like empty_strided new_empty view _unsafe_view view_as as_strided detach alias expand "
-    "expand_as slice select transpose t permute reshape squeeze unsqueeze split split_with_sizes unbind narrow diagonal "
-    "result_type resize_ resolve_conj resolve_neg lift_fresh to _to_copy contiguous _reshape_alias item "
+    "expand_as slice select transpose t permute reshape squeeze unsqueeze split split_with_sizes unbind narrow "
+    "diagonal result_type resize_ resolve_conj resolve_neg lift_fresh to _to_copy contiguous _reshape_alias item "
     "is_nonzero promote_types unflatten flatten mT mH T as_strided_ transpose_ "
 )
 _WITH_COPIES = {"aten::linalg_solve_triangular"}  # calls others and computes something itself
