@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lora_lite.kernels import common, lowrank, row_norm, scale, tuning
+from lora_lite.kernels import common, expand, row_norm, scale, shrink, tuning
 
 RESULTS = Path(__file__).parent / "results" / "device_model.json"
 LAUNCH = 2e-6
@@ -131,9 +131,10 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
     with ExitStack() as stack:
         stack.enter_context(tuning.force(architecture=gpu.architecture, programs=gpu.processors))
         stack.enter_context(mock.patch.object(kernels_report.triton.JITFunction, "run", note))
-        for module in (lowrank, row_norm, scale):
+        for module in (shrink, expand, row_norm, scale):
             stack.enter_context(mock.patch.object(module, "tuned", tuned))
-        stack.enter_context(mock.patch.object(lowrank, "small", cast))
+        for module in (shrink, expand):
+            stack.enter_context(mock.patch.object(module, "small", cast))
         yield launches, casts
 
 
@@ -150,18 +151,18 @@ def step(variant: str, M: int, K: int, N: int, R: int) -> None:
         scale.launch_scale(y, g)
         scale.launch_scale_backward(y, y, g, True, True)
         return
-    lowrank.launch_shrink(x, A, x.dtype)
+    shrink.launch_shrink(x, A, x.dtype)
     if variant == "hra":
-        lowrank.launch_expand(x, h, B, 1.0)
-        lowrank.launch_shrink(x, B.t(), x.dtype)
-        lowrank.launch_shrink_backward([x], [h], x, A, True, True, h)
+        expand.launch_expand(x, h, B, 1.0)
+        shrink.launch_shrink(x, B.t(), x.dtype)
+        shrink.launch_shrink_backward([x], [h], x, A, True, True, h)
         return
     of_dora = (y, g) if variant == "dora" else ()
     if of_dora:
         row_norm.launch_row_norm(t(N, K), None, A, B, B, SCALE, g)
-    lowrank.launch_expand(y, h, B, SCALE, g if of_dora else None)
-    lowrank.launch_expand_backward(y, h, B, SCALE, True, True, *of_dora)
-    lowrank.launch_shrink_backward([x], [h], x, A, True, True)
+    expand.launch_expand(y, h, B, SCALE, g if of_dora else None)
+    expand.launch_expand_backward(y, h, B, SCALE, True, True, *of_dora)
+    shrink.launch_shrink_backward([x], [h], x, A, True, True)
 
 
 Resources = dict[tuple[Any, ...], float]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 import lora_lite as ll
-from lora_lite.kernels import lowrank, row_norm, scale
+from lora_lite.kernels import expand, row_norm, scale, shrink
 
 Quantiles = tuple[float, float, float]
 Timer = Callable[[Callable[[], Any]], Quantiles]
@@ -114,18 +114,18 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
     work: dict[str, tuple[Callable[[], Any], int, int, Callable[[], Any]]] = {
         # name: launch, bytes that must move, floating-point operations, results in float64
         "shrink": (
-            lambda: lowrank.launch_shrink(x, A, bf16), MK + KR + MR, 2 * s.M * s.K * s.R, lambda: d(x) @ d(A).t()
+            lambda: shrink.launch_shrink(x, A, bf16), MK + KR + MR, 2 * s.M * s.K * s.R, lambda: d(x) @ d(A).t()
         ),
         "expand": (
-            lambda: lowrank.launch_expand(y, h, B, SCALE), 2 * MN + MR + NR, 2 * s.M * s.N * s.R,
+            lambda: expand.launch_expand(y, h, B, SCALE), 2 * MN + MR + NR, 2 * s.M * s.N * s.R,
             lambda: d(y) + SCALE * d(h) @ d(B).t(),
         ),
         "expand_backward": (
-            lambda: lowrank.launch_expand_backward(dy, h, B, SCALE, True, True)[:2], MN + 2 * MR + 2 * NR,
+            lambda: expand.launch_expand_backward(dy, h, B, SCALE, True, True)[:2], MN + 2 * MR + 2 * NR,
             4 * s.M * s.N * s.R, lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h)),
         ),
         "expand_backward_rescale": (
-            lambda: lowrank.launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
+            lambda: expand.launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
             4 * s.M * s.N * s.R,
             lambda: (
                 SCALE * (d(g) * d(dy)) @ d(B), SCALE * (d(g) * d(dy)).t() @ d(h), d(g) * d(dy),
@@ -133,15 +133,15 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             ),
         ),
         "shrink_backward": (
-            lambda: lowrank.launch_shrink_backward([dx_base], [dh], x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
+            lambda: shrink.launch_shrink_backward([dx_base], [dh], x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_backward_together": (
-            lambda: lowrank.launch_shrink_backward([dx_base] * 3, thirds, x, A, True, True)[:2],
+            lambda: shrink.launch_shrink_backward([dx_base] * 3, thirds, x, A, True, True)[:2],
             5 * MK + MR + 2 * KR, 4 * s.M * s.K * s.R, lambda: (3 * d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_expand_backward": (
-            lambda: lowrank.launch_shrink_backward([dx_base], [dh], x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
+            lambda: shrink.launch_shrink_backward([dx_base], [dh], x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
             6 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x), d(dx_base).t() @ d(h)),
         ),
         "row_norm": (

@@ -35,8 +35,8 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
-from lora_lite.kernels.common import Runs
+from lora_lite.kernels import common, dropout, expand, row_norm, scale, segments, shrink, sums, tuning
+from lora_lite.kernels.segments import Runs
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
 
@@ -88,30 +88,30 @@ def kernel_calls(
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
-        "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
-        "shrink_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seed),
-        "shrink_grouped": lambda: lowrank.launch_shrink(x, As, dtype, runs),
-        "expand": lambda: lowrank.launch_expand(y, h, B, 0.5),
-        "expand_dropout": lambda: lowrank.launch_expand(y, h, B, 0.5, None, None, None, seed),
-        "expand_grouped": lambda: lowrank.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
-        "expand_backward": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True),
-        "expand_backward_grouped": lambda: lowrank.launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
-        "expand_backward_rescale": lambda: lowrank.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
-        "expand_backward_rescale_grouped": lambda: lowrank.launch_expand_backward(
+        "shrink": lambda: shrink.launch_shrink(x, A, dtype),
+        "shrink_dropout": lambda: shrink.launch_shrink(x, A, dtype, None, seed),
+        "shrink_grouped": lambda: shrink.launch_shrink(x, As, dtype, runs),
+        "expand": lambda: expand.launch_expand(y, h, B, 0.5),
+        "expand_dropout": lambda: expand.launch_expand(y, h, B, 0.5, None, None, None, seed),
+        "expand_grouped": lambda: expand.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
+        "expand_backward": lambda: expand.launch_expand_backward(y, h, B, 0.5, True, True),
+        "expand_backward_grouped": lambda: expand.launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
+        "expand_backward_rescale": lambda: expand.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
+        "expand_backward_rescale_grouped": lambda: expand.launch_expand_backward(
             y, h, Bs, 0.5, True, True, y, gs, biases, runs
         ),
-        "shrink_backward": lambda: lowrank.launch_shrink_backward([x], [h], x, A, True, True),
-        "shrink_backward_dropout": lambda: lowrank.launch_shrink_backward(
+        "shrink_backward": lambda: shrink.launch_shrink_backward([x], [h], x, A, True, True),
+        "shrink_backward_dropout": lambda: shrink.launch_shrink_backward(
             [x], [h], x, A, True, True, None, None, seed
         ),
-        "shrink_backward_grouped": lambda: lowrank.launch_shrink_backward([x], [h], x, As, True, True, None, runs),
-        "shrink_together_dropout": lambda: lowrank.launch_shrink(x, A, dtype, None, seeds, thirds),
-        "shrink_backward_together_dropout": lambda: lowrank.launch_shrink_backward(
+        "shrink_backward_grouped": lambda: shrink.launch_shrink_backward([x], [h], x, As, True, True, None, runs),
+        "shrink_together_dropout": lambda: shrink.launch_shrink(x, A, dtype, None, seeds, thirds),
+        "shrink_backward_together_dropout": lambda: shrink.launch_shrink_backward(
             [x] * 3, dhs, x, A, True, True, None, None, seeds
         ),
-        "shrink_backward_together": lambda: lowrank.launch_shrink_backward([x] * 3, dhs, x, A, True, True),
-        "shrink_expand_backward": lambda: lowrank.launch_shrink_backward([x], [h], x, A, True, True, h),
-        "shrink_expand_backward_grouped": lambda: lowrank.launch_shrink_backward([x], [h], x, As, True, True, h, runs),
+        "shrink_backward_together": lambda: shrink.launch_shrink_backward([x] * 3, dhs, x, A, True, True),
+        "shrink_expand_backward": lambda: shrink.launch_shrink_backward([x], [h], x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: shrink.launch_shrink_backward([x], [h], x, As, True, True, h, runs),
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
@@ -229,6 +229,8 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
                 continue
             if kernel.endswith(WIDE) and dtype == "float32":
                 continue
+            if "together_dropout" in kernel and rank > shrink.MOST_RANKS_MASKED[getattr(torch, dtype).itemsize]:
+                continue
             rows = rows_of(kernel, name, dtype, rank)
             for config in rows[:1] if first_only else rows:
                 yield name, dtype, kernel, rank, config
@@ -275,7 +277,7 @@ def is_bad(row: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
     parts = [repr(tuning.TABLE)]
-    for module in (common, dropout, lowrank, row_norm, scale):
+    for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))

@@ -20,7 +20,7 @@ from interpreted import Observer, observed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lite.kernels import launching, lowrank, row_norm
+from lora_lite.kernels import common, expand, launching, row_norm, shrink
 from lora_lite.kernels.common import small
 
 
@@ -102,8 +102,10 @@ def kernels_counted(large: int) -> Iterator[Traffic]:
 
     launching.forget()
     with (
-        mock.patch.object(lowrank, "small", cast),
-        mock.patch.object(row_norm, "small", cast),
+        mock.patch.multiple(common, small=cast),
+        mock.patch.multiple(shrink, small=cast),
+        mock.patch.multiple(expand, small=cast),
+        mock.patch.multiple(row_norm, small=cast),
         mock.patch.object(launching, "_ATTEMPTS", -1),  # what is replayed casts out of sight
         observed(counter),
     ):

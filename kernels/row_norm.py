@@ -23,8 +23,6 @@ from .common import block_of, inside, small, tile
 from .launching import launch, replayed
 from .tuning import Config, architecture, cdiv, tuned
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def _beyond_w(cross, B, BG, rows, ranks, N, R, scale):
@@ -99,8 +97,6 @@ def _row_norm_4bit_kernel(
         norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
     tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
 
-
-# ---- launchers -------------------------------------------------------------------------------------------------------
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -181,9 +177,6 @@ def _gram(A: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R R"]:
         return A @ A.mT
     pieces = (A if K % 128 == 0 else pad(A, (0, -K % 128))).view(*A.shape[:-1], -1, 128).transpose(-3, -2)
     return (pieces @ pieces.mT).sum(-3)
-
-
-# ---- operators -------------------------------------------------------------------------------------------------------
 
 
 @operator("lora_lite::row_norm")

@@ -16,25 +16,11 @@ from torch import Tensor
 
 from ..operators import operator
 from ..segments import Segments
-from .common import (
-    Runs,
-    blocks_of,
-    full_waves,
-    inside,
-    or_empty,
-    own_vector,
-    parts_like,
-    parts_of,
-    rows_of,
-    run_of_rows,
-    share_of_rows,
-    sum_parts,
-    tile,
-)
+from .common import full_waves, inside, or_empty, rows_of, tile
 from .launching import launch, replayed
+from .segments import Runs, blocks_of, own_vector, parts_of, run_of_rows, share_of_rows
+from .sums import parts_like, sum_parts
 from .tuning import Config, cdiv, programs, tuned
-
-# ---- Triton ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -71,9 +57,6 @@ def _scale_backward_kernel(
             tl.store(tile(dt, rows, cols, N, 1), dy_tile * gain[None, :], mask=here)
     if dg is not None:
         tl.store(dg + tl.program_id(1) * N + cols, tl.sum(acc, 0), mask=cols < N)
-
-
-# ---- launchers -------------------------------------------------------------------------------------------------------
 
 
 def launch_scale(t: Float[Tensor, "*M N"], g: Float[Tensor, "*G N"], runs: Runs | None = None) -> Float[Tensor, "*M N"]:
@@ -119,9 +102,6 @@ def launch_scale_backward(
 
     tuned("scale_backward", run, t, t.dtype, M, N, 1)
     return dt, dg
-
-
-# ---- operators -------------------------------------------------------------------------------------------------------
 
 
 @operator("lora_lite::scale")

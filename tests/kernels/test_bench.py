@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_lite.kernels import lowrank
+from lora_lite.kernels import expand
 
 SHAPE = kernel_times.Shape(70, 64, 48, 8, "tiny")
 LIMITS = kernel_times.Limits(copy=1e12, matmul=1e14)
@@ -62,7 +62,7 @@ def test_limits() -> None:
 
 
 def test_a_wrong_kernel_turns_the_exit_code() -> None:
-    launch = lowrank.launch_expand
+    launch = expand.launch_expand
     settings = ((), (70,), (8,), False)
     shapes = mock.patch.object(kernel_times, "shapes", return_value=[SHAPE])
     cpu = {"limits": lambda timer, device: LIMITS, "gpu_timer": fake_timer, "layers": lambda *rest: []}
@@ -70,7 +70,7 @@ def test_a_wrong_kernel_turns_the_exit_code() -> None:
     on_cpu = mock.patch.object(kernel_times, "kernels", lambda s, timer, limit, device: kernels(s, timer, limit, "cpu"))
     with shapes, on_cpu, mock.patch.multiple(kernel_times, **cpu):
         assert kernel_bench.timed(("tiny",), *settings[1:]) == 0
-        with mock.patch.object(lowrank, "launch_expand", lambda *args: launch(*args) * 1.1):
+        with mock.patch.object(expand, "launch_expand", lambda *args: launch(*args) * 1.1):
             assert kernel_bench.timed(("tiny",), *settings[1:]) == 1
 
 

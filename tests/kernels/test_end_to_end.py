@@ -10,7 +10,7 @@ from models import VARIANTS, attach, calibration_batches, llama, load_tests, ran
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.kernels import launching, lowrank
+from lora_lite.kernels import expand, launching
 
 against_peft = load_tests("test_peft")
 STEPS = 5
@@ -140,7 +140,7 @@ def test_a_wrong_kernel_is_caught_and_named(trained: Any, kernel: str, spoil: An
     batch = {"input_ids": token_ids(), "labels": token_ids()}
     assert len(ll.verify(trained, batch)) == 14
     with (
-        mock.patch.object(lowrank, kernel, wrong_for(56, getattr(lowrank, kernel), spoil)),
+        mock.patch.object(expand, kernel, wrong_for(56, getattr(expand, kernel), spoil)),
         pytest.raises(ll.KernelMismatchError, match=rf"4 of 14 layers .*(gate|up)_proj \(triton\): {what}"),
     ):
         ll.verify(trained, batch)
@@ -150,7 +150,7 @@ def test_a_wrong_kernel_is_caught_and_named(trained: Any, kernel: str, spoil: An
 def test_nan_is_no_match(trained: Any) -> None:
     """It spreads to the layers behind, so that more than the four differ."""
     with (
-        mock.patch.object(lowrank, "launch_expand", wrong_for(56, lowrank.launch_expand, lambda out: out + torch.nan)),
+        mock.patch.object(expand, "launch_expand", wrong_for(56, expand.launch_expand, lambda out: out + torch.nan)),
         pytest.raises(ll.KernelMismatchError, match=r"of 14 layers .* output nan"),
     ):
         ll.verify(trained, token_ids())

@@ -12,7 +12,7 @@ import triton.language as tl
 from operations import poisoned
 from torch import Tensor
 
-from lora_lite.kernels import common, interpreter
+from lora_lite.kernels import interpreter, sums
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def test_watch_counts_and_shuffles() -> None:
     assert (launch.kernel, launch.programs) == ("_copy", 7)
     assert launch.passes() == {"x": (1, 0), "out": (0, 1)}
     with launches.watch() as seen:
-        common.sum_parts((torch.ones(3, 10), torch.empty(10), None))
+        sums.sum_parts((torch.ones(3, 10), torch.empty(10), None))
     assert seen[0].reads["parts"] == 30
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from philox import seed_of
 from torch import Tensor
 
-from lora_lite.kernels import dora, launching, lowrank, row_norm, scale
+from lora_lite.kernels import expand, launching, row_norm, scale, shrink, shrink_expand
 
 BF16 = torch.bfloat16
 M, K, N, R = 160, 80, 640, 6  # sums have parts
@@ -48,12 +49,14 @@ def t(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def arguments(name: str) -> tuple[Any, ...]:
     f32 = torch.float32
     x, y, h, A, B, g = t(4, 40, K), t(4, 40, N), t(M, R), t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32)
-    seed = torch.tensor([5])
+    seed, A_2, h_2 = torch.tensor([seed_of(5, 0.3)]), t(R, K, dtype=f32), t(M, R)
     return {
-        "shrink": (x, A, BF16, [], None, 0.0),
-        "shrink of dropout": (x, A, BF16, [], seed, 0.3),
-        "shrink_backward": ([t(4, 40, K)], h, x, A, [], None, 0.0, True, True),
-        "shrink_backward of dA": ([], h, x, A, [], None, 0.0, False, True),
+        "shrink": (x, A, BF16, [], None),
+        "shrink of dropout": (x, A, BF16, [], seed),
+        "shrink_backward": ([t(4, 40, K)], [h], x, A, [], None, A.dtype, True, True),
+        "shrink_backward of dA": ([], [h], x, A, [], None, A.dtype, False, True),
+        "shrink_together": (x, [A, A_2], BF16, None),
+        "shrink_backward of two": ([t(4, 40, K), t(4, 40, K)], [h, h_2], x, t(2 * R, K), [], None, f32, True, True),
         "expand_add": (y, h, B, 0.5, []),
         "expand_add_backward": (y, h, B, 0.5, [], True, True),
         "shrink_expand": (x, A, t(R, K, dtype=f32).mT, BF16, []),
@@ -66,7 +69,8 @@ def arguments(name: str) -> tuple[Any, ...]:
 
 
 NAMES = (
-    "shrink", "shrink of dropout", "shrink_backward", "shrink_backward of dA", "expand_add", "expand_add_backward",
+    "shrink", "shrink of dropout", "shrink_backward", "shrink_backward of dA", "shrink_together",
+    "shrink_backward of two", "expand_add", "expand_add_backward",
     "shrink_expand", "shrink_expand_backward", "expand_add_rescale", "expand_add_rescale_backward", "scale",
     "scale_backward",
 )  # fmt: skip
@@ -75,7 +79,9 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_other_values(name: str) -> None:
     function = f"_{name.split()[0]}"
-    operator = getattr(next(module for module in (lowrank, dora, scale) if hasattr(module, function)), function)
+    operator = getattr(
+        next(module for module in (shrink, expand, shrink_expand, scale) if hasattr(module, function)), function
+    )
     for _ in range(2):
         operator(*arguments(name))
     assert len(recorded()) == 1, "it was not recorded"
@@ -108,8 +114,8 @@ def test_each_layout_has_its_own() -> None:
         for y in layouts:
             for gain in (0.5, 2.0):
                 operands = (y, t(rows, R, dtype=y.dtype), t(cols, R, dtype=torch.float32), gain, [])
-                got = lowrank._expand_add(*operands)
-                assert same(got, anew(lambda operands=operands: lowrank._expand_add(*operands)))
+                got = expand._expand_add(*operands)
+                assert same(got, anew(lambda operands=operands: expand._expand_add(*operands)))
     assert len(recorded()) == 2 * len(layouts)
 
 

@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite import operators
-from lora_lite.kernels import lowrank, scale
+from lora_lite.kernels import scale, shrink
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    same, h = lowrank.shrink(x, A)
-    return lowrank.expand_add(same, h, B, 0.7)
+    same, h = shrink.shrink(x, A)
+    return expand.expand_add(same, h, B, 0.7)
 
 
 def rescaled(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return scale.scale(lowrank.shrink_expand(x, A, B), A[0])
+    return scale.scale(expand.shrink_expand(x, A, B), A[0])
 
 
 @pytest.mark.parametrize("layer", [low_rank, rescaled])
@@ -61,7 +61,7 @@ def test_tensors_on_two_devices_are_named(dispatched: bool, requires_grad: bool)
     x.requires_grad_(requires_grad)
     with operators.dispatched() if dispatched else nullcontext():
         with pytest.raises(RuntimeError, match=r"lora_lite::shrink got x on cpu, A on meta; move the adapter"):
-            lowrank.shrink(x, A)
+            shrink.shrink(x, A)
         with pytest.raises(RuntimeError, match=r"lora_lite::scale got t on cpu, g on meta; move the adapter"):
             scale.scale(x, g)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite.kernels import dora, lowrank, ops, row_norm, scale, tuning
+from lora_lite.kernels import expand, ops, row_norm, scale, shrink, shrink_expand, tuning
 
 M, K, N, R = 200, 260, 300, 20
 SMALL = tuning.Config(32, 64)
@@ -46,13 +46,13 @@ def tensor(*shape: int) -> Tensor:
 
 def test_lowrank_add() -> None:
     x, y, h, A, B = tensor(M, K), tensor(M, N), tensor(M, R), tensor(R, K), tensor(N, R)
-    assert passes(main_launch(lambda: lowrank.launch_shrink(x, A, x.dtype)), "x") == {"x": (1, 0)}
-    forward = main_launch(lambda: lowrank.launch_expand(y, h, B, 0.7))
+    assert passes(main_launch(lambda: shrink.launch_shrink(x, A, x.dtype)), "x") == {"x": (1, 0)}
+    forward = main_launch(lambda: expand.launch_expand(y, h, B, 0.7))
     assert passes(forward, "y", "out") == {"y": (1, 0), "out": (0, 1)}
-    backward = main_launch(lambda: lowrank.launch_expand_backward(y, h, B, 0.7, True, True))
+    backward = main_launch(lambda: expand.launch_expand_backward(y, h, B, 0.7, True, True))
     assert passes(backward, "dy", "dh", "dB") == {"dy": (1, 0), "dh": (0, 1), "dB": (0, 1)}
     assert all(t.numel() != y.numel() for name, t in backward.tensors.items() if name != "dy"), "another M×N tensor"
-    backward = main_launch(lambda: lowrank.launch_shrink_backward([tensor(M, K)], [h], x, A, True, True))
+    backward = main_launch(lambda: shrink.launch_shrink_backward([tensor(M, K)], [h], x, A, True, True))
     assert passes(backward, "x", "dx_base", "dx", "dA") == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
 
 
@@ -60,7 +60,7 @@ def test_many_ranks_take_one_more_look_at_dy() -> None:
     """Where float32 parts of dh would be several passes over dy."""
     dy, h, B = tensor(M, N), tensor(M, 80), tensor(N, 80)
     with launches.watch() as seen:
-        lowrank.launch_expand_backward(dy, h, B, 0.7, True, True)
+        expand.launch_expand_backward(dy, h, B, 0.7, True, True)
     by_name = {launch.kernel: launch for launch in seen if launch.kernel != "_sum_parts_kernel"}
     assert set(by_name) == {"_expand_backward_kernel", "_shrink_kernel"}
     assert passes(by_name["_expand_backward_kernel"], "dy") == {"dy": (1, 0)}
@@ -70,16 +70,16 @@ def test_many_ranks_take_one_more_look_at_dy() -> None:
 def test_shrink_expand() -> None:
     """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
     dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)
-    backward = main_launch(lambda: lowrank.launch_shrink_backward([dy], [h], x, A, True, True, h))
+    backward = main_launch(lambda: shrink.launch_shrink_backward([dy], [h], x, A, True, True, h))
     names = ("x", "dx_base", "dx", "dA", "dB")
     assert passes(backward, *names) == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1), "dB": (0, 1)}
 
 
 def test_dora() -> None:
     y, h, B, g, bias = tensor(M, N), tensor(M, R), tensor(N, R), torch.randn(N), tensor(N)
-    forward = main_launch(lambda: lowrank.launch_expand(y, h, B, 0.7, g, bias))
+    forward = main_launch(lambda: expand.launch_expand(y, h, B, 0.7, g, bias))
     assert passes(forward, "y", "out") == {"y": (1, 0), "out": (0, 1)}
-    backward = main_launch(lambda: lowrank.launch_expand_backward(tensor(M, N), h, B, 0.7, True, True, y, g, bias))
+    backward = main_launch(lambda: expand.launch_expand_backward(tensor(M, N), h, B, 0.7, True, True, y, g, bias))
     assert passes(backward, "dy", "y", "dy_base") == {"dy": (1, 0), "y": (1, 0), "dy_base": (0, 1)}
     W, A, B = tensor(N, K), torch.randn(R, K), torch.randn(N, R)
     norm = main_launch(lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.7, g))
@@ -168,10 +168,10 @@ def test_offsets_beyond_2_to_the_31() -> None:
 
     def everything(t: dict[str, Tensor]) -> list[Tensor]:
         return [
-            lowrank.launch_shrink(t["x"], A, torch.bfloat16),
-            lowrank.launch_expand(t["y"], h, B, 0.7, g),
-            *lowrank.launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
-            *lowrank.launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
+            shrink.launch_shrink(t["x"], A, torch.bfloat16),
+            expand.launch_expand(t["y"], h, B, 0.7, g),
+            *expand.launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
+            *shrink.launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
             row_norm.launch_row_norm(t["x"], None, A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),
@@ -188,19 +188,19 @@ def test_operators_are_what_they_claim() -> None:
     h, A, B = (torch.randn(s, requires_grad=True) for s in ((18, 3), (3, 12), (10, 3)))
     g, bias, W = torch.randn(10, requires_grad=True), torch.randn(10), torch.randn(10, 12)
     check = torch.library.opcheck
-    check(lowrank._shrink, (x, A, torch.float32, [], None, 0.0))
-    check(lowrank._expand_add, (y, h, B, 0.7, []))
-    check(lowrank._shrink_expand, (x, A, torch.randn(12, 3, requires_grad=True), torch.float32, []))
-    check(dora._expand_add_rescale, (y, h, B, 0.7, g, bias, []))
-    check(dora._expand_add_rescale, (y, h, B, 0.7, g, None, []))
+    check(shrink._shrink, (x, A, torch.float32, [], None, 0.0))
+    check(expand._expand_add, (y, h, B, 0.7, []))
+    check(shrink_expand._shrink_expand, (x, A, torch.randn(12, 3, requires_grad=True), torch.float32, []))
+    check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, []))
+    check(expand._expand_add_rescale, (y, h, B, 0.7, g, None, []))
     check(scale._scale, (y, g, []))
     x, y, h, A, B, g = (t.detach() for t in (x, y, h, A, B, g))
     check(row_norm._row_norm, (W, None, A, B, 0.7, torch.rand(10)))
-    check(lowrank._shrink_backward, ([x, x], h, x, A, [], None, 0.0, True, True))
-    check(lowrank._shrink_backward, ([], h, x, A, [], None, 0.0, False, True))
-    check(lowrank._expand_add_backward, (y, h, B, 0.7, [], True, False))
-    check(lowrank._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], True))
-    check(lowrank._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], False))
-    check(dora._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias, []))
+    check(shrink._shrink_backward, ([x, x], h, x, A, [], None, 0.0, True, True))
+    check(shrink._shrink_backward, ([], h, x, A, [], None, 0.0, False, True))
+    check(expand._expand_add_backward, (y, h, B, 0.7, [], True, False))
+    check(shrink_expand._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], True))
+    check(shrink_expand._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], False))
+    check(expand._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias, []))
     check(scale._scale_backward, (y, y, g, [], True, True))
     assert ops.__all__

@@ -13,8 +13,9 @@ import torch
 from models import load_tests
 from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 
-from lora_lite.kernels import common, dora, lowrank, ops, row_norm, scale, tuning
-from lora_lite.kernels.common import SHARE
+from lora_lite.kernels import expand, ops, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels.segments import SHARE
+from lora_lite.kernels.segments import Runs as Shares
 from lora_lite.segments import Segments
 
 correct = load_tests("kernels/test_correct")
@@ -75,17 +76,17 @@ def test_passes() -> None:
     segments = segments_of([70, 0, 150], None)
     x, y, h, A, B = (torch.randn(*shape).to(bf16) for shape in ((M, K), (M, N), (M, R), (G, R, K), (G, N, R)))
     g, bias = torch.randn(G, N), torch.randn(G, N)
-    runs = common.Runs.read(common.Runs.of(segments, x, G))
+    runs = Shares.read(Shares.of(segments, x, G))
     wanted = {
         "x": (1, 0), "y": (1, 0), "dy": (1, 0), "dx_base": (1, 0), "out": (0, 1), "dx": (0, 1), "dy_base": (0, 1),
         "t": (1, 0), "dt": (0, 1),
     }  # fmt: skip
     with tuning.force(config=tuning.Config(32, 64), programs=20), launches.watch() as seen:
-        lowrank.launch_shrink(x, A, bf16, runs)
-        lowrank.launch_expand(y, h, B, 0.7, g, bias, runs)
-        lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        lowrank.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, y, g, bias, runs)
-        lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
+        shrink.launch_shrink(x, A, bf16, runs)
+        expand.launch_expand(y, h, B, 0.7, g, bias, runs)
+        expand.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
+        expand.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, y, g, bias, runs)
+        shrink.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
         scale.launch_scale(y, g, runs)
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
     found = set()
@@ -101,7 +102,7 @@ def test_tables() -> None:
     """Every row is in one share of each table, with the matrix of its run; what is left over has no rows."""
     lengths, which = [3, 0, 200, 64, 1], [2, 0, -1, 1, 2]
     M = sum(lengths) + 9
-    runs = common.Runs.read(common.Runs.of(segments_of(lengths, which), torch.empty(M, 4), G))
+    runs = Shares.read(Shares.of(segments_of(lengths, which), torch.empty(M, 4), G))
     assert runs is not None
     of_rows = segments_of(lengths, which).matrix_of_rows(M)
     for table, most in ((runs.blocks, SHARE), (runs.parts, 4 * SHARE)):
@@ -124,10 +125,10 @@ def test_opcheck() -> None:
     x, y, h = torch.randn(6, 12).requires_grad_(), torch.randn(6, 10).requires_grad_(), torch.randn(6, 4)
     A, B = torch.randn(G, 4, 12).requires_grad_(), torch.randn(G, 10, 4).requires_grad_()
     C, g, bias = torch.randn(G, 12, 4).requires_grad_(), torch.rand(G, 10).requires_grad_(), torch.randn(G, 10)
-    runs = common.Runs.of(segments, x, G)
-    check(lowrank._shrink, (x, A, torch.float32, runs, None, 0.0))
-    check(lowrank._expand_add, (y, h, B, 0.7, runs))
-    check(lowrank._shrink_expand, (x, A, C, torch.float32, runs))
-    check(dora._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
+    runs = Shares.of(segments, x, G)
+    check(shrink._shrink, (x, A, torch.float32, runs, None, 0.0))
+    check(expand._expand_add, (y, h, B, 0.7, runs))
+    check(shrink_expand._shrink_expand, (x, A, C, torch.float32, runs))
+    check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
     check(scale._scale, (y, g, runs))
     check(row_norm._row_norm, (torch.randn(G, 10, 12), None, A.detach(), B.detach(), 0.7, torch.rand(G, 10)))
