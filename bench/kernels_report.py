@@ -35,7 +35,7 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from lora_lite.kernels import common, dropout, lowrank, row_norm, scale, tuning
+from lora_lite.kernels import common, dropout, lowrank, rotate, row_norm, scale, tuning
 from lora_lite.kernels.common import Runs
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
@@ -84,6 +84,7 @@ def kernel_calls(
     i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
     seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
+    group_size = next(size for size in (64, 10, 2) if N % size == 0)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
@@ -115,13 +116,18 @@ def kernel_calls(
         "scale_grouped": lambda: scale.launch_scale(y, gs, runs),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
         "scale_backward_grouped": lambda: scale.launch_scale_backward(y, y, gs, True, True, runs),
+        "rotate": lambda: rotate.launch_rotate(y, g, g, group_size),
+        "rotate_grouped": lambda: rotate.launch_rotate(y, gs, gs, group_size, runs),
+        "rotate_backward": lambda: rotate.launch_rotate_backward(y, y, g, g, group_size, True, True),
+        "rotate_backward_grouped": lambda: rotate.launch_rotate_backward(y, y, gs, gs, group_size, True, True, runs),
     }  # fmt: skip
 
 
 QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
+RANKLESS = ("scale", "rotate")  # they multiply no matrices: no rank, and one dtype
 KERNELS = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
 WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
-WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", "scale")))
+WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", *RANKLESS)))
 MOST = common.MAX_RANK
 
 
@@ -219,7 +225,7 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
     """(architecture, dtype, kernel, rank, config) for every row that the tables can choose."""
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
         for kernel in kernels:
-            if (kernel.startswith("scale") and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
+            if (kernel.startswith(RANKLESS) and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
             if kernel.endswith(WIDE) and dtype == "float32":
                 continue
@@ -269,7 +275,7 @@ def is_bad(row: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
     parts = [repr(tuning.TABLE)]
-    for module in (common, dropout, lowrank, row_norm, scale):
+    for module in (common, dropout, lowrank, rotate, row_norm, scale):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))

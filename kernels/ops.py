@@ -2,7 +2,17 @@
 
 from .dora import expand_add_rescale
 from .lowrank import expand_add, shrink, shrink_expand, shrink_together
+from .rotate import rotate_pairs
 from .row_norm import row_norm
 from .scale import scale
 
-__all__ = ["expand_add", "expand_add_rescale", "row_norm", "scale", "shrink", "shrink_expand", "shrink_together"]
+__all__ = [
+    "expand_add",
+    "expand_add_rescale",
+    "rotate_pairs",
+    "row_norm",
+    "scale",
+    "shrink",
+    "shrink_expand",
+    "shrink_together",
+]
