@@ -15,14 +15,22 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
-LEARNING_RATES = {"ia3": 0.05, "ia3_ff": 0.05, "antipasto": 0.05, "hra": 1e-3, "pissa": 1e-3, "delora": 2e-3}
+LEARNING_RATES = {
+    "ia3": 0.05,
+    "ia3_ff": 0.05,
+    "antipasto": 0.05,
+    "road": 0.05,
+    "hra": 1e-3,
+    "pissa": 1e-3,
+    "delora": 2e-3,
+}
 
 
 @dataclass
 class Settings:
     """Attach, train, detach, save and load each method on a quantised base."""
 
-    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
+    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
     kinds: tuple[str, ...] = ("4bit", "8bit")
     layers: int = 2
     """Of the model's 30; the rest is left off."""

@@ -258,7 +258,7 @@ def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
 
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
-    """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, so that little is lost in its rounding."""
+    """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
     added = partner(y, group_size).mul_(s.to(y.dtype))
     return added.addcmul_(y, (c - 1).to(y.dtype)).add_(y)
 

@@ -421,7 +421,7 @@ def test_a_layer_that_never_ran_is_named() -> None:
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "delora", "ia3", "ia3_ff", "hra"])
+@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "delora", "ia3", "ia3_ff", "hra", "road"])
 def test_variants_without_calibration_ignore_the_data(variant: str) -> None:
     """One call site serves all variants: data that a variant does not need is not consumed."""
     data = iter([token_ids()])

@@ -255,12 +255,13 @@ def test_ids_that_training_never_shows_keep_their_rows() -> None:
 # ---- what can't be, by name ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["dora", "delora", "hra", "ia3", "ia3_ff", "eva", "antipasto"])
+@pytest.mark.parametrize("variant", ["dora", "delora", "hra", "ia3", "ia3_ff", "eva", "antipasto", "road"])
 def test_other_methods_are_refused(variant: str) -> None:
     model = llama()
     before = snapshot(model)
     message = rf"{EMBED} \(61 → 32\): {variant} .*give the embedding a config of its own.*exclude_names"
-    for fields in ({"target_names": NAMES}, {"target_names": ("_",), "target_roles": ("reader", "embedding")}):
+    by_role = {"target_names": ("_(proj|tokens)",), "target_roles": ("reader", "embedding")}
+    for fields in ({"target_names": NAMES}, by_role):
         with pytest.raises(ll.AttachError, match=message):
             ll.attach(model, config(variant, **fields), calibration_data=calibration_batches())
         assert_same(model, before)

@@ -24,6 +24,7 @@ from models import (
     randomize,
     rel_error,
     snapshot,
+    start_tolerance,
     token_ids,
 )
 from safetensors.torch import load_file, save_file
@@ -347,7 +348,8 @@ def test_offloaded_by_accelerate(variant: str, disk: bool, tmp_path: Path) -> No
     ll.verify(after, token_ids())
     ll.detach(after)
     attach(after, variant, calibration_batches() if variant == "eva" else None)
-    assert_close(logits(after), logits(llama()), 1e-5)  # the start, from the offloaded weights
+    tolerance = max(1e-5, start_tolerance(variant))
+    assert_close(logits(after), logits(llama()), tolerance)  # the start, from the offloaded weights
 
 
 def test_offloaded_as_a_whole_block_takes_no_adapter_afterwards() -> None:
@@ -364,7 +366,7 @@ def test_offloaded_as_a_whole_block_takes_no_adapter_afterwards() -> None:
     assert_close(logits(adapted), want, 1e-6)
 
 
-@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra"])
+@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra", "road"])
 def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path) -> None:
     """Those that start without the weight; the rest are refused at attach (test_misuse.py)."""
     with torch.device("meta"):
@@ -375,7 +377,7 @@ def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path
     model.load_state_dict(weights, assign=True, strict=False)
     with pytest.raises(ll.AttachError, match="0: its adapter is on the meta device"):
         model(torch.randn(2, 8))
-    with pytest.raises(ll.CheckpointError, match=r"save: 0: lora_. holds no values"):
+    with pytest.raises(ll.CheckpointError, match=r"save: 0: lora_\w+ holds no values"):
         ll.save(model, tmp_path / "adapter.safetensors")
     model.to_empty(device="cpu")
     with pytest.raises(ll.AttachError, match="given memory there and no values"):

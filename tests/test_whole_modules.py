@@ -23,6 +23,7 @@ from models import (
     qwen3,
     randomize,
     snapshot,
+    start_tolerance,
     token_ids,
 )
 from safetensors.torch import load_file
@@ -66,7 +67,7 @@ def test_a_whole_life(variant: str, tmp_path: Path) -> None:
     before, base = snapshot(model), logits(model)
     held = model.score.weight
     attachment = attach(model, variant, calibration_batches() if variant == "eva" else None, modules_to_save=("score",))
-    assert_close(logits(model), base, 1e-5)
+    assert_close(logits(model), base, max(1e-5, start_tolerance(variant)))
     assert model.score.weight.requires_grad
     assert any(p is model.score.weight for p in ll.parameters(model))
     assert not any(t.name == "score" for t in attachment.targets)

@@ -257,7 +257,7 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[
         config[DROPOUT[kind]] = 0.0 if stacks else attachments[0].cfg.dropout
     if kind == "IA3":
         return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
-    return {**config, "bias": "none"}
+    return config if kind == "ROAD" else {**config, "bias": "none"}
 
 
 def _in_full(model: nn.Module, attachment: Attachment, config: dict[str, Any]) -> dict[str, Tensor]:

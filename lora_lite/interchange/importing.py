@@ -50,8 +50,8 @@ def import_peft(
     """Attach, under `name`, the adapter that PEFT saved in `folder`.
 
     LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3, HRA and RoAd, with rank and alpha patterns and
-    dropout. An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the outputs
-    and `name` + "_ff" for the inputs, and a dict of both is returned.
+    dropout. An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the
+    outputs and `name` + "_ff" for the inputs, and a dict of both is returned.
 
     Args:
         prefix_map: beginnings of layers' names in the file → in this model, where they differ.

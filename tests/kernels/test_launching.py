@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_lite.kernels import dora, launching, lowrank, row_norm, scale
+from lora_lite.kernels import dora, launching, lowrank, rotate, row_norm, scale
 
 BF16 = torch.bfloat16
 M, K, N, R = 160, 80, 640, 6  # sums have parts
@@ -62,20 +62,22 @@ def arguments(name: str) -> tuple[Any, ...]:
         "expand_add_rescale_backward": (t(4, 40, N), y, h, B, 0.5, g, None, []),
         "scale": (y, g, []),
         "scale_backward": (t(4, 40, N), y, g, [], True, True),
+        "rotate_pairs": (y, g, t(N, dtype=f32), 2, []),
+        "rotate_pairs_backward": (t(4, 40, N), y, g, t(N, dtype=f32), 2, [], True, True),
     }[name]
 
 
 NAMES = (
     "shrink", "shrink of dropout", "shrink_backward", "shrink_backward of dA", "expand_add", "expand_add_backward",
     "shrink_expand", "shrink_expand_backward", "expand_add_rescale", "expand_add_rescale_backward", "scale",
-    "scale_backward",
+    "scale_backward", "rotate_pairs", "rotate_pairs_backward",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_other_values(name: str) -> None:
     function = f"_{name.split()[0]}"
-    operator = getattr(next(module for module in (lowrank, dora, scale) if hasattr(module, function)), function)
+    operator = getattr(next(module for module in (lowrank, dora, scale, rotate) if hasattr(module, function)), function)
     for _ in range(2):
         operator(*arguments(name))
     assert len(recorded()) == 1, "it was not recorded"

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite import operators
-from lora_lite.kernels import lowrank, scale
+from lora_lite.kernels import lowrank, rotate, scale
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -20,7 +20,11 @@ def rescaled(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return scale.scale(lowrank.shrink_expand(x, A, B), A[0])
 
 
-@pytest.mark.parametrize("layer", [low_rank, rescaled])
+def rotated(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return rotate.rotate_pairs(lowrank.shrink_expand(x, A, B)[..., :8], A[0, :8], B[:8, 0], 4)
+
+
+@pytest.mark.parametrize("layer", [low_rank, rescaled, rotated])
 def test_plain_calls_give_the_bits_of_dispatched_ones(layer) -> None:
     x, A, B = (torch.randn(size, requires_grad=True) for size in ((3, 5, 9), (4, 9), (9, 4)))
     y = layer(x, A, B)

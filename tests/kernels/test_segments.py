@@ -13,7 +13,7 @@ import torch
 from models import load_tests
 from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 
-from lora_lite.kernels import common, dora, lowrank, ops, row_norm, scale, tuning
+from lora_lite.kernels import common, dora, lowrank, ops, rotate, row_norm, scale, tuning
 from lora_lite.kernels.common import SHARE
 from lora_lite.segments import Segments
 
@@ -40,6 +40,7 @@ OPERATIONS = (
     ("lowrank_add_rescale", {"bias": True}),
     ("shrink_expand", {}),
     ("scale", {}),
+    ("rotate_pairs", {}),
 )
 
 
@@ -78,7 +79,7 @@ def test_passes() -> None:
     runs = common.Runs.read(common.Runs.of(segments, x, G))
     wanted = {
         "x": (1, 0), "y": (1, 0), "dy": (1, 0), "dx_base": (1, 0), "out": (0, 1), "dx": (0, 1), "dy_base": (0, 1),
-        "t": (1, 0), "dt": (0, 1),
+        "t": (1, 0),
     }  # fmt: skip
     with tuning.force(config=tuning.Config(32, 64), programs=20), launches.watch() as seen:
         lowrank.launch_shrink(x, A, bf16, runs)
@@ -88,13 +89,16 @@ def test_passes() -> None:
         lowrank.launch_shrink_backward([torch.randn(M, K).to(bf16)], h, x, A, True, True, None, runs)
         scale.launch_scale(y, g, runs)
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
+        rotate.launch_rotate(y, g, bias, 64, runs)
+        rotate.launch_rotate_backward(torch.randn(M, N).to(bf16), y, g, bias, 64, True, True, runs)
+    of_kernel = {"_scale_backward_kernel": {"dt": (0, 1)}, "_rotate_backward_kernel": {"dt": (1, 0), "dy": (0, 1)}}
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
             if launch.tensors[name].numel() in (M * K, M * N) and not name.startswith("parts"):
-                assert passes == wanted[name], (launch.kernel, name)
+                assert passes == {**wanted, **of_kernel.get(launch.kernel, {})}[name], (launch.kernel, name)
                 found.add(name)
-    assert found == wanted.keys()
+    assert found == wanted.keys() | {"dt"}
 
 
 def test_tables() -> None:
@@ -130,4 +134,5 @@ def test_opcheck() -> None:
     check(lowrank._shrink_expand, (x, A, C, torch.float32, runs))
     check(dora._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
     check(scale._scale, (y, g, runs))
+    check(rotate._rotate_pairs, (y, g, bias, 10, runs))
     check(row_norm._row_norm, (torch.randn(G, 10, 12), None, A.detach(), B.detach(), 0.7, torch.rand(G, 10)))
