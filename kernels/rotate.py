@@ -3,8 +3,8 @@
 M tokens, N features in groups of 2·HALF. Token-sized reads and writes, each tensor once a kernel:
 
     rotate           reads y        writes out
-    rotate backward  reads dt, y    writes dy     dy = dt ∘ c + partner(dt ∘ s),
-                                                  dc = Σ dt ∘ y, ds = Σ dt ∘ partner(y) over the tokens
+    rotate backward  reads dy, y    writes dy_base    dy_base = dy ∘ c + partner(dy ∘ s),
+                                                      dc = Σ dy ∘ y, ds = Σ dy ∘ partner(y) over the tokens
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ def _rotate_kernel(
 
 @triton.jit
 def _rotate_backward_kernel(
-    dt, y, c, s, dy, dc, ds, table,
+    dy, y, c, s, dy_base, dc, ds, table,
     M, N, stride_dm, stride_dn, stride_ym, stride_yn, m_per_program,
     BLOCK_M: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -82,18 +82,18 @@ def _rotate_backward_kernel(
     for start in range(first, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         here = inside(rows, i, end, N)
-        dt_i = tl.load(tile(dt, rows, i, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
-        dt_j = tl.load(tile(dt, rows, j, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
+        dy_i = tl.load(tile(dy, rows, i, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
+        dy_j = tl.load(tile(dy, rows, j, stride_dm, stride_dn), mask=here, other=0.0).to(tl.float32)
         if dc is not None:
             y_i = tl.load(tile(y, rows, i, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
             y_j = tl.load(tile(y, rows, j, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
-            dc_i += dt_i * y_i
-            dc_j += dt_j * y_j
-            ds_i += dt_i * y_j
-            ds_j += dt_j * y_i
-        if dy is not None:
-            tl.store(tile(dy, rows, i, N, 1), dt_i * c_i[None, :] + dt_j * s_j[None, :], mask=here)
-            tl.store(tile(dy, rows, j, N, 1), dt_j * c_j[None, :] + dt_i * s_i[None, :], mask=here)
+            dc_i += dy_i * y_i
+            dc_j += dy_j * y_j
+            ds_i += dy_i * y_j
+            ds_j += dy_j * y_i
+        if dy_base is not None:
+            tl.store(tile(dy_base, rows, i, N, 1), dy_i * c_i[None, :] + dy_j * s_j[None, :], mask=here)
+            tl.store(tile(dy_base, rows, j, N, 1), dy_j * c_j[None, :] + dy_i * s_i[None, :], mask=here)
     if dc is not None:
         part = tl.program_id(1) * N
         tl.store(dc + part + i, tl.sum(dc_i, 0), mask=i < N)
@@ -130,37 +130,37 @@ def launch_rotate(
 
 
 def launch_rotate_backward(
-    dt: Float[Tensor, "*M N"],
+    dy: Float[Tensor, "*M N"],
     y: Float[Tensor, "*M N"],
     c: Float[Tensor, "*G N"],
     s: Float[Tensor, "*G N"],
     group_size: int,
-    needs_dy: bool,
+    needs_dy_base: bool,
     needs_vectors: bool,
     runs: Runs | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dy, dc, ds): dt ∘ c + partner(dt ∘ s), and Σ dt ∘ y and Σ dt ∘ partner(y) over the tokens. What is not needed is
-    None."""
-    dy, c, s = y.new_empty(y.shape) if needs_dy else None, c.contiguous(), s.contiguous()
+    """(dy_base, dc, ds): dy ∘ c + partner(dy ∘ s), and Σ dy ∘ y and Σ dy ∘ partner(y) over the tokens. What is not
+    needed is None."""
+    dy_base, c, s = y.new_empty(y.shape) if needs_dy_base else None, c.contiguous(), s.contiguous()
     dc, ds = (torch.empty_like(c), torch.empty_like(s)) if needs_vectors else (None, None)
-    dt, y = rows_of(dt), rows_of(y)
+    dy, y = rows_of(dy), rows_of(y)
     M, N = y.shape
     if M == 0:
-        return dy, None if dc is None else dc.zero_(), None if ds is None else ds.zero_()
+        return dy_base, None if dc is None else dc.zero_(), None if ds is None else ds.zero_()
 
     def run(config: Config) -> None:
         pairs = config.cols // 2
         blocks = cdiv(N // 2, pairs)
         count, each, table = parts_of(M, config.rows, full_waves(programs(y), blocks, M, config.rows), runs)
         dcs, dss = parts_like(dc, count, runs), parts_like(ds, count, runs)
-        numbers = (M, N, *dt.stride(), *y.stride(), each)
-        tensors = (dt, y, c, s, dy, dcs, dss, table)
+        numbers = (M, N, *dy.stride(), *y.stride(), each)
+        tensors = (dy, y, c, s, dy_base, dcs, dss, table)
         constants = (config.rows, pairs, group_size // 2)
         launch(_rotate_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dcs, dc, runs), (dss, ds, runs))
 
     tuned("rotate_backward", run, y, y.dtype, M, N, group_size, 1)
-    return dy, dc, ds
+    return dy_base, dc, ds
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -180,32 +180,32 @@ def _(y: Tensor, c: Tensor, s: Tensor, group_size: int, runs: list[Tensor]) -> T
 @operator("lora_lite::rotate_pairs_backward")
 @replayed
 def _rotate_pairs_backward(
-    dt: Tensor,
+    dy: Tensor,
     y: Tensor,
     c: Tensor,
     s: Tensor,
     group_size: int,
     runs: list[Tensor],
-    needs_dy: bool,
+    needs_dy_base: bool,
     needs_vectors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, dc, ds = launch_rotate_backward(dt, y, c, s, group_size, needs_dy, needs_vectors, Runs.read(runs))
-    return or_empty(dy, y), or_empty(dc, c), or_empty(ds, s)
+    dy_base, dc, ds = launch_rotate_backward(dy, y, c, s, group_size, needs_dy_base, needs_vectors, Runs.read(runs))
+    return or_empty(dy_base, y), or_empty(dc, c), or_empty(ds, s)
 
 
 @_rotate_pairs_backward.register_fake
 def _(
-    dt: Tensor,
+    dy: Tensor,
     y: Tensor,
     c: Tensor,
     s: Tensor,
     group_size: int,
     runs: list[Tensor],
-    needs_dy: bool,
+    needs_dy_base: bool,
     needs_vectors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors = (c.new_empty(c.shape), s.new_empty(s.shape)) if needs_vectors else (c.new_empty(0), s.new_empty(0))
-    return y.new_empty(y.shape if needs_dy else 0), *vectors
+    return y.new_empty(y.shape if needs_dy_base else 0), *vectors
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, list[Tensor]], output: Tensor) -> None:
@@ -213,11 +213,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, list[Tensor]], ou
     ctx.save_for_backward(y, c, s, *runs)
 
 
-def _backward(ctx: Any, dt: Tensor) -> tuple[Any, ...]:
-    needs_dy, needs_dc, needs_ds, *_ = ctx.needs_input_grad
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs_dy_base, needs_dc, needs_ds, *_ = ctx.needs_input_grad
     y, c, s, *runs = ctx.saved_tensors
-    dy, dc, ds = _rotate_pairs_backward(dt, y, c, s, ctx.group_size, runs, needs_dy, needs_dc or needs_ds)
-    found = dy if needs_dy else None, dc if needs_dc else None, ds if needs_ds else None
+    dy_base, dc, ds = _rotate_pairs_backward(dy, y, c, s, ctx.group_size, runs, needs_dy_base, needs_dc or needs_ds)
+    found = dy_base if needs_dy_base else None, dc if needs_dc else None, ds if needs_ds else None
     return *found, None, [None] * len(runs)
 
 

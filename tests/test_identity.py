@@ -55,7 +55,7 @@ def check_start(model: Any, variant: str, ids: Tensor, tolerance: float, batches
         base = model(ids).logits
     attach(model, variant, batches, **fields)
     with torch.no_grad():
-        assert relative_change(model(ids).logits, base) <= max(tolerance, start_tolerance(variant))
+        assert relative_change(model(ids).logits, base) <= start_tolerance(variant, tolerance)
     grads = backward(model, ids)
     assert len(grads) == len(ll.parameters(model)) > 0
     assert asleep(grads) == ASLEEP.get(variant, set())

@@ -98,9 +98,10 @@ def test_rotate() -> None:
     y, c, s = tensor(M, N), torch.randn(N), torch.randn(N)
     assert passes(main_launch(lambda: rotate.launch_rotate(y, c, s, 60)), "y", "out") == {"y": (1, 0), "out": (0, 1)}
     backward = main_launch(lambda: rotate.launch_rotate_backward(tensor(M, N), y, c, s, 60, True, True))
-    assert passes(backward, "dt", "y", "dy") == {"dt": (1, 0), "y": (1, 0), "dy": (0, 1)}
+    assert passes(backward, "dy", "y", "dy_base") == {"dy": (1, 0), "y": (1, 0), "dy_base": (0, 1)}
     frozen = main_launch(lambda: rotate.launch_rotate_backward(tensor(M, N), y, c, s, 60, True, False))
-    assert passes(frozen, "dt", "y", "dy") == {"dt": (1, 0), "y": (0, 0), "dy": (0, 1)}
+    assert passes(frozen, "dy", "dy_base") == {"dy": (1, 0), "dy_base": (0, 1)}
+    assert frozen.passes().get("y", (0, 0)) == (0, 0)
 
 
 class _TokenSizedOps(TorchDispatchMode):

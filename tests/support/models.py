@@ -163,10 +163,10 @@ def config(variant: str, **fields: Any) -> Any:
     return ll.REGISTRY[variant].config(**{"r": 4, "alpha": 6.0, **own, **fields})
 
 
-def start_tolerance(variant: str) -> float:
-    """How far from the base, relative to its output, a variant may be at step 0 beside rounding."""
+def start_tolerance(variant: str, rounding: float = 0.0) -> float:
+    """How far from the base, relative to its output, a variant may be at step 0: by rounding, unless it starts near."""
     specs = ll.REGISTRY[variant].param_specs(8, 8, config(variant))
-    return 1e-3 if any(spec.near for spec in specs.values()) else 0.0
+    return max(rounding, 1e-3) if any(spec.near for spec in specs.values()) else rounding
 
 
 def attach(model: nn.Module, variant: str, batches: Any = None, **fields: Any) -> ll.Attachment:
