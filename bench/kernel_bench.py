@@ -28,6 +28,7 @@ import machine
 import peft
 import tyro
 from kernel_times import GROUP_SIZE, SCALE, Shape
+from operations import partner
 from rich.console import Console
 from rich.table import Table
 from rivals import peft_config
@@ -115,9 +116,8 @@ def eager_step(variant: str, t: Tensors) -> None:
         torch.autograd.grad(t.y * g, [t.y, t.g], t.dy)
         return
     if variant == "road":
-        first, second = t.y.unflatten(-1, (-1, 2, GROUP_SIZE // 2)).unbind(-2)
-        swapped = torch.stack([second, first], -2).flatten(-3)
-        torch.autograd.grad(t.y * g + swapped * t.s.to(t.y.dtype), [t.y, t.g, t.s], t.dy)
+        out = t.y * g + partner(t.y, GROUP_SIZE) * t.s.to(t.y.dtype)
+        torch.autograd.grad(out, [t.y, t.g, t.s], t.dy)
         return
     if variant == "hra":
         torch.autograd.grad(t.x + (t.x @ A.t()) @ B.t(), [t.x, t.A, t.B], t.dx_base)

@@ -12,14 +12,13 @@ from typing import Any
 import peft
 import torch
 import triton
-from operations import error
+from operations import error, partner
 from rivals import peft_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 import lora_lite as ll
 from lora_lite.kernels import lowrank, rotate, row_norm, scale
-from lora_lite.reference import partner
 
 Quantiles = tuple[float, float, float]
 Timer = Callable[[Callable[[], Any]], Quantiles]

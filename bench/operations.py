@@ -253,6 +253,11 @@ def scale(c: Case) -> Draw:
     return results(lambda t, g: ops.scale(t, g, c.segments), plain, inputs, c.dtype)
 
 
+def partner(t: Tensor, group_size: int) -> Tensor:
+    """The halves of each group swapped."""
+    return t.unflatten(-1, (-1, 2, group_size // 2)).roll(1, -2).flatten(-3)
+
+
 def rotate_pairs(c: Case) -> Draw:
     """Groups of 64 as a rule; of 2, neighbours; or of a width that no power of two divides."""
     width = 4 * c.N
@@ -260,8 +265,7 @@ def rotate_pairs(c: Case) -> Draw:
 
     def plain(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         def changed(i: Matrix, rows: slice) -> Tensor:
-            swapped = y[rows].unflatten(-1, (-1, 2, group_size // 2)).roll(1, -2).flatten(-3)
-            return y[rows] * cos[i].to(y.dtype) + swapped * sin[i].to(y.dtype)
+            return y[rows] * cos[i].to(y.dtype) + partner(y[rows], group_size) * sin[i].to(y.dtype)
 
         return c.by_run(lambda rows: y[rows], changed) + 0 * (cos.sum() + sin.sum())
 

@@ -24,9 +24,9 @@ class ParamSpec:
             of the singular values δ and its generators of R. At the exact value all of their entries are alike, as
             are both halves of a RoAd pair, and what is learned starts on that symmetry; and in bfloat16 such a start
             can be dead: its first steps are below the spacing at 1 (7.8e-3), and are rounded away. So they start
-            beside the value, and in float32 whatever the config's dtype, as vectors and scalars do; step 0 is then the
-            base model to 1e-3 (`near`). Where another factor stands at exactly zero (LoRA's B) use that: step 0 is
-            then the base model exactly, and the random factor beside it breaks the symmetry.
+            beside the value, and in float32 whatever the config's dtype (vectors and scalars are, a matrix says so by
+            `dtype`); step 0 is then the base model to 1e-3 (`near`). Where a factor can stand at exactly zero (LoRA's
+            B) use that: step 0 is then the base model exactly, and the random factor beside it breaks the symmetry.
         trainable: whether it gets gradients.
         as_buffer: keep it as a buffer instead of a parameter.
         dtype: overrides the config's; see `resolve_dtype`.

@@ -231,7 +231,7 @@ def scale(
     return _scale(rows, segments.vectors(g, len(rows), 1.0), None).view(t.shape)
 
 
-def partner(t: Float[Tensor, "*M N"], group_size: int) -> Float[Tensor, "*M N"]:
+def _partner(t: Float[Tensor, "*M N"], group_size: int) -> Float[Tensor, "*M N"]:
     """Of each element the one group_size/2 away in its group: the two halves of each group, swapped."""
     return t.unflatten(-1, (-1, 2, group_size // 2)).flip(-2).flatten(-3)
 
@@ -253,13 +253,13 @@ def rotate_pairs(
 
 def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     if y.dtype == c.dtype:
-        return torch.addcmul(y * c, partner(y, group_size), s)
+        return torch.addcmul(y * c, _partner(y, group_size), s)
     return _RotateLowPrecision.apply(y, c, s, group_size)  # type: ignore[return-value]
 
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
-    added = partner(y, group_size).mul_(s.to(y.dtype))
+    added = _partner(y, group_size).mul_(s.to(y.dtype))
     return added.addcmul_(y, (c - 1).to(y.dtype)).add_(y)
 
 
@@ -281,9 +281,9 @@ class _RotateLowPrecision(torch.autograd.Function):
         y, c, s = ctx.saved_tensors
         needs_y, needs_c, needs_s, _ = ctx.needs_input_grad
         # What y gives its partner comes back from there: the same map, with s where it is taken from.
-        d = _turned(dy, c, partner(s, ctx.group_size), ctx.group_size) if needs_y else None
+        d = _turned(dy, c, _partner(s, ctx.group_size), ctx.group_size) if needs_y else None
         dc = _summed(dy, y, c) if needs_c else None
-        ds = _summed(dy, partner(y, ctx.group_size), s) if needs_s else None
+        ds = _summed(dy, _partner(y, ctx.group_size), s) if needs_s else None
         return d, dc, ds, None
 
 
