@@ -84,7 +84,8 @@ def kernel_calls(
     i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
     seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
-    group_size = 64 if N % 64 == 0 else 2
+    even, group_size = N + N % 2, 64 if N % 64 == 0 else 2  # RoAd's outputs come in pairs
+    paired, c, cs = t(M, even, dtype=tokens or dtype), t(even, dtype=f32), t(4, even, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: lowrank.launch_shrink(x, A, dtype),
@@ -116,10 +117,12 @@ def kernel_calls(
         "scale_grouped": lambda: scale.launch_scale(y, gs, runs),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
         "scale_backward_grouped": lambda: scale.launch_scale_backward(y, y, gs, True, True, runs),
-        "rotate": lambda: rotate.launch_rotate(y, g, g, group_size),
-        "rotate_grouped": lambda: rotate.launch_rotate(y, gs, gs, group_size, runs),
-        "rotate_backward": lambda: rotate.launch_rotate_backward(y, y, g, g, group_size, True, True),
-        "rotate_backward_grouped": lambda: rotate.launch_rotate_backward(y, y, gs, gs, group_size, True, True, runs),
+        "rotate": lambda: rotate.launch_rotate(paired, c, c, group_size),
+        "rotate_grouped": lambda: rotate.launch_rotate(paired, cs, cs, group_size, runs),
+        "rotate_backward": lambda: rotate.launch_rotate_backward(paired, paired, c, c, group_size, True, True),
+        "rotate_backward_grouped": lambda: rotate.launch_rotate_backward(
+            paired, paired, cs, cs, group_size, True, True, runs
+        ),
     }  # fmt: skip
 
 
