@@ -17,7 +17,7 @@ finetune *args:
 
 # Fine-tune with each variant in turn, with the default budget: the variant table's figures.
 finetune-all *args:
-    for variant in lora pissa dora delora eva ia3 ia3_ff hra antipasto; do \
+    for variant in lora pissa dora delora eva ia3 ia3_ff hra antipasto road; do \
         {{python}} bench/finetune.py --variant $variant {{args}} || exit 1; \
     done
 

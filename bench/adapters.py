@@ -47,7 +47,7 @@ class Settings:
     models: tuple[str, ...] = ("llama", pretrained.SMOLLM2)
     """llama: random weights, of the width and layers below; qwen3_moe: random mixtures, LoRA on their experts. Else a
     model's name or folder, whole."""
-    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
+    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
     """Which to measure."""
     dtypes: tuple[str, ...] = field(
         default_factory=lambda: tuple(dict.fromkeys((pretrained.default_dtype("cpu"), "float32")))
@@ -77,7 +77,7 @@ def build(name: str, s: Settings, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=s.width,
-        intermediate_size=s.width * 8 // 3,
+        intermediate_size=s.width * 8 // 3 // 64 * 64,  # whole groups of RoAd's
         num_hidden_layers=s.layers,
         num_attention_heads=s.width // 64,
         num_key_value_heads=s.width // 64,

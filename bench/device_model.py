@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lora_lite.kernels import common, expand, row_norm, scale, shrink, tuning
+from lora_lite.kernels import common, expand, rotate, row_norm, scale, shrink, tuning
 
 RESULTS = Path(__file__).parent / "results" / "device_model.json"
 LAUNCH = 2e-6
@@ -70,14 +70,21 @@ GPUS = {
 RANKS = (8, 16, 32, 64, 128, 256)
 TOKENS = (512, 2048, 8192, 16384)
 WIDTHS = (1024, 2048, 4096, 8192, 14336)
-BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5}
+BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5, "road": 5}
 
 # Token-sized tensors (for the row norm, W) that a program of each kernel reads at a time.
 READS = {
     "shrink": 1, "expand": 1, "expand_backward": 1, "expand_backward_rescale": 2, "shrink_backward": 2,
     "shrink_expand_backward": 2, "row_norm": 1, "scale": 1, "scale_backward": 2,
+    "rotate": 1, "rotate_backward": 2,
 }  # fmt: skip
-NO_PIPELINE = ("expand", "scale", "scale_backward")  # no loop, or one whose loads feed no product
+NO_PIPELINE = (
+    "expand",
+    "scale",
+    "scale_backward",
+    "rotate",
+    "rotate_backward",
+)  # no loop, or one whose loads feed no product
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
     with ExitStack() as stack:
         stack.enter_context(tuning.force(architecture=gpu.architecture, programs=gpu.processors))
         stack.enter_context(mock.patch.object(kernels_report.triton.JITFunction, "run", note))
-        for module in (shrink, expand, row_norm, scale):
+        for module in (shrink, expand, row_norm, scale, rotate):
             stack.enter_context(mock.patch.object(module, "tuned", tuned))
         for module in (shrink, expand):
             stack.enter_context(mock.patch.object(module, "small", cast))
@@ -150,6 +157,10 @@ def step(variant: str, M: int, K: int, N: int, R: int) -> None:
     if variant == "ia3":
         scale.launch_scale(y, g)
         scale.launch_scale_backward(y, y, g, True, True)
+        return
+    if variant == "road":
+        rotate.launch_rotate(y, g, g, 64)
+        rotate.launch_rotate_backward(y, y, g, g, 64, True, True)
         return
     shrink.launch_shrink(x, A, x.dtype)
     if variant == "hra":
@@ -189,7 +200,7 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
     parts = max((t.nbytes for name, t in tensors.items() if name.startswith("parts")), default=0)
     if of.config is not None:
         c = of.config
-        of_rank = 16 if of.kernel.startswith("scale") else max(rank, 16)
+        of_rank = 16 if of.kernel.startswith(kernels_report.RANKLESS) else max(rank, 16)
         most = resident[of.kernel, gpu.architecture, of_rank, c.rows, c.cols, c.num_warps, c.num_stages]
         stages = 1 if of.kernel in NO_PIPELINE else c.num_stages
         here = min(most, -(-programs // gpu.processors))
@@ -257,7 +268,7 @@ def main(s: Settings) -> int:
         row(gpu, variant, M, K, R, resident)
         for gpu in s.gpus
         for variant in BOUND
-        for R in (s.ranks if variant != "ia3" else (1,))
+        for R in (s.ranks if variant not in ("ia3", "road") else (1,))
         for M in s.tokens
         for K in s.widths
     ]

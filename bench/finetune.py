@@ -83,6 +83,7 @@ METHODS = {
     "hra": Method(3e-4),
     # 256, its default, exceeds the 192 outputs of SmolLM2's keys and values.
     "antipasto": Method(5e-3, 5e-3, {"r": 128}, {"r": 256}),
+    "road": Method(1e-2, 3e-3),
 }
 OWN_TARGETS = ("ia3", "ia3_ff")  # keep their config's layers, as their paper has them
 
@@ -95,7 +96,7 @@ class Settings:
     Where the Hub is reached: --model Qwen/Qwen3-0.6B-Base --data metamath. Ctrl-C saves; --resume goes on.
     """
 
-    variant: Literal["lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto"] = "lora"
+    variant: Literal["lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road"] = "lora"
     model: str = pretrained.SMOLLM2
     """smollm2-135m, or a name on the Hugging Face Hub, or a folder."""
     data: Literal["gsm_symbolic", "metamath"] = "gsm_symbolic"

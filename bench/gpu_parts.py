@@ -27,14 +27,14 @@ from lora_lite.kernels import tuning
 Rows = list[dict[str, Any]]
 Cases = dict[str, Callable[[], Rows]]
 
-VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
-METHODS = ("lora", "pissa", "dora", "hra", "ia3", "antipasto")
+VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
+METHODS = ("lora", "pissa", "dora", "hra", "ia3", "road", "antipasto")
 DECOMPOSING = ("pissa", "antipasto")
 # The kernel's name in kernel_times, and whose step in device_model has it.
 MODELLED = {
     "shrink": "lora", "expand": "lora", "expand_backward": "lora", "shrink_backward": "lora",
     "row_norm": "dora", "expand_backward_rescale": "dora", "shrink_expand_backward": "hra",
-    "scale": "ia3", "scale_backward": "ia3",
+    "scale": "ia3", "scale_backward": "ia3", "rotate": "road", "rotate_backward": "road",
 }  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def checks(b: Bench) -> Cases:
             operations.lowrank_add_rescale: of_rank,
             operations.shrink_expand: of_rank,
             operations.scale: of_rank,
+            operations.rotate_pairs: of_rank,
             operations.row_norm: [*of_shapes, *of_runs[:1]],
             operations.row_norm_int8: of_shapes if dtype == b.dtypes[0] else [],
             operations.row_norm_4bit: even,
@@ -296,7 +297,7 @@ def modelled(b: Bench) -> Cases:
     return {
         f"{variant} {_size(s)}": partial(_modelled, b, variant, s)
         for s in b.layer_shapes
-        for variant in ("lora", "dora", "hra", "ia3")
+        for variant in ("lora", "dora", "hra", "ia3", "road")
     }
 
 

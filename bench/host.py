@@ -31,7 +31,7 @@ import lora_lite as ll
 
 METHODS = {
     "lora": ll.LoRAConfig, "pissa": ll.PiSSAConfig, "dora": ll.DoRAConfig,
-    "hra": ll.HRAConfig, "ia3": ll.IA3Config, "antipasto": ll.AntiPaSTOConfig,
+    "hra": ll.HRAConfig, "ia3": ll.IA3Config, "road": ll.RoadConfig, "antipasto": ll.AntiPaSTOConfig,
 }  # fmt: skip
 WIDTH, TOKENS, RANK = 64, 8, 16
 COUNTED = {"M": 8192, "K": 4096, "N": 4096, "r": RANK}
@@ -43,8 +43,8 @@ def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear, device: str = "cpu"
 
 
 def config(method: str) -> Any:
-    rank = {} if method == "ia3" else {"r": RANK}
-    alpha = {} if method in ("ia3", "antipasto") else {"alpha": 32.0}
+    rank = {} if method in ("ia3", "road") else {"r": RANK}
+    alpha = {} if method in ("ia3", "road", "antipasto") else {"alpha": 32.0}
     return METHODS[method](target_names=(r"layer",), dtype=torch.float32, **rank, **alpha)
 
 

@@ -28,7 +28,8 @@ import kernel_times
 import machine
 import peft
 import tyro
-from kernel_times import SCALE, Shape
+from kernel_times import GROUP_SIZE, SCALE, Shape
+from operations import partner
 from rich.console import Console
 from rich.table import Table
 from rivals import peft_config
@@ -52,16 +53,17 @@ GPUS = {
 BY_KERNEL = tuple(name for name in tuning.TABLE["nvidia", 2] if not name.endswith(("_dropout", "_grouped")))
 
 # Passes over a token-sized tensor that a post-hook adapter can't avoid; W once for DoRA's norm.
-BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5}
+BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5, "road": 5}
 TARGETS = {
     ("lora", 16): 1.10, ("lora", 32): 1.10, ("lora", 64): 1.20, ("dora", 16): 1.15, ("hra", 8): 1.45, ("hra", 16): 1.45,
-    ("ia3", 1): 1.05,
+    ("ia3", 1): 1.05, ("road", 1): 1.05,
 }  # fmt: skip
 
 
 @dataclass
 class Tensors:
-    """One layer's tensors: x and y, the gradients that arrive, and the adapter's parameters in float32."""
+    """One layer's tensors: x and y, the gradients that arrive, and the adapter's parameters in float32: g is a gain, or
+    the cosines to the sines s."""
 
     x: Tensor
     y: Tensor
@@ -70,6 +72,7 @@ class Tensors:
     A: Tensor
     B: Tensor
     g: Tensor
+    s: Tensor
     W: Tensor
 
     @classmethod
@@ -81,7 +84,7 @@ class Tensors:
         return cls(
             x=t(s.M, s.K, grad=True), y=t(s.M, s.N, grad=True), dy=t(s.M, s.N), dx_base=t(s.M, s.K),
             A=t(s.R, s.K, dtype=f32, grad=True), B=t(s.N, s.R, dtype=f32, grad=True), g=t(s.N, dtype=f32, grad=True),
-            W=t(s.N, s.K),
+            s=t(s.N, dtype=f32, grad=True), W=t(s.N, s.K),
         )  # fmt: skip
 
 
@@ -90,6 +93,9 @@ def lora_lite_step(variant: str, t: Tensors) -> None:
     if variant == "ia3":
         out = ops.scale(t.y, t.g)
         torch.autograd.grad(out, [t.y, t.g], t.dy)
+        return
+    if variant == "road":
+        torch.autograd.grad(ops.rotate_pairs(t.y, t.g, t.s, GROUP_SIZE), [t.y, t.g, t.s], t.dy)
         return
     if variant == "hra":
         torch.autograd.grad(ops.shrink_expand(t.x, t.A, t.B), [t.x, t.A, t.B], t.dx_base)
@@ -109,6 +115,10 @@ def eager_step(variant: str, t: Tensors) -> None:
     A, B, g = t.A.to(t.x.dtype), t.B.to(t.x.dtype), t.g.to(t.x.dtype)
     if variant == "ia3":
         torch.autograd.grad(t.y * g, [t.y, t.g], t.dy)
+        return
+    if variant == "road":
+        out = t.y * g + partner(t.y, GROUP_SIZE) * t.s.to(t.y.dtype)
+        torch.autograd.grad(out, [t.y, t.g, t.s], t.dy)
         return
     if variant == "hra":
         torch.autograd.grad(t.x + (t.x @ A.t()) @ B.t(), [t.x, t.A, t.B], t.dx_base)
@@ -152,7 +162,7 @@ def peft_step(variant: str, t: Tensors) -> Callable[[], None]:
 
 def flops(variant: str, s: Shape) -> int:
     """Multiplications and additions of the adapter's products in a step."""
-    per_token = {"ia3": 3 * s.N, "hra": 6 * s.R * (s.K + s.K)}.get(variant, 6 * s.R * (s.K + s.N))
+    per_token = {"ia3": 3 * s.N, "road": 10 * s.N, "hra": 6 * s.R * (s.K + s.K)}.get(variant, 6 * s.R * (s.K + s.N))
     return s.M * per_token + (2 * s.N * s.K * s.R if variant == "dora" else 0)
 
 
@@ -166,12 +176,14 @@ def kernel_flops(kernel: str, variant: str, s: Shape) -> int:
         "row_norm": 2 * s.N * s.K * s.R,
         "scale": s.M * s.N,
         "scale_backward": 2 * s.M * s.N,
+        "rotate": 3 * s.M * s.N,
+        "rotate_backward": 7 * s.M * s.N,
     }.get(kernel, 0)
 
 
 def bound(variant: str, s: Shape) -> int:
     """Bytes that must move once, in bf16."""
-    width = {"hra": s.K, "ia3": s.N}.get(variant, s.K)
+    width = {"hra": s.K, "ia3": s.N, "road": s.N}.get(variant, s.K)
     return 2 * (BOUND[variant] * s.M * width + (s.N * s.K if variant == "dora" else 0))
 
 
@@ -274,7 +286,7 @@ class Settings:
     tokens: int = 8192
     width: int = 4096
     """K and N."""
-    cases: tuple[str, ...] = ("lora:16", "lora:32", "lora:64", "dora:16", "hra:8", "hra:16", "ia3:1")
+    cases: tuple[str, ...] = ("lora:16", "lora:32", "lora:64", "dora:16", "hra:8", "hra:16", "ia3:1", "road:1")
     """variant:rank; lora stands for PiSSA, DeLoRA, EVA and AntiPaSTO too, at their number of columns."""
     block_tokens: int = 8192
     """Of a whole block of Llama-3-8B."""
@@ -327,7 +339,7 @@ def timed(models: tuple[str, ...], tokens: tuple[int, ...], ranks: tuple[int, ..
     for shape in kernel_times.shapes(tokens, ranks):
         if shape.model in models:
             rows["kernels"] += kernel_times.kernels(shape, kernel_times.gpu_timer, limit, "cuda")
-            for variant in ("lora", "dora", "hra", "ia3"):
+            for variant in ("lora", "dora", "hra", "ia3", "road"):
                 rows["layers"] += kernel_times.layers(variant, shape, kernel_times.gpu_timer, "cuda")
             show_times(rows)
             if save:  # after each shape: a run of hours may be cut short

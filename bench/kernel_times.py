@@ -12,17 +12,18 @@ from typing import Any
 import peft
 import torch
 import triton
-from operations import error
+from operations import error, partner
 from rivals import peft_config
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
 import lora_lite as ll
-from lora_lite.kernels import expand, row_norm, scale, shrink
+from lora_lite.kernels import expand, rotate, row_norm, scale, shrink
 
 Quantiles = tuple[float, float, float]
 Timer = Callable[[Callable[[], Any]], Quantiles]
 SCALE = 2.0
+GROUP_SIZE = 64  # RoAd's
 
 
 def gpu_timer(run: Callable[[], Any], ms: int = 100) -> Quantiles:
@@ -107,7 +108,7 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
     x, dx_base, y, dy, h, dh = t(s.M, s.K), t(s.M, s.K), t(s.M, s.N), t(s.M, s.N), t(s.M, s.R), t(s.M, s.R)
     thirds = [each.contiguous() for each in dh.tensor_split(3, 1)]
     A, B, g, W = t(s.R, s.K, dtype=f32), t(s.N, s.R, dtype=f32), t(s.N, dtype=f32), t(s.N, s.K)
-    BG, w_sq = B @ (A @ A.t()), W.float().square().sum(1)
+    BG, w_sq, sines = B @ (A @ A.t()), W.float().square().sum(1), t(s.N, dtype=f32)
     d = torch.Tensor.double
     MK, MN, MR = 2 * s.M * s.K, 2 * s.M * s.N, 2 * s.M * s.R
     KR, NR = 4 * s.K * s.R, 4 * s.N * s.R
@@ -152,6 +153,17 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
         "scale_backward": (
             lambda: scale.launch_scale_backward(dy, y, g, True, True), 3 * MN, 2 * s.M * s.N,
             lambda: (d(dy) * d(g), (d(dy) * d(y)).sum(0)),
+        ),
+        "rotate": (
+            lambda: rotate.launch_rotate(y, g, sines, GROUP_SIZE), 2 * MN, 3 * s.M * s.N,
+            lambda: d(y) * d(g) + partner(d(y), GROUP_SIZE) * d(sines),
+        ),
+        "rotate_backward": (
+            lambda: rotate.launch_rotate_backward(dy, y, g, sines, GROUP_SIZE, True, True), 3 * MN, 7 * s.M * s.N,
+            lambda: (
+                d(dy) * d(g) + partner(d(dy) * d(sines), GROUP_SIZE), (d(dy) * d(y)).sum(0),
+                (d(dy) * partner(d(y), GROUP_SIZE)).sum(0),
+            ),
         ),
     }  # fmt: skip
     rows = []

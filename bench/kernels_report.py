@@ -35,7 +35,7 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from lora_lite.kernels import common, dropout, expand, row_norm, scale, segments, shrink, sums, tuning
+from lora_lite.kernels import common, dropout, expand, rotate, row_norm, scale, segments, shrink, sums, tuning
 from lora_lite.kernels.segments import Runs
 
 RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
@@ -86,6 +86,8 @@ def kernel_calls(
     seeds, thirds = t(3, dtype=torch.int64), (R - 2 * (R // 3), R - R // 3, R)  # of three layers' ranks the ends
     dhs = [t(M, each) for each in (thirds[0], R // 3, R // 3)]
     As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
+    even, group_size = N + N % 2, 64 if N % 64 == 0 else 2  # RoAd's outputs come in pairs
+    paired, c, cs = t(M, even, dtype=tokens or dtype), t(even, dtype=f32), t(4, even, dtype=f32)
     packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
     return {
         "shrink": lambda: shrink.launch_shrink(x, A, dtype),
@@ -121,13 +123,20 @@ def kernel_calls(
         "scale_grouped": lambda: scale.launch_scale(y, gs, runs),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),
         "scale_backward_grouped": lambda: scale.launch_scale_backward(y, y, gs, True, True, runs),
+        "rotate": lambda: rotate.launch_rotate(paired, c, c, group_size),
+        "rotate_grouped": lambda: rotate.launch_rotate(paired, cs, cs, group_size, runs),
+        "rotate_backward": lambda: rotate.launch_rotate_backward(paired, paired, c, c, group_size, True, True),
+        "rotate_backward_grouped": lambda: rotate.launch_rotate_backward(
+            paired, paired, cs, cs, group_size, True, True, runs
+        ),
     }  # fmt: skip
 
 
 QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
+RANKLESS = ("scale", "rotate")  # they multiply no matrices: no rank, and one dtype
 KERNELS = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
 WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
-WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", "scale")))
+WIDE_KERNELS = tuple(kernel + WIDE for kernel in KERNELS if not kernel.startswith(("row_norm", *RANKLESS)))
 MOST = common.MAX_RANK
 
 
@@ -225,7 +234,7 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
     """(architecture, dtype, kernel, rank, config) for every row that the tables can choose."""
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
         for kernel in kernels:
-            if (kernel.startswith("scale") and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
+            if (kernel.startswith(RANKLESS) and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
             if kernel.endswith(WIDE) and dtype == "float32":
                 continue
@@ -277,7 +286,7 @@ def is_bad(row: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
     parts = [repr(tuning.TABLE)]
-    for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums):
+    for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums, rotate):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))

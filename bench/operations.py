@@ -268,6 +268,26 @@ def scale(c: Case) -> Draw:
     return results(lambda t, g: ops.scale(t, g, c.segments), plain, inputs, c.dtype)
 
 
+def partner(t: Tensor, group_size: int) -> Tensor:
+    """The halves of each group swapped."""
+    return t.unflatten(-1, (-1, 2, group_size // 2)).roll(1, -2).flatten(-3)
+
+
+def rotate_pairs(c: Case) -> Draw:
+    """Groups of 64 as a rule; of 2, neighbours; or of a width that no power of two divides."""
+    width = 4 * c.N
+    group_size = 2 if c.R == 1 else 64 if width % 64 == 0 else 2 * c.N
+
+    def plain(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def changed(i: Matrix, rows: slice) -> Tensor:
+            return y[rows] * cos[i].to(y.dtype) + partner(y[rows], group_size) * sin[i].to(y.dtype)
+
+        return c.by_run(lambda rows: y[rows], changed) + 0 * (cos.sum() + sin.sum())
+
+    inputs = {"y": c.tokens(width), "cos": c.parameter(width), "sin": c.parameter(width)}
+    return results(lambda y, cos, sin: ops.rotate_pairs(y, cos, sin, group_size, c.segments), plain, inputs, c.dtype)
+
+
 def row_norm(c: Case) -> Draw:
     """Of W in c.dtype, or of a stack of them; A, B and the norm are in float32."""
     W = c.normal(*c.stack, c.N, c.K)

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import NAMES, RESULTS, ROOT, read
+from tables import NAMES, RESULTS, ROOT, WITHOUT_RANK, read
 
 IMAGES = ROOT / "docs" / "img"
 COLOURS = {"lora_lite": "#1b6ca8", "addmm": "#7fb3d5", "eager": "#b0b0b0", "peft": "#e08e45"}
@@ -32,7 +32,7 @@ def traffic() -> Any:
     """Bytes of a step as multiples of the lower bound."""
     result = read(RESULTS / "kernel_traffic.json")
     rows = result["rows"]
-    groups = [NAMES[r["variant"]] + ("" if r["variant"] == "ia3" else f"\nr={r['R']}") for r in rows]
+    groups = [NAMES[r["variant"]] + ("" if r["variant"] in WITHOUT_RANK else f"\nr={r['R']}") for r in rows]
     series = {name: [r[name] and r[name] / r["bound"] for r in rows] for name in COLOURS}
     fig, ax = plt.subplots(figsize=(9, 3.6))
     bars(ax, groups, series, CEILING)

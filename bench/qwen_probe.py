@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
-VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
+VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
 CHECKS = {
     "adapter_only": "only the adapter trains",
     "perturbed": "a perturbed adapter changes the logits",

@@ -22,7 +22,9 @@ NAMES = {
     "ia3_ff": "IA³-FF",
     "hra": "HRA",
     "antipasto": "AntiPaSTO",
+    "road": "RoAd",
 }
+WITHOUT_RANK = ("ia3", "ia3_ff", "road")
 
 
 def finetune() -> str:
@@ -38,7 +40,7 @@ def finetune() -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for run in runs:
-        no_rank = run["variant"].startswith("ia3")
+        no_rank = run["variant"] in WITHOUT_RANK
         lines.append(
             f"| {NAMES[run['variant']]} | {run['trainable_parameters']:,} | {'–' if no_rank else run['adapter']['r']} "
             f"| {run['settings']['lr']:g} | {run['after']['loss']:.3f} | {percent(run['after']['accuracy'])} "
@@ -128,7 +130,7 @@ def traffic() -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
-        rank = "–" if row["variant"] == "ia3" else row["R"]
+        rank = "–" if row["variant"] in WITHOUT_RANK else row["R"]
         ratios = [
             f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("lora_lite", "addmm", "eager", "peft")
         ]
@@ -181,7 +183,7 @@ def device_model() -> str:
         if gpu == gpus[0]:
             ratios = [f"{at[g, variant, r]['us'] / at[g, variant, r]['bound_us']:.2f}" for g in gpus]
             cells = [*ratios, f"{row['busiest']:.2f}", f"{row['parts']:.2f}", f"{row['in_flight_kib']:.0f}"]
-            lines.append(f"| {NAMES[variant]} | {'–' if variant == 'ia3' else r} | {' | '.join(cells)} |")
+            lines.append(f"| {NAMES[variant]} | {'–' if variant in WITHOUT_RANK else r} | {' | '.join(cells)} |")
     lines += ["", "On the H100 model, M ≥ 2048, how many shapes are within each target:", ""]
     lines += [f"- {name}: {share}" for name, share in result["targets"].items()]
     return "\n".join(lines)

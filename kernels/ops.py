@@ -1,9 +1,19 @@
 """The Triton backend: the functions of `lora_lite.reference`, by the same names and signatures."""
 
 from .expand import expand_add, expand_add_rescale
+from .rotate import rotate_pairs
 from .row_norm import row_norm
 from .scale import scale
 from .shrink import shrink, shrink_together
 from .shrink_expand import shrink_expand
 
-__all__ = ["expand_add", "expand_add_rescale", "row_norm", "scale", "shrink", "shrink_expand", "shrink_together"]
+__all__ = [
+    "expand_add",
+    "expand_add_rescale",
+    "rotate_pairs",
+    "row_norm",
+    "scale",
+    "shrink",
+    "shrink_expand",
+    "shrink_together",
+]

@@ -120,6 +120,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "row_norm": {64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),), 256: (Config(16, 32, 8),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+        "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
     # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh, and the shared memory for stages
     # enough to keep the 24 KiB in flight that a multiprocessor's share of the bandwidth takes.
@@ -154,6 +156,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(16, 32, 8, 3),),
         },
         "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
+        "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     },
     # float32 products run on FMA units, whose operands lie in registers: short inner dimensions.
     ("nvidia", 4): {
@@ -171,6 +174,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
     # 64 lanes a warp and 64 KiB of shared memory: small tiles, and no pipelining through shared memory.
     ("amd", 2): {
@@ -187,6 +192,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "row_norm": {256: (Config(16, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+        "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
     ("amd", 4): {
         "shrink": {256: (Config(32, 32, 8),)},
@@ -201,6 +208,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+        "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
 }
 

@@ -21,7 +21,15 @@ from .interchange import export_diffusers, export_peft, import_diffusers, import
 from .left_out import LeftOut
 from .merging import merged_state_dict, save_merged
 from .params import Params, ParamSpec
-from .primitives import InputLowRankAdd, LowRankAdd, LowRankAddRescale, Primitive, ScaleInput, ScaleOutput
+from .primitives import (
+    InputLowRankAdd,
+    LowRankAdd,
+    LowRankAddRescale,
+    Primitive,
+    RotatePairs,
+    ScaleInput,
+    ScaleOutput,
+)
 from .selection import disabled, use
 from .variant import REGISTRY, Variant, register
 from .variants.antipasto import AntiPaSTOConfig
@@ -32,6 +40,7 @@ from .variants.hra import HRAConfig
 from .variants.ia3 import IA3Config, IA3FFConfig
 from .variants.lora import LoRAConfig
 from .variants.pissa import PiSSAConfig
+from .variants.road import RoadConfig
 from .verification import Comparison, verify
 
 try:
@@ -70,6 +79,8 @@ __all__ = [
     "Params",
     "PiSSAConfig",
     "Primitive",
+    "RoadConfig",
+    "RotatePairs",
     "ScaleInput",
     "ScaleOutput",
     "Statistic",

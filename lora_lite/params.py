@@ -19,8 +19,14 @@ class ParamSpec:
     Args:
         shape: of the tensor.
         init: how it starts: a name or a callable that fills the tensor in place. near_zero is N(0, 1e-4) and
-            near_one 1 + N(0, 1e-4): they break the symmetry of an exact 0 or 1, so that every parameter has a live
-            gradient at step 0. Use the exact value where that alone makes step 0 the identity.
+            near_one 1 + N(0, 1e-4), for a tensor that alone stands between the base and the adapted layer: IA³'s gains
+            l (their l = 1 leaves the activations as they are), RoAd's angles θ and scales α (R = I), AntiPaSTO's change
+            of the singular values δ and its generators of R. At the exact value all of their entries are alike, as
+            are both halves of a RoAd pair, and what is learned starts on that symmetry; and in bfloat16 such a start
+            can be dead: its first steps are below the spacing at 1 (7.8e-3), and are rounded away. So they start
+            beside the value, and in float32 whatever the config's dtype (vectors and scalars are, a matrix says so by
+            `dtype`); step 0 is then the base model to 1e-3 (`near`). Where a factor can stand at exactly zero (LoRA's
+            B) use that: step 0 is then the base model exactly, and the random factor beside it breaks the symmetry.
         trainable: whether it gets gradients.
         as_buffer: keep it as a buffer instead of a parameter.
         dtype: overrides the config's; see `resolve_dtype`.
@@ -35,6 +41,11 @@ class ParamSpec:
     dtype: torch.dtype | None = None
     derived: bool = False
     copies: int | None = None
+
+    @property
+    def near(self) -> bool:
+        """Whether it starts beside the value at which the layer would be the base's: to 1e-3, not exactly."""
+        return self.init in ("near_zero", "near_one")
 
     @property
     def full_shape(self) -> tuple[int, ...]:

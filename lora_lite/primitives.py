@@ -235,3 +235,17 @@ class ScaleInput(Primitive):
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         return ops.scale(x, self.g, self.segments), None
+
+
+@dataclass
+class RotatePairs(Primitive):
+    """y ∘ c + partner(y) ∘ s, an output's partner being the one group_size/2 away in its group"""
+
+    takes_segments = True
+
+    c: Float[Tensor, "*G N"]
+    s: Float[Tensor, "*G N"]
+    group_size: int
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return ops.rotate_pairs(y, self.c, self.s, self.group_size, self.segments)

@@ -178,7 +178,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
     raise AttachError(
         f"its weight is a {kind} of dtype {weight.dtype} and shape {tuple(weight.shape)}, which this variant can't "
         "read; use a floating-point weight, bitsandbytes 4-bit or 8-bit, or a variant that needs no weight "
-        "(lora, ia3, ia3_ff, hra)"
+        "(lora, ia3, ia3_ff, hra, road)"
     )
 
 
@@ -190,7 +190,7 @@ def _scaled_float8(layer: Any, weight: Tensor) -> Float[Tensor, "N K"]:
         raise AttachError(
             f"its weight is of dtype {weight.dtype}, whose values mean nothing without their scales, and it has no "
             "weight_scale_inv or weight_scale of a known kind; load the model dequantised, or use a variant that needs "
-            "no weight (lora, ia3, ia3_ff, hra)"
+            "no weight (lora, ia3, ia3_ff, hra, road)"
         )
     (name, scale), (N, K) = named[0], weight.shape
     scale = scale.detach().float()

@@ -268,6 +268,69 @@ def scale(
     return _scale(rows, segments.vectors(g, len(rows), 1.0), None).view(t.shape)
 
 
+def _partner(t: Float[Tensor, "*M N"], group_size: int) -> Float[Tensor, "*M N"]:
+    """Of each element the one group_size/2 away in its group: the two halves of each group, swapped."""
+    return t.unflatten(-1, (-1, 2, group_size // 2)).flip(-2).flatten(-3)
+
+
+def rotate_pairs(
+    y: Float[Tensor, "*M N"],
+    c: Float[Tensor, "*G N"],
+    s: Float[Tensor, "*G N"],
+    group_size: int,
+    segments: Segments | None = None,
+) -> Float[Tensor, "*M N"]:
+    """y ∘ c + partner(y) ∘ s, the partner being the element group_size/2 away in its group."""
+    if segments is None:
+        return _rotate(y, c, s, group_size)
+    rows = _rows(y)
+    mine = (segments.vectors(c, len(rows), 1.0), segments.vectors(s, len(rows), 0.0))
+    return _rotate(rows, *mine, group_size).view(y.shape)
+
+
+def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
+    if y.dtype == c.dtype:
+        return torch.addcmul(y * c, _partner(y, group_size), s)
+    return _RotateLowPrecision.apply(y, c, s, group_size)  # type: ignore[return-value]
+
+
+def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
+    """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
+    added = _partner(y, group_size).mul_(s.to(y.dtype))
+    return added.addcmul_(y, (c - 1).to(y.dtype)).add_(y)
+
+
+class _RotateLowPrecision(torch.autograd.Function):
+    """For a y of less precision than c and s: rounding c itself would lose c − 1."""
+
+    @staticmethod
+    def forward(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
+        return _turned(y, c, s, group_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        *tensors, ctx.group_size = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (dy,) = grads
+        y, c, s = ctx.saved_tensors
+        needs_y, needs_c, needs_s, _ = ctx.needs_input_grad
+        # What y gives its partner comes back from there: the same map, with s where it is taken from.
+        d = _turned(dy, c, _partner(s, ctx.group_size), ctx.group_size) if needs_y else None
+        dc = _summed(dy, y, c) if needs_c else None
+        ds = _summed(dy, _partner(y, ctx.group_size), s) if needs_s else None
+        return d, dc, ds, None
+
+
+def _summed(dy: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Σ dy ∘ t over the tokens; where each row has a vector of its own, dy ∘ t."""
+    if like.ndim > 1:
+        return dy.to(like.dtype) * t
+    return (dy * t).sum(tuple(range(dy.ndim - 1)), dtype=like.dtype)
+
+
 def row_norm(
     W: Any,
     A: Float[Tensor, "*G R K"],

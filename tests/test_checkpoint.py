@@ -574,5 +574,5 @@ def test_damaged_original_file(tmp_path: Path) -> None:
     refused(path, f"{Q0}.lora_m is missing")
     rewrite(path, lambda m, t: m.update(cfg="not JSON"))
     refused(path, "config is not readable")
-    rewrite(path, lambda m, t: m.update(cfg='{"variant": "road"}'))
-    refused(path, "'road' is not registered")
+    rewrite(path, lambda m, t: m.update(cfg='{"variant": "oft"}'))
+    refused(path, "'oft' is not registered")

@@ -323,6 +323,9 @@ def test_quantised_bases_smoke(
 
     load = functools.cache(bnb_smoke.pretrained.load)
     monkeypatch.setattr(bnb_smoke.pretrained, "load", lambda *args: copy.deepcopy(load(*args)))
-    assert bnb_smoke.main(bnb_smoke.Settings(variants=("lora", "dora", "ia3", "antipasto"), layers=1, steps=4)) == 0
-    assert capsys.readouterr().out.count("8bit") == 4
+    assert (
+        bnb_smoke.main(bnb_smoke.Settings(variants=("lora", "dora", "ia3", "antipasto", "road"), layers=1, steps=4))
+        == 0
+    )
+    assert capsys.readouterr().out.count("8bit") == 5
     assert bnb_smoke.main(bnb_smoke.Settings(variants=("lora",), kinds=("8bit",), layers=1, steps=0)) == 1

@@ -88,6 +88,25 @@ def antipasto(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
     return linear(x, residual + tuned, layer.bias)
 
 
+def road(layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor:
+    """R W, with R entry by entry."""
+    N, half = layer.out_features, cfg.group_size // 2
+    R = torch.zeros(N, N, dtype=p.lora_theta.dtype)
+    for i in (i for i in range(N) if i % cfg.group_size < half):
+        j = i + half
+        group, place = i // cfg.group_size, i % cfg.group_size
+        if cfg.kind == 1:
+            ii = ij = ji = jj = group * half + place
+        elif cfg.kind == 2:
+            ii, ij, ji, jj = i, i, j, j
+        else:
+            ii, jj = (2 * group * cfg.group_size + each for each in (place, place + half))
+            ij, ji = ii + cfg.group_size, jj + cfg.group_size
+        R[i, i], R[i, j] = p.lora_alpha[ii] * p.lora_theta[ii].cos(), -p.lora_alpha[ij] * p.lora_theta[ij].sin()
+        R[j, i], R[j, j] = p.lora_alpha[ji] * p.lora_theta[ji].sin(), p.lora_alpha[jj] * p.lora_theta[jj].cos()
+    return linear(x, R @ layer.weight, None if layer.bias is None else R @ layer.bias)
+
+
 FORMULAS: dict[str, Formula] = {
     "lora": lora,
     "eva": lora,
@@ -98,6 +117,7 @@ FORMULAS: dict[str, Formula] = {
     "ia3_ff": ia3_ff,
     "hra": hra,
     "antipasto": antipasto,
+    "road": road,
 }
 CASES = [
     *((variant, {}) for variant in VARIANTS),
@@ -106,6 +126,9 @@ CASES = [
     ("antipasto", {"rotate_basis": "none"}),
     ("antipasto", {"block_size": 2, "max_rotation_angle": 1.3}),
     ("antipasto", {"block_size": 2, "rotate_basis": "U"}),
+    ("road", {"kind": 2}),
+    ("road", {"kind": 4}),
+    ("road", {"kind": 4, "group_size": 2}),
 ]
 # A leaf's shape and the view of it that the layer reads, of 11 features.
 INPUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
@@ -161,7 +184,7 @@ def compare(
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("variant", "fields"), CASES, ids=str)
 def test_output_and_all_gradients(variant: str, fields: dict[str, Any], bias: bool) -> None:
-    for out_features in (7, 11, 19):
+    for out_features in (8, 12, 20) if variant == "road" else (7, 11, 19):  # RoAd's are multiples of its groups
         model, layer, adapter, cfg = single(
             variant, 11, out_features, bias, torch.float64, dtype=torch.float64, **fields
         )
@@ -188,10 +211,10 @@ def test_where_b_is_zero(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_rows(variant: str) -> None:
     """A batch without tokens, as a router may send to an expert, flows through and leaves zero gradients."""
-    model, _, adapter, _ = single(variant, 11, 7, True, torch.float32)
+    model, _, adapter, _ = single(variant, 11, 8, True, torch.float32)
     x = torch.randn(2, 0, 11, requires_grad=True)
     y = model(x)
-    assert y.shape == (2, 0, 7)
+    assert y.shape == (2, 0, 8)
     y.sum().backward()
     assert x.grad is not None
     assert all(p.grad is None or not p.grad.any() for p in adapter.parameters())
@@ -207,7 +230,8 @@ def test_attach_to_a_bare_layer() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_wide_and_deep_enough_to_catch_rounding(variant: str) -> None:
     """Larger odd sizes, where a wrong accumulation type would show at 1e-7."""
-    model, layer, adapter, cfg = single(variant, 131, 97, True, torch.float64, dtype=torch.float64, r=4)
+    out_features = 100 if variant == "road" else 97
+    model, layer, adapter, cfg = single(variant, 131, out_features, True, torch.float64, dtype=torch.float64, r=4)
     compare(model, layer, adapter, cfg, (3, 17, 131), lambda x: x)
 
 
@@ -257,6 +281,18 @@ def test_gains_near_one_are_not_rounded_to_bfloat16(gain: float) -> None:
     assert rel_error(lora_lite.reference.scale(t, g), want) <= 1.05 * once
 
 
+@pytest.mark.parametrize("turn", [3e-3, 5e-3, 1e-2])
+def test_turns_near_none_are_not_rounded_to_bfloat16(turn: float) -> None:
+    """As good as the sum in float32, rounded once: c − 1 is not lost, and y is rounded with what is added to it."""
+    y, angle = torch.randn(4096, 8).bfloat16(), torch.full((8,), turn)
+    c, s = (1 + turn) * angle.cos(), (1 + turn) * angle.sin()
+    swapped = y.unflatten(-1, (2, 2, 2)).roll(1, -2).flatten(1)
+    want = y.double() * c.double() + swapped.double() * s.double()
+    once = rel_error(want.bfloat16(), want)
+    assert rel_error(y * c.bfloat16() + swapped * s.bfloat16(), want) > 1.15 * once  # the test can tell them apart
+    assert rel_error(lora_lite.reference.rotate_pairs(y, c, s, 4), want) <= 1.05 * once
+
+
 # ---- Tokens in bfloat16 or float16 beside float32 parameters ----
 
 
@@ -293,6 +329,10 @@ def eager(variant: str, layer: nn.Linear, p: Any, x: Tensor, cfg: Any) -> Tensor
             h = linear(linear(x, p.lora_Vh.to(t)), Q.to(t)) * (p.lora_S + p.lora_delta_s).to(t)
             frozen = linear(x, p.lora_Vh.to(t)) * p.lora_S.to(t)
             return y + linear(h, p.lora_U.to(t)) - linear(frozen, p.lora_U.to(t))
+        case "road":
+            cos, sin = ((p.lora_alpha * of).to(t).view(-1, 2) for of in (p.lora_theta.cos(), p.lora_theta.sin()))
+            first, second = y.unflatten(-1, (-1, 2, 2)).unbind(-2)
+            return torch.stack([cos * first - sin * second, sin * first + cos * second], -2).flatten(-3)
     raise AssertionError(variant)
 
 
@@ -341,7 +381,7 @@ def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: t
 
     alone = products(layer.forward)
     assert alone == 2
-    if cpu == "all products" and not variant.startswith("ia3"):
+    if cpu == "all products" and not variant.startswith("ia3") and variant != "road":
         assert products(model) > alone
     else:
         assert products(model) == alone

@@ -15,6 +15,8 @@ CASES = [
     *((variant, {}) for variant in VARIANTS),
     ("antipasto", {"rotate_basis": "U"}),
     ("antipasto", {"rotate_basis": "none"}),
+    ("road", {"kind": 2}),
+    ("road", {"kind": 4}),
 ]
 
 
@@ -30,9 +32,8 @@ def layer_and_inputs(
     variant, fields = request.param
     model = nn.Sequential(nn.Linear(5, 6)).double()
     batches = [torch.randn(20, 5, dtype=torch.float64)] if variant == "eva" else None
-    fields = {"target_names": (), "target_roles": (), "block_size": 2, **fields}
-    if variant != "antipasto":
-        del fields["block_size"]
+    own = {"antipasto": {"block_size": 2}, "road": {"group_size": 6}}.get(variant, {})
+    fields = {"target_names": (), "target_roles": (), **own, **fields}
     attach(model, variant, batches, dtype=torch.float64, **fields)
     randomize(model)
     if variant == "dora":
@@ -73,6 +74,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "scale": (reference.scale, ((2, 3, 5), (5,))),
     "scale 1-D": (reference.scale, ((5,), (5,))),
+    "rotate_pairs": (lambda *a: reference.rotate_pairs(*a, 6), ((2, 3, 12), (12,), (12,))),
+    "rotate_pairs 1-D": (lambda *a: reference.rotate_pairs(*a, 2), ((6,), (6,), (6,))),
 }
 
 

@@ -110,6 +110,18 @@ def test_import(variant: str, make: Any, tmp_path: Path) -> None:
     assert_close(logits(ours), logits(theirs), TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", [1, 2, 4])
+def test_kinds_of_road(kind: Any, tmp_path: Path) -> None:
+    config = peft.RoadConfig(variant=f"road_{kind}", group_size=8, target_modules=["q_proj", "down_proj"])
+    theirs = saved_by_peft(llama(), config, tmp_path / "theirs")
+    ours: Any = llama()
+    cfg: Any = ll.import_peft(ours, tmp_path / "theirs").cfg  # type: ignore[union-attr]
+    assert (cfg.kind, cfg.group_size) == (kind, 8)
+    assert_close(logits(ours), logits(theirs), TOLERANCE)
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(logits(read_by_peft(llama(), tmp_path / "ours")), logits(theirs), TOLERANCE)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 def test_patterns(rslora: bool, dora: bool, tmp_path: Path) -> None:
@@ -129,7 +141,7 @@ def test_patterns(rslora: bool, dora: bool, tmp_path: Path) -> None:
     assert_close(logits(read_by_peft(llama(), tmp_path / "ours")), logits(theirs), TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "ia3", "ia3_ff", "antipasto"])
+@pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "ia3", "ia3_ff", "antipasto", "road"])
 def test_on_a_4bit_base(variant: str, tmp_path: Path) -> None:
     """PEFT's HRA and DeLoRA take the stored bytes for the weight, and are left out."""
     base: Any = llama(hidden_size=64, intermediate_size=128)
@@ -194,6 +206,10 @@ def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
     refused(with_config(a_lora(tmp_path / "e"), peft_type="VERA"), "peft_type is 'VERA'")
     refused(with_config(a_lora(tmp_path / "f"), init_lora_weights="pissa_niter_4"), "changed the base weights")
     refused(with_config(a_lora(tmp_path / "g"), r="many"), r"LoRAConfig\.r must be")
+    road = peft.RoadConfig(group_size=4, target_modules=["q_proj"])
+    saved_by_peft(llama(), road, tmp_path / "h")
+    refused(with_config(tmp_path / "h", variant="road_3"), r"RoadConfig\.kind must be one of \(1, 2, 4\)")
+    refused(with_config(tmp_path / "h", variant="road_1", group_size=6), "group_size=6 does not divide")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -363,6 +379,8 @@ def test_every_file_says_r_and_alpha(variant: str, tmp_path: Path) -> None:
     [
         ("vllm", "ia3", {}, "takes LoRA, and ia3 is none"),
         ("llama.cpp", "hra", {}, "takes LoRA, and hra is none"),
+        ("vllm", "road", {}, "takes LoRA, and road is none"),
+        ("llama.cpp", "road", {}, "takes LoRA, and road is none"),
         ("vllm", "lora", {"modules_to_save": (r"\.norm$",)}, r"vLLM takes no modules .* model\.norm\.weight"),
         ("vllm", "lora", {"r": 600}, "its rank is 600, and vLLM's largest is 512"),
         (

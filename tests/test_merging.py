@@ -43,7 +43,7 @@ def adapted(model: nn.Module, variant: str, **fields: Any) -> nn.Module:
 @pytest.mark.parametrize("make", [llama, gpt_neox, bert], ids=lambda make: make.__name__)
 def test_a_plain_model_computes_the_same(variant: str, make: Any, tmp_path: Path) -> None:
     """gpt_neox and bert have biases, which DoRA leaves out of its scale and IA3 scales."""
-    fields: dict[str, Any] = {"dropout": 0.0 if variant in ("ia3", "ia3_ff", "hra") else 0.1}
+    fields: dict[str, Any] = {"dropout": 0.0 if variant in ("ia3", "ia3_ff", "hra", "road") else 0.1}
     if (make, variant) == (gpt_neox, "ia3"):
         fields["target_names"] = ("query_key_value",)  # which computes queries too, and is no default
     model: Any = adapted(make(), variant, **fields).train()

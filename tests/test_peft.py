@@ -7,7 +7,7 @@ import peft
 import pytest
 import rivals
 import torch
-from models import ARCHITECTURES, SIZES, assert_close, attach, llama, randomize, token_ids
+from models import ARCHITECTURES, SIZES, assert_close, attach, llama, randomize, start_tolerance, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -27,11 +27,12 @@ NAMES: dict[str, dict[str, str]] = {
     "ia3": {"lora_g": "ia3_l.default"},
     "ia3_ff": {"lora_g": "ia3_l.default"},
     "hra": {"lora_U": "hra_u.default"},
+    "road": {"lora_theta": "road_theta.default", "lora_alpha": "road_alpha.default"},
 }
 
 
 def peft_config(variant: str, targets: list[str]) -> Any:
-    config = rivals.peft_config(variant, R, ALPHA, targets)
+    config = rivals.peft_config(variant, R, ALPHA, targets, group_size=4)
     assert config is not None, variant
     return config
 
@@ -113,9 +114,26 @@ def test_same_weights_same_outputs_and_gradients(variant: str, architecture: str
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("variant", ["ia3", "ia3_ff"])
-def test_ia3_starts_agree(variant: str, architecture: str) -> None:
-    compare(*both(architecture, variant))
+@pytest.mark.parametrize("variant", ["ia3", "ia3_ff", "road"])
+def test_near_starts_agree(variant: str, architecture: str) -> None:
+    """PEFT's are at one and zero exactly: the outputs to 1e-3, and from our start all gradients too."""
+    ours, theirs, attachment = both(architecture, variant)
+    assert_close(logits_and_gradients(ours)[0], logits_and_gradients(theirs)[0], start_tolerance(variant), "logits")
+    for name, mine, its in pairs(theirs, attachment):
+        assert (mine.flatten() - its.flatten()).abs().max() < 1e-3, name
+    copy_to_peft(theirs, attachment)
+    compare(ours, theirs, attachment)
+
+
+@pytest.mark.parametrize("kind", [2, 4])
+def test_kinds_of_road(kind: Any) -> None:
+    ours, theirs = llama(), llama()
+    attachment = attach(ours, "road", kind=kind, group_size=8)
+    config = peft.RoadConfig(variant=f"road_{kind}", group_size=8, target_modules=list(attachment.adapters))
+    theirs = peft.get_peft_model(theirs, config).eval()
+    randomize(ours)
+    copy_to_peft(theirs, attachment)
+    compare(ours, theirs, attachment)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -24,6 +24,7 @@ from models import (
     randomize,
     rel_error,
     snapshot,
+    start_tolerance,
     token_ids,
 )
 from safetensors.torch import load_file, save_file
@@ -347,7 +348,8 @@ def test_offloaded_by_accelerate(variant: str, disk: bool, tmp_path: Path) -> No
     ll.verify(after, token_ids())
     ll.detach(after)
     attach(after, variant, calibration_batches() if variant == "eva" else None)
-    assert_close(logits(after), logits(llama()), 1e-5)  # the start, from the offloaded weights
+    tolerance = start_tolerance(variant, 1e-5)
+    assert_close(logits(after), logits(llama()), tolerance)  # the start, from the offloaded weights
 
 
 def test_offloaded_as_a_whole_block_takes_no_adapter_afterwards() -> None:
@@ -364,7 +366,7 @@ def test_offloaded_as_a_whole_block_takes_no_adapter_afterwards() -> None:
     assert_close(logits(adapted), want, 1e-6)
 
 
-@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra"])
+@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra", "road"])
 def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path) -> None:
     """Those that start without the weight; the rest are refused at attach (test_misuse.py)."""
     with torch.device("meta"):
@@ -375,7 +377,7 @@ def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path
     model.load_state_dict(weights, assign=True, strict=False)
     with pytest.raises(ll.AttachError, match="0: its adapter is on the meta device"):
         model(torch.randn(2, 8))
-    with pytest.raises(ll.CheckpointError, match=r"save: 0: lora_. holds no values"):
+    with pytest.raises(ll.CheckpointError, match=r"save: 0: lora_\w+ holds no values"):
         ll.save(model, tmp_path / "adapter.safetensors")
     model.to_empty(device="cpu")
     with pytest.raises(ll.AttachError, match="given memory there and no values"):
@@ -508,10 +510,11 @@ def test_gains_of_a_bfloat16_model_move() -> None:
     ll.attach(model, ll.IA3Config(target_names=()))
     model.to(torch.bfloat16)
     (gain,) = ll.parameters(model)
+    start = gain.detach().clone()
     optimizer = torch.optim.SGD([gain], lr=1e-3)
     (model(torch.ones(1, 8).bfloat16()) * 0 + gain.sum()).sum().backward()
     optimizer.step()
-    assert_close(gain, torch.full((8,), 1 - 8e-3), 1e-6)
+    assert_close(gain, start - 8e-3, 1e-6)
 
 
 # ---- other libraries' adapters and files ----

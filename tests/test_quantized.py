@@ -9,7 +9,17 @@ import peft
 import pytest
 import torch
 import transformers
-from models import VARIANTS, assert_close, attach, calibration_batches, llama, load_tests, randomize, token_ids
+from models import (
+    VARIANTS,
+    assert_close,
+    attach,
+    calibration_batches,
+    llama,
+    load_tests,
+    randomize,
+    start_tolerance,
+    token_ids,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
@@ -86,10 +96,10 @@ def test_a_whole_life(folder: Path, tmp_path: Path, variant: str, kind: str) -> 
     before = base_bytes(model)
     attach(model, variant, calibration_batches())
     with torch.no_grad():
-        assert identity.relative_change(model(ids).logits, base) <= 1e-5
+        assert identity.relative_change(model(ids).logits, base) <= start_tolerance(variant, 1e-5)
     assert identity.asleep(identity.backward(model, ids)) == identity.ASLEEP.get(variant, set())
 
-    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2, steps=20)
+    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto", "road") else 1e-2, steps=20)
     assert losses[-1] < 0.97 * losses[0]
 
     with torch.no_grad():
@@ -167,7 +177,7 @@ def dequantise(model: Any) -> None:
             model.set_submodule(name, plain)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "hra"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "hra", "road"])
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_same_as_peft(folder: Path, variant: str, kind: str) -> None:
     ours, theirs = quantised(folder, kind), quantised(folder, kind)
@@ -264,9 +274,9 @@ def test_other_libraries(quantise: Any, variant: str, tmp_path: Path) -> None:
         assert_close(layer(torch.eye(layer.in_features)).t(), ll.quantized.dense_weight(layer, torch.float32), 1e-5)
     attach(model, variant, calibration_batches())
     with torch.no_grad():
-        assert identity.relative_change(model(ids).logits, base) <= 1e-5
+        assert identity.relative_change(model(ids).logits, base) <= start_tolerance(variant, 1e-5)
     assert ll.verify(model, {"input_ids": ids, "labels": ids})
-    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto") else 1e-2, steps=10)
+    losses = train(model, ids, lr=0.05 if variant in ("ia3", "ia3_ff", "antipasto", "road") else 1e-2, steps=10)
     assert losses[-1] < 0.99 * losses[0]
     with torch.no_grad():
         trained = model(ids).logits
@@ -291,16 +301,17 @@ class Unreadable(nn.Module):
         return x @ (self.qweight.to(x.dtype) / 100).t()
 
 
-@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra"])
+@pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra", "road"])
 def test_what_needs_no_weight_takes_a_layer_that_can_t_be_read(variant: str) -> None:
     """As on the dense layer that it stands for; the other methods are refused by name."""
+    own = {"group_size": 2} if variant == "road" else {}
     layer, dense = nn.Sequential(Unreadable()), nn.Sequential(nn.Linear(12, 10, bias=False))
     dense[0].weight.data.copy_(layer[0].qweight / 100)
     x = torch.randn(5, 12)
     assert torch.allclose(layer(x), dense(x), atol=1e-6)
     for model in (layer, dense):
         torch.manual_seed(0)
-        attach(model, variant, target_names=("0",), dtype=torch.float32)
+        attach(model, variant, target_names=("0",), dtype=torch.float32, **own)
         randomize(model)
     assert_close(layer(x), dense(x), 1e-5)
     ll.diagnose(layer)

@@ -181,6 +181,7 @@ def test_layers_side_by_side_start_as_one_after_another(variant: str) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             model = llama()
+            torch.manual_seed(0)
             attach(model, variant)
             assert torch.get_num_threads() == threads
             starts.append(ll.state_dict(model))

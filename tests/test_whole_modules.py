@@ -23,6 +23,7 @@ from models import (
     qwen3,
     randomize,
     snapshot,
+    start_tolerance,
     token_ids,
 )
 from safetensors.torch import load_file
@@ -66,7 +67,7 @@ def test_a_whole_life(variant: str, tmp_path: Path) -> None:
     before, base = snapshot(model), logits(model)
     held = model.score.weight
     attachment = attach(model, variant, calibration_batches() if variant == "eva" else None, modules_to_save=("score",))
-    assert_close(logits(model), base, 1e-5)
+    assert_close(logits(model), base, start_tolerance(variant, 1e-5))
     assert model.score.weight.requires_grad
     assert any(p is model.score.weight for p in ll.parameters(model))
     assert not any(t.name == "score" for t in attachment.targets)
@@ -185,7 +186,7 @@ def test_two_adapters_with_a_head_each() -> None:
     with pytest.warns(UserWarning, match="'b' do so with a too"):
         ll.attach(model, config("ia3", **fields), name="b")
     ll.use(model, "b")
-    assert torch.equal(model(x), base), "its head starts as the base's, not as a's"
+    assert_close(model(x), base, start_tolerance("ia3"), "its head starts as the base's, not as a's")
     for p in ll.parameters(model, "b"):
         p.data.mul_(1.5)
     of_b = model(x)

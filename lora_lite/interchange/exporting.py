@@ -28,7 +28,7 @@ from ..stacks import Stack
 from ..targets import stacks_among
 from ..whole_modules import inside
 from .experts import flat, names_in_file
-from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, TENSORS
+from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
 from .servers import Reader, check_reader, check_served
 
 
@@ -43,9 +43,9 @@ def export_peft(
     """Write the attached adapter as `adapter_config.json` and `adapter_model.safetensors`, as PEFT has them.
 
     `peft.PeftModel.from_pretrained(base, folder)` then computes the same. LoRA, EVA, PiSSA (as rank 2r), AntiPaSTO (as
-    rank r) and any method of yours with the primitive `LowRankAdd` are written as LoRA; DoRA, DeLoRA, IA3 and HRA as
-    PEFT's own. `name` says which adapter, where several are attached; an `ia3` and an `ia3_ff` may go into one file, as
-    the paper has them: `name=("kv", "ff")`.
+    rank r) and any method of yours with the primitive `LowRankAdd` are written as LoRA; DoRA, DeLoRA, IA3, HRA
+    and RoAd as PEFT's own. `name` says which adapter, where several are attached; an `ia3` and an `ia3_ff` may go into
+    one file, as the paper has them: `name=("kv", "ff")`.
 
     With `uniform`, all layers of a LoRA or DoRA get one rank, padded with zeros, and each one's scale goes into its B,
     so that a reader of a single r and alpha is right: some pass over the patterns of layers that differ.
@@ -202,6 +202,8 @@ def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[d
         if len(set(ranks.values())) > 1:
             raise AttachError("export_peft: PEFT's HRA has one r for all layers, and rank_pattern gave several")
         config["r"] = next(iter(ranks.values()))
+    elif name == "road":
+        config |= {"variant": ROAD[cfg.kind], "group_size": cfg.group_size}  # type: ignore[attr-defined]
     return config, tensors
 
 
@@ -255,7 +257,7 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[
         config[DROPOUT[kind]] = 0.0 if stacks else attachments[0].cfg.dropout
     if kind == "IA3":
         return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
-    return {**config, "bias": "none"}
+    return config if kind == "ROAD" else {**config, "bias": "none"}
 
 
 def _in_full(model: nn.Module, attachment: Attachment, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -14,5 +14,7 @@ TENSORS: dict[str, tuple[str, dict[str, str]]] = {
     "ia3": ("IA3", {"lora_g": "ia3_l"}),
     "ia3_ff": ("IA3", {"lora_g": "ia3_l"}),
     "hra": ("HRA", {"lora_U": "hra_u"}),
+    "road": ("ROAD", {"lora_theta": "road_theta", "lora_alpha": "road_alpha"}),
 }
+ROAD = {1: "road_1", 2: "road_2", 4: "road_4"}  # RoAd's kinds, in PEFT's config
 DROPOUT = {"LORA": "lora_dropout", "DELORA": "module_dropout"}

@@ -24,7 +24,7 @@ from ..targets import Target, candidates
 from ..variant import REGISTRY
 from ..whole_modules import WholeModules
 from .experts import names_in_file, stacked
-from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, TENSORS
+from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
 
 # Fields of PEFT's configs that say where an adapter came from or how it was trained, not what it computes; or are read.
 _HARMLESS = {
@@ -33,7 +33,7 @@ _HARMLESS = {
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "alpha_pattern", "lambda_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
-    "fan_in_fan_out", "modules_to_save", "target_parameters",
+    "fan_in_fan_out", "modules_to_save", "target_parameters", "variant", "group_size",
 }  # fmt: skip
 # Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
 _CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
@@ -49,9 +49,9 @@ def import_peft(
 ) -> Attachment | dict[str, Attachment]:
     """Attach, under `name`, the adapter that PEFT saved in `folder`.
 
-    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3 and HRA, with rank and alpha patterns and dropout.
-    An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the outputs
-    and `name` + "_ff" for the inputs, and a dict of both is returned.
+    LoRA (also EVA's, PiSSA's and rank-stabilised), DoRA, DeLoRA, IA3, HRA and RoAd, with rank and alpha patterns and
+    dropout. An IA3 that scales the outputs of some layers and the inputs of others becomes two adapters, `name` for the
+    outputs and `name` + "_ff" for the inputs, and a dict of both is returned.
 
     Args:
         prefix_map: beginnings of layers' names in the file → in this model, where they differ.
@@ -146,9 +146,9 @@ def _variant(config: dict[str, Any]) -> str:
             return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
         case "IA3":
             return "ia3"
-        case "DELORA" | "HRA":
+        case "DELORA" | "HRA" | "ROAD":
             return kind.lower()
-    raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3 and HRA")
+    raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3, HRA and ROAD")
 
 
 def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -304,6 +304,10 @@ def _config(variant: str, config: dict[str, Any], moved: Renaming) -> AdapterCon
         fields["target_names"] = tuple(rf"(^|\.){re.escape(moved.new(name))}$" for name in names)
     if variant == "delora":
         fields["lambda0"] = float(config.get("delora_lambda") or 15.0)
+    if variant == "road":
+        kinds = {its: kind for kind, its in ROAD.items()}
+        fields["kind"] = kinds.get(config.get("variant", ROAD[1]))
+        fields["group_size"] = config.get("group_size", 64)
     if dropout := config.get(DROPOUT.get(str(config.get("peft_type")), "")):
         fields["dropout"] = float(dropout)
     if variant == "pissa":

@@ -2,7 +2,8 @@
 
 vLLM: vllm/lora/peft_helper.py and lora_model.py (commit 0306474). It scales each layer by the config's lora_alpha / r.
 llama.cpp: convert_lora_to_gguf.py (commit 0b03ada). It scales every layer by lora_alpha / the rank of the tensor.
-Neither reads patterns of ranks and alphas, so both get files of one rank and one alpha.
+Neither reads patterns of ranks and alphas, so both get files of one rank and one alpha. Neither takes what PEFT has
+beside LoRA: DoRA, DeLoRA, IA3, HRA, RoAd.
 """
 
 from collections.abc import Iterable

@@ -1,3 +1,3 @@
-"""The nine methods, one file each. Importing this package registers them."""
+"""The ten methods, one file each. Importing this package registers them."""
 
-from . import antipasto, delora, dora, eva, hra, ia3, lora, pissa  # noqa: F401
+from . import antipasto, delora, dora, eva, hra, ia3, lora, pissa, road  # noqa: F401

@@ -4,7 +4,8 @@
 
 R is block-diagonal: each block is the Cayley map (I − X)⁻¹(I + X) of a skew X bounded elementwise by
 tan(θ/2)·tanh(·), so that a block of 2 turns by at most θ, and a block of n by at most 2 atan(cot(π/2n)·tan(θ/2)). δ and
-R's parameters start as zero: step 0 is the base model; every gradient is live, since S is not zero. W is left alone.
+R's parameters start near zero: step 0 is the base model to 1e-3; every gradient is live, since S is not zero. W is left
+alone.
 """
 
 import math
@@ -85,10 +86,10 @@ class AntiPaSTO(Variant):
             "lora_U": ParamSpec((out_features, cfg.r), init="zeros", as_buffer=True),
             "lora_S": ParamSpec((cfg.r,), init="zeros", as_buffer=True),
             "lora_Vh": ParamSpec((cfg.r, in_features), init="zeros", as_buffer=True),
-            "lora_delta_s": ParamSpec((cfg.r,), init="zeros"),
+            "lora_delta_s": ParamSpec((cfg.r,), init="near_zero"),
         }
         if cfg.rotate_basis != "none":
-            specs["lora_rot_T"] = ParamSpec((blocks, upper), init="zeros", dtype=torch.float32)
+            specs["lora_rot_T"] = ParamSpec((blocks, upper), init="near_zero", dtype=torch.float32)
         return specs
 
     @staticmethod

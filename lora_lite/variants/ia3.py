@@ -3,7 +3,8 @@
     ia3:    y = g ∘ (W x + b)    on keys and values
     ia3_ff: y = W (g ∘ x) + b    on the second layer of the feed-forward block
 
-g starts as one, so that step 0 is the base model. The paper trains both kinds at once.
+g starts near one (the paper: at one), so that step 0 is the base model to 1e-3; `ParamSpec` says why. The paper trains
+both kinds at once.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class IA3(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        return {"lora_g": ParamSpec((out_features,), init="ones")}
+        return {"lora_g": ParamSpec((out_features,), init="near_one")}
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> ScaleOutput:
@@ -75,7 +76,7 @@ class IA3FF(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        return {"lora_g": ParamSpec((in_features,), init="ones")}
+        return {"lora_g": ParamSpec((in_features,), init="near_one")}
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> ScaleInput:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_lite.kernels import expand
 
-SHAPE = kernel_times.Shape(70, 64, 48, 8, "tiny")
+SHAPE = kernel_times.Shape(70, 64, 128, 8, "tiny")
 LIMITS = kernel_times.Limits(copy=1e12, matmul=1e14)
 
 
@@ -43,10 +43,10 @@ def test_kernel_rows() -> None:
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / 2e-3 / 1e9)
         assert row["of_copy"] == pytest.approx(row["bytes"] / 2e-3 / 1e12)
     scale = next(row for row in rows if row["kernel"] == "scale")
-    assert scale["bytes"] == 2 * 70 * 48 * 2
+    assert scale["bytes"] == 2 * 70 * 128 * 2
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3", "road"])
 def test_layer_rows(variant: str) -> None:
     rows = {row["contender"]: row for row in kernel_times.layers(variant, SHAPE, fake_timer, "cpu", compiler="eager")}
     assert set(rows) == {"base", "lora_lite", "eager", "compiled", "peft"} | ({"addmm"} if variant == "lora" else set())
@@ -74,14 +74,14 @@ def test_a_wrong_kernel_turns_the_exit_code() -> None:
             assert kernel_bench.timed(("tiny",), *settings[1:]) == 1
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3", "road"])
 def test_counted_bytes(variant: str) -> None:
     """Where one block holds all columns no sum has parts: what is left is the bound, and what is small."""
     N = 128 if variant == "hra" else 192
-    shape = kernel_times.Shape(64, 128, N, 1 if variant == "ia3" else 8)
+    shape = kernel_times.Shape(64, 128, N, 1 if variant in ("ia3", "road") else 8)
     row = kernel_bench.counted(variant, shape)
     large = {name: count for name, count in row["by_kernel"].items() if count >= 2 * 64 * 128 and name != "cast."}
-    tokens = {"lora": 3 + 4, "dora": 3 + 6, "hra": 3 + 3, "ia3": 2 + 3}[variant]
+    tokens = {"lora": 3 + 4, "dora": 3 + 6, "hra": 3 + 3, "ia3": 2 + 3, "road": 2 + 3}[variant]
     widths = {"shrink": 128, "shrink_backward": 128}
     assert len(large) == tokens + (variant == "dora")
     for name, count in large.items():
@@ -124,11 +124,11 @@ def test_host_time(tmp_path: Path) -> None:
     """In a process whose kernels can be compiled: what it counts is of a layer whose launches are known."""
     bench, out = Path(kernel_bench.__file__).parent, tmp_path / "host.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "host.py", "--rounds", "1", "--methods", "lora", "ia3", "--out", out]
+    command = [sys.executable, "host.py", "--rounds", "1", "--methods", "lora", "ia3", "road", "--out", out]
     done = subprocess.run(command, cwd=bench, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {(row["method"], row["backend"]): row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("lora", "reference")}
+    assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("road", "triton"), ("lora", "reference")}
     for row in rows.values():
         assert min(row["base_us"], row["added_us"]["ours"], row["added_us"]["peft"]) > 0
         assert row["ratio"] == pytest.approx(row["added_us"]["ours"] / row["added_us"]["peft"])
@@ -139,3 +139,5 @@ def test_host_time(tmp_path: Path) -> None:
     assert kernels["lora"]["torch"] == 1  # A in the tokens' dtype
     of_gain = ("_scale_kernel", "_scale_backward_kernel", "_sum_parts_kernel")
     assert kernels["ia3"] == {"ours": 3, "torch": 0, "kernels": dict.fromkeys(of_gain, 1)}
+    of_turn = ("_rotate_kernel", "_rotate_backward_kernel", "_sum_parts_kernel")
+    assert (kernels["road"]["ours"], kernels["road"]["kernels"]) == (3, dict.fromkeys(of_turn, 1))

@@ -62,7 +62,7 @@ def test_dots_run_on_tensor_cores(report: dict[str, Any]) -> None:
     """Hopper's HGMMA takes 64 rows an instruction; smaller tiles take HMMA. float32 multiplies exactly, on FMA units,
     but for the row norm's three TF32 products and AMD's, whose matrix cores take float32."""
     for row in report["rows"]:
-        if row["kernel"].startswith("scale"):
+        if row["kernel"].startswith(("scale", "rotate")):
             assert row["dots"] == 0
         elif row["dtype"] == "bfloat16" or row["kernel"] == "row_norm" or row["architecture"].startswith("gfx"):
             assert row["dots"] > 0, row
@@ -84,6 +84,8 @@ def test_accesses_are_wide(report: dict[str, Any]) -> None:
         "shrink_expand_backward",
         "scale",
         "scale_backward",
+        "rotate",
+        "rotate_backward",
     }
     for row in report["rows"]:
         wide, amd = row["kernel"].endswith("_wide"), row["architecture"].startswith("gfx")
@@ -107,7 +109,7 @@ def test_compiles_here(architecture: str) -> None:
     """Every kernel at r=32 with the row that is taken untimed."""
     done = compiled_anew("--ranks", "32", "--architectures", architecture)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "37 kernels, compiled" in done.stdout
+    assert "41 kernels, compiled" in done.stdout
 
 
 @pytest.mark.parametrize(

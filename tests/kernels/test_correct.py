@@ -49,7 +49,7 @@ def assert_within(errors: dict[str, tuple[float, float]]) -> None:
         assert error <= bar, f"{name}: {error:.2e} > {bar:.2e}"
 
 
-@pytest.mark.parametrize("operation", ["lowrank_add", "shrink_expand", "lowrank_add_rescale", "scale"])
+@pytest.mark.parametrize("operation", ["lowrank_add", "shrink_expand", "lowrank_add_rescale", "scale", "rotate_pairs"])
 @EACH_CASE
 def test_as_accurate_as_pytorch(operation: str, case: Case) -> None:
     assert_within(operations.errors_of(getattr(operations, operation), case))
@@ -104,15 +104,16 @@ def test_only_what_is_needed(needs: str) -> None:
 def bits(seed: int, dtype: torch.dtype) -> list[Tensor]:
     """All results of all operators on fixed inputs, with the programs shuffled by `seed`."""
     torch.manual_seed(0)
-    M, K, N, R = 333, 144, 101, 16
+    M, K, N, R = 333, 144, 102, 16
     x, y = (torch.randn(M, size).to(dtype).requires_grad_() for size in (K, N))
-    A, B, C, g = (torch.randn(shape).requires_grad_() for shape in ((R, K), (N, R), (K, R), (N,)))
+    A, B, C, g, s = (torch.randn(shape).requires_grad_() for shape in ((R, K), (N, R), (K, R), (N,), (N,)))
     with launches.watch(seed):
         _, h = ops.shrink(x, A)
         out = ops.scale(ops.expand_add_rescale(ops.expand_add(y, h, B, 0.7), h, B, 0.3, g, None), g)
+        out = ops.rotate_pairs(out, g, s, 34)
         turned = ops.shrink_expand(x, A, C)
         norm = ops.row_norm(torch.randn(N, K).to(dtype), A, B, 0.7, torch.ones(N))
-        return [out, turned, norm, *torch.autograd.grad(out.sum() + turned.sum(), [x, y, A, B, C, g])]
+        return [out, turned, norm, *torch.autograd.grad(out.sum() + turned.sum(), [x, y, A, B, C, g, s])]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,7 +20,8 @@ def rows() -> dict[str, Any]:
         "import json, device_model as d\n"
         "resident = d.compiled_resources()\n"
         "row = lambda v, R: d.row('H100', v, 8192, 4096, R, resident)\n"
-        "print(json.dumps({f'{v}:{R}': row(v, R) for v, R in (('lora', 16), ('lora', 128), ('dora', 64), ('ia3', 1))}))"
+        "cases = (('lora', 16), ('lora', 128), ('dora', 64), ('ia3', 1), ('road', 1))\n"
+        "print(json.dumps({f'{v}:{R}': row(v, R) for v, R in cases}))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, capture_output=True, text=True)
@@ -36,6 +37,7 @@ def test_never_below_the_bound(rows: dict[str, Any]) -> None:
 def test_bytes_are_of_the_tensors(rows: dict[str, Any]) -> None:
     moved, busiest, _, us = rows["ia3:1"]["by_kernel"]["scale"]
     assert moved == 2 * 2 * 8192 * 4096 + 4 * 4096
+    assert rows["road:1"]["by_kernel"]["rotate"][0] == moved + 4 * 4096
     assert us >= 1e6 * moved * busiest / 3.35e12 - 0.01
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 import launches
 import pytest
 import torch
-from models import VARIANTS, attach, calibration_batches, llama, load_tests, randomize, rel_error, token_ids
+from models import VARIANTS, attach, calibration_batches, config, llama, load_tests, randomize, rel_error, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -24,14 +24,11 @@ def train(variant: str, dtype: torch.dtype, backend: str) -> tuple[list[float], 
     torch.manual_seed(1)  # the adapter's start, the same for both backends
     data = calibration_batches() if variant == "eva" else None
     fields = {"lambda0": 4.0} if variant == "delora" else {}
-    attachment = ll.attach(
-        model,
-        ll.REGISTRY[variant].config(r=4, alpha=6.0, **fields),
-        backend=backend,
-        calibration_data=data,
-    )
+    attachment = ll.attach(model, config(variant, **fields), backend=backend, calibration_data=data)
     assert {name for name, _ in attachment.backends().values()} == {backend}
-    optimizer = torch.optim.AdamW(ll.parameters(model), lr=0.2 if variant in ("ia3", "ia3_ff", "antipasto") else 2e-2)
+    optimizer = torch.optim.AdamW(
+        ll.parameters(model), lr=0.2 if variant in ("ia3", "ia3_ff", "antipasto", "road") else 2e-2
+    )
     losses, first = [], {}
     for step in range(STEPS):
         ids = token_ids(2, 24)

@@ -64,7 +64,8 @@ def test_nine_minutes() -> None:
 def test_every_operation_and_method_is_there() -> None:
     names = {part: list(PARTS[part].cases(gpu_parts.Bench())) for part in PARTS}
     wanted = (
-        "lowrank_add lowrank_add_together lowrank_add_rescale shrink_expand scale row_norm row_norm_int8 row_norm_4bit"
+        "lowrank_add lowrank_add_together lowrank_add_rescale shrink_expand scale rotate_pairs row_norm "
+        "row_norm_int8 row_norm_4bit"
     )
     assert {name.split()[0] for name in names["kernels"]} == set(wanted.split())
     for dtype in ("bfloat16", "float16", "float32"):
@@ -78,7 +79,7 @@ def test_every_operation_and_method_is_there() -> None:
 
 
 def test_kernels_are_right(found: dict[str, Found]) -> None:
-    assert len(found["kernels"].rows) == 8
+    assert len(found["kernels"].rows) == 9
     for row in found["kernels"].rows:
         assert row["right"], row
         assert 0 < row["error"] <= row["allowed"] < 1e-2, row
@@ -137,7 +138,7 @@ def test_modelled_beside_measured(found: dict[str, Found]) -> None:
     assert {row["what"] for row in kernels} == gpu_parts.MODELLED.keys()
     assert all(row["measured_us"] == 2000.0 and row["modelled_us"] >= 2.0 for row in kernels)
     measured = {row["what"]: row["measured_us"] for row in both if row["what"].endswith("layer")}
-    assert measured == {"lora layer": 0.0, "dora layer": None, "hra layer": None, "ia3 layer": None}
+    assert measured == {"lora layer": 0.0, "dora layer": None, "hra layer": None, "ia3 layer": None, "road layer": None}
 
 
 def page(found: dict[str, Found]) -> str:

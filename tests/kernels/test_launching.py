@@ -8,7 +8,7 @@ import torch
 from philox import seed_of
 from torch import Tensor
 
-from lora_lite.kernels import expand, launching, row_norm, scale, shrink, shrink_expand
+from lora_lite.kernels import expand, launching, rotate, row_norm, scale, shrink, shrink_expand
 
 BF16 = torch.bfloat16
 M, K, N, R = 160, 80, 640, 6  # sums have parts
@@ -65,6 +65,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         "expand_add_rescale_backward": (t(4, 40, N), y, h, B, 0.5, g, None, []),
         "scale": (y, g, []),
         "scale_backward": (t(4, 40, N), y, g, [], True, True),
+        "rotate_pairs": (y, g, t(N, dtype=f32), 2, []),
+        "rotate_pairs_backward": (t(4, 40, N), y, g, t(N, dtype=f32), 2, [], True, True),
     }[name]
 
 
@@ -72,7 +74,7 @@ NAMES = (
     "shrink", "shrink of dropout", "shrink_backward", "shrink_backward of dA", "shrink_together",
     "shrink_backward of two", "expand_add", "expand_add_backward",
     "shrink_expand", "shrink_expand_backward", "expand_add_rescale", "expand_add_rescale_backward", "scale",
-    "scale_backward",
+    "scale_backward", "rotate_pairs", "rotate_pairs_backward",
 )  # fmt: skip
 
 
@@ -80,7 +82,7 @@ NAMES = (
 def test_other_values(name: str) -> None:
     function = f"_{name.split()[0]}"
     operator = getattr(
-        next(module for module in (shrink, expand, shrink_expand, scale) if hasattr(module, function)), function
+        next(module for module in (shrink, expand, shrink_expand, scale, rotate) if hasattr(module, function)), function
     )
     for _ in range(2):
         operator(*arguments(name))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite import operators
-from lora_lite.kernels import scale, shrink
+from lora_lite.kernels import expand, rotate, scale, shrink, shrink_expand
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -17,10 +17,14 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def rescaled(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    return scale.scale(expand.shrink_expand(x, A, B), A[0])
+    return scale.scale(shrink_expand.shrink_expand(x, A, B), A[0])
 
 
-@pytest.mark.parametrize("layer", [low_rank, rescaled])
+def rotated(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return rotate.rotate_pairs(shrink_expand.shrink_expand(x, A, B)[..., :8], A[0, :8], B[:8, 0], 4)
+
+
+@pytest.mark.parametrize("layer", [low_rank, rescaled, rotated])
 def test_plain_calls_give_the_bits_of_dispatched_ones(layer) -> None:
     x, A, B = (torch.randn(size, requires_grad=True) for size in ((3, 5, 9), (4, 9), (9, 4)))
     y = layer(x, A, B)

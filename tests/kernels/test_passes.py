@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite.kernels import expand, ops, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
 
 M, K, N, R = 200, 260, 300, 20
 SMALL = tuning.Config(32, 64)
@@ -94,6 +94,16 @@ def test_scale() -> None:
     assert passes(backward, "dy", "t", "dt") == {"dy": (1, 0), "t": (1, 0), "dt": (0, 1)}
 
 
+def test_rotate() -> None:
+    y, c, s = tensor(M, N), torch.randn(N), torch.randn(N)
+    assert passes(main_launch(lambda: rotate.launch_rotate(y, c, s, 60)), "y", "out") == {"y": (1, 0), "out": (0, 1)}
+    backward = main_launch(lambda: rotate.launch_rotate_backward(tensor(M, N), y, c, s, 60, True, True))
+    assert passes(backward, "dy", "y", "dy_base") == {"dy": (1, 0), "y": (1, 0), "dy_base": (0, 1)}
+    frozen = main_launch(lambda: rotate.launch_rotate_backward(tensor(M, N), y, c, s, 60, True, False))
+    assert passes(frozen, "dy", "dy_base") == {"dy": (1, 0), "dy_base": (0, 1)}
+    assert frozen.passes().get("y", (0, 0)) == (0, 0)
+
+
 class _TokenSizedOps(TorchDispatchMode):
     """Names of the ATen operators that make a new tensor with as many elements as the tokens' tensors have."""
 
@@ -126,6 +136,7 @@ class Layer(nn.Module):
     [
         ("lora", 3, 4), ("pissa", 3, 4), ("delora", 3, 4), ("eva", 3, 4), ("antipasto", 3, 4),
         ("dora", 3, 6), ("ia3", 2, 3), ("ia3_ff", 2, 3), ("hra", 3, 4),
+        ("road", 2, 3),
     ],
 )  # fmt: skip
 def test_a_layers_step(variant: str, forward: int, backward: int) -> None:
@@ -174,6 +185,8 @@ def test_offsets_beyond_2_to_the_31() -> None:
             *shrink.launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
+            rotate.launch_rotate(t["t"], g, g.flip(0), 60),
+            *rotate.launch_rotate_backward(t["dt"], t["t"], g, g.flip(0), 60, True, True),
             row_norm.launch_row_norm(t["x"], None, A, B[:rows].contiguous(), B[:rows].contiguous(), 0.7, g[:rows]),
         ]
 
@@ -194,6 +207,7 @@ def test_operators_are_what_they_claim() -> None:
     check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, []))
     check(expand._expand_add_rescale, (y, h, B, 0.7, g, None, []))
     check(scale._scale, (y, g, []))
+    check(rotate._rotate_pairs, (y, g, torch.randn(10, requires_grad=True), 10, []))
     x, y, h, A, B, g = (t.detach() for t in (x, y, h, A, B, g))
     check(row_norm._row_norm, (W, None, A, B, 0.7, torch.rand(10)))
     check(shrink._shrink_backward, ([x, x], h, x, A, [], None, 0.0, True, True))
@@ -203,4 +217,7 @@ def test_operators_are_what_they_claim() -> None:
     check(shrink_expand._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], False))
     check(expand._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias, []))
     check(scale._scale_backward, (y, y, g, [], True, True))
+    check(rotate._rotate_pairs_backward, (y, y, g, torch.randn(10), 2, [], True, True))
+    check(rotate._rotate_pairs_backward, (y, y, g, torch.randn(10), 2, [], False, True))
+    check(rotate._rotate_pairs_backward, (y, y, g, torch.randn(10), 2, [], True, False))
     assert ops.__all__

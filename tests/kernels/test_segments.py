@@ -13,7 +13,7 @@ import torch
 from models import load_tests
 from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 
-from lora_lite.kernels import expand, ops, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
 from lora_lite.kernels.segments import SHARE
 from lora_lite.kernels.segments import Runs as Shares
 from lora_lite.segments import Segments
@@ -41,6 +41,7 @@ OPERATIONS = (
     ("lowrank_add_rescale", {"bias": True}),
     ("shrink_expand", {}),
     ("scale", {}),
+    ("rotate_pairs", {}),
 )
 
 
@@ -89,6 +90,8 @@ def test_passes() -> None:
         shrink.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
         scale.launch_scale(y, g, runs)
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
+        rotate.launch_rotate(y, g, bias, 64, runs)
+        rotate.launch_rotate_backward(torch.randn(M, N).to(bf16), y, g, bias, 64, True, True, runs)
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
@@ -131,4 +134,5 @@ def test_opcheck() -> None:
     check(shrink_expand._shrink_expand, (x, A, C, torch.float32, runs))
     check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
     check(scale._scale, (y, g, runs))
+    check(rotate._rotate_pairs, (y, g, bias, 10, runs))
     check(row_norm._row_norm, (torch.randn(G, 10, 12), None, A.detach(), B.detach(), 0.7, torch.rand(G, 10)))

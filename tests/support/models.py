@@ -106,8 +106,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "bert": bert,
 }
 
-VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto")
-MATRIX_VARIANTS = tuple(v for v in VARIANTS if not v.startswith("ia3"))
+VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
+MATRIX_VARIANTS = tuple(v for v in VARIANTS if not v.startswith("ia3") and v != "road")
 
 
 def load_tests(name: str) -> ModuleType:
@@ -157,8 +157,16 @@ def calibration_batches(count: int = 3, vocab: int = VOCAB) -> list[dict[str, Te
 
 
 def config(variant: str, **fields: Any) -> Any:
-    """A variant's config at rank 4 unless said otherwise; alpha / r is no power of two, so that a lost scale shows."""
-    return ll.REGISTRY[variant].config(**{"r": 4, "alpha": 6.0, **fields})
+    """A variant's config at rank 4 unless said otherwise; alpha / r is no power of two, so that a lost scale shows.
+    RoAd's groups are of 4: the tiny models' widths are no multiples of 64."""
+    own = {"group_size": 4} if variant == "road" else {}
+    return ll.REGISTRY[variant].config(**{"r": 4, "alpha": 6.0, **own, **fields})
+
+
+def start_tolerance(variant: str, rounding: float = 0.0) -> float:
+    """How far from the base, relative to its output, a variant may be at step 0: by rounding, unless it starts near."""
+    specs = ll.REGISTRY[variant].param_specs(8, 8, config(variant))
+    return max(rounding, 1e-3) if any(spec.near for spec in specs.values()) else rounding
 
 
 def attach(model: nn.Module, variant: str, batches: Any = None, **fields: Any) -> ll.Attachment:

@@ -1,0 +1,78 @@
+"""RoAd: 2D rotary adaptation. Liao and Monz 2024, arXiv 2409.00119, section 3.1, equation 4 and table 1.
+
+    y' = R (W x + b),    of each pair of outputs    y'ᵢ = α₁ᵢ cos θ₁ᵢ yᵢ − α₂ᵢ sin θ₂ᵢ yⱼ
+                                                    y'ⱼ = α₂ⱼ sin θ₂ⱼ yᵢ + α₁ⱼ cos θ₁ⱼ yⱼ
+
+Within each group of outputs i counts the first half, and j = i + group_size/2, as in PEFT. RoAd₁ has one θ and α a pair
+(N/2 each), RoAd₂ one an output (N), RoAd₄ one for each of the two products too (2N). R is block-diagonal and is never
+built. θ starts near zero and α near one, so that step 0 is the base model to 1e-3 (see `ParamSpec`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..config import AdapterConfig
+from ..errors import UnfitError
+from ..params import Params, ParamSpec
+from ..primitives import RotatePairs
+from ..variant import Variant, register
+
+Kind = Literal[1, 2, 4]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoadConfig(AdapterConfig):
+    """RoAd's config; see `AdapterConfig`. r and alpha are not used.
+
+    Args:
+        kind: which of RoAd₁, RoAd₂ and RoAd₄: how many numbers a pair of outputs has, half of them angles.
+        group_size: outputs of a group, within which those of the first half pair with those of the second; even, and a
+            divisor of the layer's out_features. It says who is paired, and nothing about the number of parameters.
+    """
+
+    variant: ClassVar[str] = "road"
+    kind: Kind = 1
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_no_dropout()
+        self.require(self.kind in get_args(Kind), "kind", f"one of {get_args(Kind)}")
+        even = isinstance(self.group_size, int) and self.group_size >= 2 and self.group_size % 2 == 0
+        self.require(even, "group_size", "even and at least 2: it is halved to make pairs")
+
+
+@register
+class RoAd(Variant):
+    name = "road"
+    config = RoadConfig
+
+    @staticmethod
+    def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
+        if out_features % cfg.group_size:
+            raise UnfitError(
+                f"group_size={cfg.group_size} does not divide its out_features={out_features}; use a group_size that "
+                "does, or leave this layer out",
+                f"group_size={cfg.group_size} does not divide its width",
+            )
+        shape = (out_features * cfg.kind // 2,)
+        return {"lora_theta": ParamSpec(shape, init="near_zero"), "lora_alpha": ParamSpec(shape, init="near_one")}
+
+    @staticmethod
+    def primitive(p: Params, layer: nn.Module, cfg: Any) -> RotatePairs:
+        # groups × (cos, sin) × halves × pairs, where one stands for both that are alike
+        of_products, of_halves = 1 + (cfg.kind == 4), 1 + (cfg.kind > 1)
+        shape = (-1, of_products, of_halves, cfg.group_size // 2)
+        theta, alpha = p.lora_theta.unflatten(-1, shape), p.lora_alpha.unflatten(-1, shape)
+        c = alpha[..., 0, :, :] * theta[..., 0, :, :].cos()
+        s = alpha[..., -1, :, :] * theta[..., -1, :, :].sin()
+        return RotatePairs(_halves(c, c), _halves(-s, s), cfg.group_size)
+
+
+def _halves(first: Float[Tensor, "*E G H P"], second: Float[Tensor, "*E G H P"]) -> Float[Tensor, "*E N"]:
+    """The first half of each group of one, the second half of the other."""
+    return torch.stack([first[..., 0, :], second[..., -1, :]], -2).flatten(-3)
