@@ -42,6 +42,12 @@ test *args:
     OMP_NUM_THREADS=1 {{python}} -m pytest -n auto {{args}}
     TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto tests/kernels {{args}} || [ $? = 5 ]
 
+# The inner loop: lint, types, and the tests that the working tree's changes concern; since another commit, if named.
+test-quick since="HEAD": lint
+    OMP_NUM_THREADS=1 {{python}} tests/support/changed.py {{since}} | xargs -r {{python}} -m pytest -q -n auto
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} tests/support/changed.py --kernels {{since}} \
+        | xargs -r {{python}} -m pytest -q -n auto
+
 # The tests, and those that take over a minute.
 test-all *args: (test "-m '' " + args)
 

@@ -104,6 +104,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
         # Of layers that read the same x: up to three dx_bases in flight.
+        "shrink_together_dropout": {64: (Config(32, 64, 4, 2),)},
+        "shrink_backward_together_dropout": {64: (Config(32, 32, 8, 1),)},
         "shrink_backward_together": {
             64: (Config(32, 64, 8), Config(64, 64, 8)),
             128: (Config(32, 64, 8),),
@@ -183,6 +185,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {32: (Config(32, 64, 8, 1),), 256: (Config(64, 64, 8, 1),)},
+        "shrink_together_dropout": {64: (Config(32, 64, 8),)},
+        "shrink_backward_together_dropout": {64: (Config(32, 32, 4, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
         "shrink_expand_backward": {
             64: (Config(64, 64, 8, 1),),
