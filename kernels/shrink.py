@@ -53,7 +53,7 @@ MOST_LAYERS = 3  # whose results, of one x, a launch takes
 
 # Ranks of several layers that a launch takes with a mask or a dh each, by their bytes an element: where there are more,
 # registers don't hold them. Then dh is copied together, and layers with dropout take a launch each.
-MOST_RANKS_APART = {2: 64, 4: 64}
+MOST_RANKS_APART = {2: 64, 4: 32}
 MOST_RANKS_MASKED = {2: 64, 4: 0}
 
 

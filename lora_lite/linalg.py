@@ -1,6 +1,7 @@
 """Linear algebra of weights and parameters: the top-r singular triplets of a weight without a full SVD where r is
 small, and products of reflections."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -74,6 +75,23 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
 
 
 # ---- reflections -----------------------------------------------------------------------------------------------------
+
+
+def rotations(
+    rot_T: Float[Tensor, "*E blocks upper"], size: int, max_angle: float
+) -> Float[Tensor, "*E blocks size size"]:
+    """Cayley rotations (I − X)⁻¹(I + X) from the upper triangles of their generators, whose elements are bounded by
+    tan(max_angle/2)·tanh(·). NaN in a generator gives NaN, and no error."""
+    rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
+    rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
+    upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
+    upper[..., rows, cols] = rot_T
+    skew = (upper - upper.mT) / 2
+    limit = 2 * math.tan(max_angle / 2)
+    X = limit * torch.tanh(skew / limit) / 2
+    eye = torch.eye(size, dtype=X.dtype, device=X.device)
+    # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
+    return torch.linalg.solve_ex(eye - X, eye + X).result
 
 
 def reflections(U: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R K"]:

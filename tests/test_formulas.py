@@ -13,8 +13,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite.reference
+from lora_lite.linalg import rotations
 from lora_lite.segments import Segments
-from lora_lite.variants.antipasto import rotation
 
 R, ALPHA = 4, 6.0
 SCALE = ALPHA / R
@@ -242,7 +242,7 @@ def test_wide_and_deep_enough_to_catch_rounding(variant: str) -> None:
 @pytest.mark.parametrize("angle", [0.1, 0.5, 2.0, 3.1])
 def test_rotation_is_a_rotation(size: int, angle: float) -> None:
     rot_T = torch.randn(6, size * (size - 1) // 2, dtype=torch.float64) * 10
-    blocks = rotation(rot_T, size, angle)
+    blocks = rotations(rot_T, size, angle)
     assert_close(torch.block_diag(*blocks), cayley(rot_T, size, angle), 1e-12, "rotation")
     eye = torch.eye(size, dtype=torch.float64).expand(6, size, size)
     torch.testing.assert_close(blocks @ blocks.mT, eye, rtol=0, atol=1e-12)
@@ -252,7 +252,7 @@ def test_rotation_is_a_rotation(size: int, angle: float) -> None:
 @pytest.mark.parametrize("angle", [0.1, 0.5, 2.0, 3.1])
 def test_a_plane_never_turns_by_more_than_the_angle(angle: float) -> None:
     rot_T = torch.tensor([0.0, 1e-3, 0.3, -2.0, 50.0, -1e6, 1e6], dtype=torch.float64).unsqueeze(1)
-    turned = torch.atan2(rotation(rot_T, 2, angle)[:, 0, 1], rotation(rot_T, 2, angle)[:, 0, 0])
+    turned = torch.atan2(rotations(rot_T, 2, angle)[:, 0, 1], rotations(rot_T, 2, angle)[:, 0, 0])
     assert turned.abs().max() <= angle * (1 + 1e-12)
     assert turned[0] == 0
     assert turned[-1].item() == pytest.approx(angle)  # the bound is reached, not merely kept
@@ -266,7 +266,7 @@ def test_how_far_a_block_turns(size: int) -> None:
     most = 2 * math.atan(math.tan(angle / 2) / math.tan(math.pi / (2 * size)))
     upper = size * (size - 1) // 2
     extreme = torch.cat([torch.randn(200, upper, dtype=torch.float64).sign() * 1e9, torch.full((1, upper), 1e9)])
-    turned = torch.linalg.eigvals(rotation(extreme.double(), size, angle)).angle().abs().amax(1)
+    turned = torch.linalg.eigvals(rotations(extreme.double(), size, angle)).angle().abs().amax(1)
     assert turned.max() <= most * (1 + 1e-9)
     assert turned[-1].item() == pytest.approx(most)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..calibration import MeanAbsProjection
 from ..config import AdapterConfig
-from ..linalg import SVD, top_svd
+from ..linalg import SVD, rotations, top_svd
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
 from ..quantized import dense_weight
@@ -53,22 +53,6 @@ class AntiPaSTOConfig(AdapterConfig):
         self.require(0 < self.max_rotation_angle < math.pi, "max_rotation_angle", "between 0 and π")
         self.require(self.rotate_basis in get_args(Basis), "rotate_basis", f"one of {get_args(Basis)}")
         self.require(self.svd in get_args(SVD), "svd", f"one of {get_args(SVD)}")
-
-
-def rotation(
-    rot_T: Float[Tensor, "*E blocks upper"], size: int, max_angle: float
-) -> Float[Tensor, "*E blocks size size"]:
-    """Cayley rotations from the upper triangles of their generators. NaN in a generator gives NaN, and no error."""
-    rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
-    rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
-    upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
-    upper[..., rows, cols] = rot_T
-    skew = (upper - upper.mT) / 2
-    limit = 2 * math.tan(max_angle / 2)
-    X = limit * torch.tanh(skew / limit) / 2
-    eye = torch.eye(size, dtype=X.dtype, device=X.device)
-    # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
-    return torch.linalg.solve_ex(eye - X, eye + X).result
 
 
 @register
@@ -114,7 +98,7 @@ class AntiPaSTO(Variant):
         U, S, Vh, S_new = p.lora_U, p.lora_S, p.lora_Vh, p.lora_S + p.lora_delta_s
         if cfg.rotate_basis == "none":
             return LowRankAdd(p.lora_delta_s[..., None] * Vh, U, dropout=cfg.dropout)
-        R = rotation(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
+        R = rotations(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
 
         def rotated(rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
             return (R @ rows.unflatten(-2, (-1, cfg.block_size)).to(R.dtype)).flatten(-3, -2)

@@ -129,7 +129,7 @@ def test_opcheck() -> None:
     A, B = torch.randn(G, 4, 12).requires_grad_(), torch.randn(G, 10, 4).requires_grad_()
     C, g, bias = torch.randn(G, 12, 4).requires_grad_(), torch.rand(G, 10).requires_grad_(), torch.randn(G, 10)
     runs = Shares.of(segments, x, G)
-    check(shrink._shrink, (x, A, torch.float32, runs, None, 0.0))
+    check(shrink._shrink, (x, A, torch.float32, runs, None))
     check(expand._expand_add, (y, h, B, 0.7, runs))
     check(shrink_expand._shrink_expand, (x, A, C, torch.float32, runs))
     check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))

@@ -13,7 +13,7 @@ from models import rel_error
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lora_lite.kernels import common, ops, shrink, tuning
+from lora_lite.kernels import common, expand, ops, shrink, tuning
 
 SLOW, FAST = tuning.TABLE["nvidia", 2]["expand"][256]  # the first is taken untimed
 MILLISECONDS = {SLOW: 2.0, FAST: 1.0}
@@ -222,7 +222,7 @@ def taken(call: Callable[[], Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]
         found[kernel] = (x.dtype, dtype)
         return tuning.tuned(kernel, run, x, dtype, *shape)
 
-    with mock.patch.object(shrink, "tuned", note):
+    with mock.patch.object(shrink, "tuned", note), mock.patch.object(expand, "tuned", note):
         call()
     return found
 
