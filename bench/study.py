@@ -1,10 +1,10 @@
 """Every method with several seeds, at learning rates that a sweep on other problems chose: `just study`.
 
 The budget is `gsm_symbolic`'s of bench/finetune.py. The sweep: for each method, runs with a seed of its own at 1, 3,
-10, 30, … millionths, from the method's default in METHODS towards the lowest held-out loss, until the rates on both sides
-of the best are known to be worse. Its problems have none of the template and numbers of the table's held-out ones. The
-table: each method at the best rate with each seed, which sets the problems, their order and the adapter's start; and
-PEFT's LoRA from the very numbers that ours starts from.
+10, 30, … millionths, from the method's default in METHODS towards the lowest held-out loss, until the rates on both
+sides of the best are known to be worse. Its problems have none of the template and numbers of the table's held-out
+ones. The table: each method at the best rate with each seed, which sets the problems, their order and the adapter's
+start; and PEFT's LoRA from the very numbers that ours starts from.
 
 One run is one file in bench/results/study. A run whose file is there with the same settings is not done again: what was
 stopped goes on when it is started anew.

@@ -1,5 +1,6 @@
 """The problems: where they come from, how they are asked, and how an answer is scored."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def collate_prompts(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]
     }
 
 
+@functools.cache
 def _generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
     import reasoning_gym
 
