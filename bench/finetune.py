@@ -77,7 +77,7 @@ METHODS = {
     "dora": Method(1e-3),
     # With λ = 15, its default, the update is as strong as the weight: the first step would undo the model.
     "delora": Method(3e-3, 1e-3, {"lambda0": 1.0}, {"lambda0": 0.1}),
-    "eva": Method(3e-4),
+    "eva": Method(1e-4),
     "ia3": Method(1e-2, 5e-3),
     "ia3_ff": Method(1e-2, 5e-3),
     "hra": Method(3e-4),
