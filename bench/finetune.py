@@ -80,7 +80,7 @@ METHODS = {
     "eva": Method(1e-4),
     "ia3": Method(1e-2, 5e-3),
     "ia3_ff": Method(1e-2, 5e-3),
-    "hra": Method(3e-4),
+    "hra": Method(3e-5),
     # 256, its default, exceeds the 192 outputs of SmolLM2's keys and values.
     "antipasto": Method(3e-3, 5e-3, {"r": 128}, {"r": 256}),
 }
