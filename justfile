@@ -15,11 +15,9 @@ demo *args:
 finetune *args:
     {{python}} bench/finetune.py {{args}}
 
-# Fine-tune with each variant in turn, with the default budget: the variant table's figures.
-finetune-all *args:
-    for variant in lora pissa dora delora eva ia3 ia3_ff hra antipasto road; do \
-        {{python}} bench/finetune.py --variant $variant {{args}} || exit 1; \
-    done
+# Every method with three seeds, at rates that a sweep chose: the variant table's figures. Hours; started anew, it goes on.
+study *args:
+    {{python}} bench/study.py {{args}}
 
 # Rewrite the tables of README.md and docs/ from bench/results/.
 readme-tables *args:

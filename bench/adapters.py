@@ -9,7 +9,6 @@ while that model alone is in it.
 """
 
 import copy
-import ctypes
 import functools
 import gc
 import itertools
@@ -18,7 +17,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,10 +105,7 @@ def step(model: nn.Module, x: torch.Tensor) -> float:
 
 
 def peak(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes resident at most during a step; what earlier work freed is given back to the system first."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Bytes resident at most during a step."""
     machine.reset_peak_memory()
     step(model, x)
     model.zero_grad()

@@ -1,5 +1,7 @@
 """Where and with what a result was measured: goes into every file under bench/results/."""
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -41,19 +43,32 @@ def describe() -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any], compact: bool = False) -> None:
-    """One JSON file, with the machine's description; `compact` puts each innermost object on a line."""
+    """One JSON file, with the machine's description; `compact` puts each innermost object on a line.
+
+    It is there whole or not at all.
+    """
     text = json.dumps({**result, **describe()}, indent=1, ensure_ascii=False)
     if compact:
         text = re.sub(r"\{\n\s+([^{}]*?)\n\s+\}", lambda found: "{" + re.sub(r"\n\s+", " ", found[1]) + "}", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def reset_peak_memory() -> None:
+    """The peak starts anew, from what is in use now; what earlier work freed is given back to the system first."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew, from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
 
 
 def peak_memory() -> int:

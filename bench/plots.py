@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from tables import NAMES, RESULTS, ROOT, WITHOUT_RANK, read
+from tables import NAMES, RESULTS, ROOT, WITHOUT_RANK, read, study_runs
 
 IMAGES = ROOT / "docs" / "img"
 COLOURS = {"lora_lite": "#1b6ca8", "addmm": "#7fb3d5", "eager": "#b0b0b0", "peft": "#e08e45"}
@@ -84,10 +84,27 @@ def overhead() -> Any:
     return fig
 
 
+def convergence() -> Any:
+    """Training loss of LoRA and of PEFT's LoRA from the same start on the same batches, each seed."""
+    fig, ax = plt.subplots(figsize=(8, 3.4))
+    for method, colour, style, width in (("lora", "lora_lite", "-", 2.5), ("peft_lora", "peft", "--", 1.2)):
+        for i, run in enumerate(study_runs(method)):
+            losses = run["training"]["losses"]
+            smooth = [np.mean(losses[max(0, step - 4) : step + 1]) for step in range(len(losses))]
+            label = {"lora": "lora-lite", "peft_lora": "PEFT"}[method] if i == 0 else None
+            ax.semilogy(range(1, len(smooth) + 1), smooth, style, color=COLOURS[colour], lw=width, label=label)
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss, nats a token, mean of 5 steps")
+    ax.set_title("LoRA on SmolLM2-135M from one start on the same batches, a line a seed")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "lora-lite"  # the same file from the same figures
-    for draw in (traffic, roofline, overhead):
+    for draw in (traffic, roofline, overhead, convergence):
         fig = draw()
         fig.tight_layout()
         fig.savefig(IMAGES / f"{draw.__name__}.svg", metadata={"Date": None})

@@ -6,7 +6,9 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a func
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,82 @@ NAMES = {
     "road": "RoAd",
 }
 WITHOUT_RANK = ("ia3", "ia3_ff", "road")
+SEEDS = 3  # of the variant table, as many as bench/study.py's
 
 
 def finetune() -> str:
-    """The variant table, from `just finetune-all`."""
-    runs = [read(RESULTS / "finetune" / f"{variant}-smollm2-135m-gsm_symbolic.json") for variant in NAMES]
-    first, base = runs[0]["settings"], runs[0]["before"]
+    """The variant table, from `just study`."""
+    runs = {name: found for name in (*NAMES, "peft_lora") if (found := study_runs(name))}
+    bases = study_runs("base")
+    if not runs:
+        return "Not measured yet: `just study`."
+    first = next(iter(runs.values()))[0]
+    s = first["settings"]
     lines = [
-        f"SmolLM2-135M (bfloat16) on grade-school arithmetic with fresh numbers: {first['steps']} steps of "
-        f"{first['batch_size']} problems, {first['eval_problems']} held-out problems; the base scores a loss of "
-        f"{base['loss']:.3f} and {percent(base['accuracy'])} of them right. {machine_of(runs[0])}",
+        f"SmolLM2-135M ({s['dtype']}) on grade-school arithmetic with fresh numbers: {s['steps']} steps of "
+        f"{s['batch_size']} problems, {s['eval_problems']} held-out problems, {SEEDS} seeds: mean ± sample standard "
+        f"deviation. Time is CPU time on one thread. {machine_of(first, 'just study')}",
         "",
-        "| method | trainable | r | learning rate | held-out loss | right | s/step | peak memory |",
+        "| method | trainable | r | learning rate | held-out loss | right | CPU s/step | peak memory |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for run in runs:
-        no_rank = run["variant"] in WITHOUT_RANK
+    scores = f"{spread(bases, after('loss'), 3)} | {spread(bases, after('accuracy', 100), 1)} %"
+    lines.append(f"| none{seeds(bases)} | – | – | – | {scores} | – | – |")
+    for name, found in runs.items():
+        run = found[0]
+        label = "PEFT's LoRA" if name == "peft_lora" else NAMES[name]
+        rank = "–" if name in WITHOUT_RANK else run["settings"]["r"]
         lines.append(
-            f"| {NAMES[run['variant']]} | {run['trainable_parameters']:,} | {'–' if no_rank else run['adapter']['r']} "
-            f"| {run['settings']['lr']:g} | {run['after']['loss']:.3f} | {percent(run['after']['accuracy'])} "
-            f"| {run['seconds_per_step']:.2f} | {run['peak_memory_bytes'] / 2**30:.2f} GiB |"
+            f"| {label}{seeds(found)} | {run['trainable_parameters']:,} | {rank} | {run['settings']['lr']:g} "
+            f"| {spread(found, after('loss'), 3)} | {spread(found, after('accuracy', 100), 1)} % "
+            f"| {spread(found, training('cpu_seconds_per_step'), 2)} "
+            f"| {spread(found, training('peak_memory_bytes', 2**-30), 2)} GiB |"
         )
+    missing = [label for name, label in NAMES.items() if name not in runs]
+    return "\n".join([*lines, *(["", f"Not measured yet: {', '.join(missing)}."] if missing else [])])
+
+
+def study_runs(method: str) -> list[dict[str, Any]]:
+    """A method's runs in the table of `just study`, by seed."""
+    return [read(path) for path in sorted((RESULTS / "study" / "table").glob(f"{method}-*.json"))]
+
+
+def seeds(runs: Sequence[dict[str, Any]]) -> str:
+    """Said of a row that lacks some."""
+    return "" if len(runs) == SEEDS else f" ({len(runs)} of {SEEDS} seeds)"
+
+
+def after(name: str, factor: float = 1) -> Callable[[dict[str, Any]], float]:
+    return lambda run: factor * run["after"][name]
+
+
+def training(name: str, factor: float = 1) -> Callable[[dict[str, Any]], float]:
+    return lambda run: factor * run["training"][name]
+
+
+def spread(runs: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int) -> str:
+    """Mean ± sample standard deviation; the value alone where there is one."""
+    values = [value(run) for run in runs]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def sweep() -> str:
+    """The learning rates' held-out losses, from `just study`."""
+    found: dict[str, dict[float, float]] = {name: {} for name in NAMES}
+    for path in (RESULTS / "study" / "sweep").glob("*.json"):
+        run = read(path)
+        found[run["method"]][run["settings"]["lr"]] = run["after"]["loss"]
+    rates = sorted({rate for losses in found.values() for rate in losses})
+    lines = [
+        f"| method | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        f"|---|{'--:|' * len(rates)}",
+    ]
+    for name, losses in found.items():
+        if losses:
+            best = min(losses.values())
+            cells = {rate: f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for rate, loss in losses.items()}
+            lines.append(f"| {NAMES[name]} | {' | '.join(cells.get(rate, '') for rate in rates)} |")
     return "\n".join(lines)
 
 
@@ -227,14 +284,15 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def machine_of(result: dict[str, Any]) -> str:
+def machine_of(result: dict[str, Any], command: str | None = None) -> str:
     m, v = result["machine"], result["versions"]
     cpu = f"{m['cpu']} ({m['instructions']})" if "instructions" in m else m["cpu"]
-    return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{result['command']}`."
+    return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{command or result['command']}`."
 
 
 TABLES = {
     "finetune": finetune,
+    "sweep": sweep,
     "adapters": adapters,
     "pretrained": pretrained,
     "traffic": traffic,

@@ -1,7 +1,8 @@
 """The problems: where they come from, how they are asked, and how an answer is scored."""
 
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from random import Random
@@ -44,15 +45,22 @@ class Task:
     """Given to an answer in `test`."""
 
 
-def gsm_symbolic(train: int, test: int, seed: int) -> Task:
-    """Grade-school problems with fresh numbers. None in training has a test problem's template and numbers."""
+def gsm_symbolic(train: int, test: int, seed: int, excluded: Set[Any] = frozenset()) -> Task:
+    """Grade-school problems with fresh numbers. None in training has a test problem's template and numbers, and none at
+    all has any of those `excluded`.
+    """
     generators = _generators()
-    held_out = _draw(generators, test, f"test {seed}", set())
+    held_out = _draw(generators, test, f"test {seed}", excluded)
     seen = {_numbers(template, problem) for template, problem in held_out}
-    training = _draw(generators, train, f"train {seed}", seen)
+    training = _draw(generators, train, f"train {seed}", seen | excluded)
     problems = [problem for _, problem in held_out]
     # The longest worked solution of these templates takes 60 tokens of SmolLM2's.
     return Task("Question: {question}\nAnswer:", [p for _, p in training], problems, problems, 256, 64)
+
+
+def asked(test: int, seed: int) -> set[Any]:
+    """Templates and numbers of the test problems of `gsm_symbolic` with this seed."""
+    return {_numbers(template, problem) for template, problem in _draw(_generators(), test, f"test {seed}", set())}
 
 
 def metamath(train: int, test: int, seed: int) -> Task:
@@ -123,13 +131,14 @@ def collate_prompts(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]
     }
 
 
+@functools.cache
 def _generators() -> dict[int, Callable[[Random, float], dict[str, Any]]]:
     import reasoning_gym
 
     return reasoning_gym.create_dataset("gsm_symbolic", size=1, seed=0).generators  # type: ignore[attr-defined]
 
 
-def _draw(generators: Any, count: int, seed: str, excluded: set[Any]) -> list[tuple[int, Problem]]:
+def _draw(generators: Any, count: int, seed: str, excluded: Set[Any]) -> list[tuple[int, Problem]]:
     """`count` problems with their templates, in turn over the templates, shuffled by rounds."""
     rng = Random(seed)
     drawn: list[tuple[int, Problem]] = []
