@@ -88,7 +88,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             256: (Config(32, 64, 8, 1),),
         },
         # The mask takes registers too.
-        "shrink_dropout": {128: (Config(32, 128, 8, 3),), 256: (Config(64, 64, 8, 2),)},
+        "shrink_dropout": {32: (Config(32, 128, 8, 2),), 128: (Config(32, 128, 8, 3),), 256: (Config(64, 64, 8, 2),)},
         "shrink_backward_dropout": {
             64: (Config(64, 64, 8),),
             128: (Config(32, 64, 8, 1),),
@@ -188,6 +188,11 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {32: (Config(32, 64, 8, 1),), 256: (Config(64, 64, 8, 1),)},
+        "shrink_backward_together": {
+            64: (Config(32, 64, 8, 1),),
+            128: (Config(64, 64, 8, 1),),
+            256: (Config(32, 64, 4, 1),),
+        },
         "shrink_together_dropout": {64: (Config(32, 64, 8),)},
         "shrink_backward_together_dropout": {32: (Config(32, 32, 8, 1),), 64: (Config(32, 32, 4, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
