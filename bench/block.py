@@ -81,10 +81,10 @@ def ours(together: bool, method: type[ll.AdapterConfig] = ll.LoRAConfig) -> nn.M
 def step(model: nn.Module, M: int) -> Callable[[], None]:
     """Forward and backward of M tokens."""
     device = next(model.parameters()).device
-    inputs = [
-        [torch.randn(M, K, dtype=torch.bfloat16, device=device).requires_grad_() for K in Ks]
-        for Ks in ((4096, 4096), (4096, 14336))
-    ]
+    inputs = []
+    for widths in WIDTHS.values():
+        first, *_, last = (K for K, _ in widths.values())
+        inputs.append([torch.randn(M, K, dtype=torch.bfloat16, device=device).requires_grad_() for K in (first, last)])
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> None:
@@ -146,7 +146,11 @@ def counted(M: int) -> dict[str, Any]:
     for name, together in (("lora_lite", True), ("one by one", False)):
         run = step(ours(together), M)
         silent = np.errstate(all="ignore")  # what is in memory may be anything
-        with silent, kernels_counted(large=M * 1024 // 2) as traffic, OperatorsCounted(nothing) as mode:
+        with (
+            silent,
+            kernels_counted(large=M * min(N for _, N in LAYERS.values()) // 2) as traffic,
+            OperatorsCounted(nothing) as mode,
+        ):
             run()
         found[name] = traffic.total + mode.traffic.total
     rivals = {"addmm": _in_place(M), "eager": step(_of_formula(), M), "peft": step(_of_peft(), M)}

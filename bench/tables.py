@@ -29,6 +29,10 @@ NAMES = {
 WITHOUT_RANK = ("ia3", "ia3_ff", "road")
 SEEDS = 3  # of the variant table, as many as bench/study.py's
 
+CONTENDERS = {
+    "lora_lite": "lora-lite", "addmm": "in-place addmm_", "eager": "eager PyTorch", "peft": "PEFT's layers",
+}  # fmt: skip
+
 
 def finetune() -> str:
     """The variant table, from `just study`."""
@@ -192,6 +196,14 @@ def traffic() -> str:
             f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("lora_lite", "addmm", "eager", "peft")
         ]
         lines.append(f"| {NAMES[row['variant']]} | {rank} | {row['bound'] / 1e6:.0f} MB | {' | '.join(ratios)} |")
+    moved, block = result["block"]["bytes"], result["block"]
+    parts = [f"{label} {moved[name] / moved['one by one']:.2f}" for name, label in CONTENDERS.items()]
+    lines += [
+        "",
+        f"A block of Llama-3-8B, LoRA (r={block['R']}) on all seven linears, M = {block['M']:,}: where q, k, v share "
+        "the read of their x, and gate and up, the step moves so many times the bytes of the seven layers one by one "
+        f"({moved['one by one'] / 1e9:.2f} GB, autograd's own additions included): {', '.join(parts)}.",
+    ]
     return "\n".join(lines)
 
 
@@ -220,6 +232,15 @@ def host() -> str:
             f"{row['peft_launches'] or '–'}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    blocks = [
+        f"{NAMES[name]} {sum(of['together'].values())} instead of {sum(of['one by one'].values())}"
+        for name, of in result["block_launches"].items()
+    ]
+    lines += [
+        "",
+        "Launches of ours and PyTorch's for all seven linears of a block of Llama-3-8B, whose q, k, v share work and "
+        f"gate and up; instead of one by one: {', '.join(blocks)}.",
+    ]
     return "\n".join(lines)
 
 

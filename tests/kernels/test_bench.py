@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import block
 import kernel_bench
 import kernel_times
 import operations
@@ -94,6 +95,27 @@ def test_counted_bytes(variant: str) -> None:
     assert sum(kernel["flops"] for kernel in row["kernels"].values()) == row["flops"]
     assert sum(kernel["bytes"] for kernel in row["kernels"].values()) <= row["lora_lite"]
     assert set(row["modelled_us"]) == set(kernel_bench.GPUS)
+
+
+def test_counted_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a block of small layers: what they share, they move once; the in-place form moves nothing for additions."""
+    widths = {
+        "self_attn": dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (128, 128)),
+        "mlp": {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)},
+    }
+    monkeypatch.setattr(block, "WIDTHS", widths)
+    monkeypatch.setattr(block, "R", 2)
+    monkeypatch.setattr(block, "LAYERS", {name: KN for of in widths.values() for name, KN in of.items()})
+    M = 2048
+    found = block.counted(M)
+    moved = {name: total / (2 * M) for name, total in found["bytes"].items()}
+    K, N = sum(k for k, _ in block.LAYERS.values()), sum(n for _, n in block.LAYERS.values())
+    shared = 4 * (128 + 256) + (6 + 5) * 128 + 3 * N
+    alone = 4 * K + 3 * N + 3 * 3 * 128
+    assert shared <= moved["lora_lite"] <= 1.25 * shared
+    assert alone <= moved["one by one"] <= 1.25 * alone
+    assert 4 * (K + N) <= moved["addmm"] <= 1.25 * 4 * (K + N)
+    assert moved["lora_lite"] == min(moved.values())
 
 
 def test_operators_are_counted() -> None:
