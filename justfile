@@ -70,6 +70,7 @@ kernels-report *args:
 
 # On a GPU, times of kernels and layers beside rivals; without one, the bytes they move, counted.
 bench-kernels *args: device-model
+    {{python}} bench/block.py
     {{python}} bench/kernel_bench.py {{args}}
 
 # The device time of each adapter's step on four GPUs, modelled from real grids and compiled kernels.

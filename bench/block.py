@@ -1,17 +1,25 @@
-"""A block of Llama-3-8B with LoRA on all seven linears: bytes that its adapters' step moves, and its launches.
+"""A block of Llama-3-8B with LoRA on all seven linears: bytes that its adapters' step moves, counted in Triton's
+interpreter, and its launches. A part of `just bench-kernels` and of `just bench-host`.
 
 The base layers' products are left out: they give memory of the right shape. What autograd adds by itself, where layers
 read the same x, counts for every contender whose layers are adapted one by one.
 """
 
 import itertools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+
+import machine
 import numpy as np
 import peft
 import torch
+import tyro
 from launch_path import torch_launches
 from rivals import peft_config
 from torch import Tensor, nn
@@ -175,3 +183,17 @@ def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig]
     counts.clear()
     run()
     return {"ours": sum(counts.values()), "torch": torch_launches(run)}
+
+
+def main(tokens: int = 4096, save: bool = True) -> int:
+    """Count; `save` writes bench/results/block.json. Not 0 where the target is missed."""
+    found = counted(tokens)
+    ratios = ", ".join(f"{name} {moved / found['bytes']['one by one']:.3f}" for name, moved in found["bytes"].items())
+    print(f"A block of Llama-3-8B, r={R}, all seven linears, {tokens} tokens, of the layers one by one: {ratios}")
+    if save:
+        machine.write(machine.RESULTS / "block.json", {"kind": "counted", **found})
+    return 0 if found["meets_target"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import block
 import kernel_times
 import machine
 import peft
@@ -288,8 +287,6 @@ class Settings:
     """K and N."""
     cases: tuple[str, ...] = ("lora:16", "lora:32", "lora:64", "dora:16", "hra:8", "hra:16", "ia3:1", "road:1")
     """variant:rank; lora stands for PiSSA, DeLoRA, EVA and AntiPaSTO too, at their number of columns."""
-    block_tokens: int = 8192
-    """Of a whole block of Llama-3-8B."""
     models: tuple[str, ...] = tuple(kernel_times.PROJECTIONS)
     """On a GPU, whose projections."""
     gpu_tokens: tuple[int, ...] = kernel_times.TOKENS
@@ -371,22 +368,16 @@ def main(s: Settings) -> int:
     cases = [(name, int(rank)) for name, rank in (case.split(":") for case in s.cases)]
     shapes = [(name, Shape(s.tokens, s.width, s.width, rank)) for name, rank in cases]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        of_block = pool.submit(block.counted, s.block_tokens)
         rows = list(pool.map(counted, *zip(*shapes, strict=True)))
     show(rows)
-    whole = of_block.result()
-    alone = whole["bytes"]["one by one"]
-    ratios = ", ".join(f"{name} {moved / alone:.2f}" for name, moved in whole["bytes"].items())
-    print(f"A block of Llama-3-8B, r={whole['R']}, all seven linears, of the layers one by one: {ratios}")
     mixture = counted_mixture(Mixture())
     ratios = ", ".join(f"{name} {mixture[name] / mixture['bound']:.2f}" for name in ("lora_lite", "eager", "peft"))
     print(f"A mixture's layer ({mixture['experts']} experts): bound {mixture['bound'] / 1e6:.0f} MB; {ratios}")
     show_compiled()
     if s.save:
         sources = {gpu: {"TB/s": b, "TFLOP/s": f, "source": source} for gpu, (b, f, source) in GPUS.items()}
-        result = {"kind": "counted", "gpus": sources, "rows": rows, "block": whole, "mixture": mixture}
-        machine.write(RESULTS, result, compact=True)
-    return 0 if all(row["meets_target"] for row in [*rows, whole]) else 1
+        machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows, "mixture": mixture}, compact=True)
+    return 0 if all(row["meets_target"] for row in rows) else 1
 
 
 if __name__ == "__main__":

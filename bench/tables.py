@@ -196,7 +196,8 @@ def traffic() -> str:
             f"{row[name] / row['bound']:.2f}" if row[name] else "–" for name in ("lora_lite", "addmm", "eager", "peft")
         ]
         lines.append(f"| {NAMES[row['variant']]} | {rank} | {row['bound'] / 1e6:.0f} MB | {' | '.join(ratios)} |")
-    moved, block = result["block"]["bytes"], result["block"]
+    block = read(RESULTS / "block.json")
+    moved = block["bytes"]
     parts = [f"{label} {moved[name] / moved['one by one']:.2f}" for name, label in CONTENDERS.items()]
     lines += [
         "",
