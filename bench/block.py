@@ -185,7 +185,7 @@ def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig]
     return {"ours": sum(counts.values()), "torch": torch_launches(run)}
 
 
-def main(tokens: int = 4096, save: bool = True) -> int:
+def main(tokens: int = 8192, save: bool = True) -> int:
     """Count; `save` writes bench/results/block.json. Not 0 where the target is missed."""
     found = counted(tokens)
     ratios = ", ".join(f"{name} {moved / found['bytes']['one by one']:.3f}" for name, moved in found["bytes"].items())
