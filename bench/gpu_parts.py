@@ -229,9 +229,15 @@ def model_steps(b: Bench) -> Cases:
 
 def _model_step(b: Bench, name: str, rows: int, length: int) -> Rows:
     """Forward, backward and AdamW; the base alone, whose weights are frozen, has gradients of its input only."""
+    _free()
+    row = _timed_step(b, name, rows, length)  # whose tensors end with it
+    _free()
+    return [row]
+
+
+def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
     import machine
 
-    _free()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     model, trainable = _language_model(b, name)
     x = torch.randn(rows, length, model.config.hidden_size, device=b.device, dtype=torch.bfloat16, requires_grad=True)
@@ -252,14 +258,11 @@ def _model_step(b: Bench, name: str, rows: int, length: int) -> Rows:
     step()
     peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
     median, low, high = b.step_timer(step)
-    row = {
+    return {
         "contender": name, "tokens": rows * length, "layers": b.model_layers, "r": 16,
         "trainable": sum(p.numel() for p in trainable), "step_ms": median, "step_ms_20": low, "step_ms_80": high,
         "device_ms": b.device_timer(step), "peak_bytes": peak, "first_step_s": first,
     }  # fmt: skip
-    del model, trainable, x, labels, optimizer, call, step
-    _free()
-    return [row]
 
 
 def _language_model(b: Bench, name: str) -> tuple[Any, list[Any]]:

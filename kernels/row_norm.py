@@ -109,7 +109,7 @@ def full_precision(t: Tensor) -> str:
 @replayed
 def launch_row_norm(
     W: Float[Tensor, "*G N K"],
-    factor: Float[Tensor, "N"] | None,
+    factor: Float[Tensor, " N"] | None,
     A: Float[Tensor, "*G R K"],
     B: Float[Tensor, "*G N R"],
     BG: Float[Tensor, "*G N R"],
@@ -145,8 +145,8 @@ def launch_row_norm_4bit(
     B: Float[Tensor, "N R"],
     BG: Float[Tensor, "N R"],
     scale: float,
-    w_sq: Float[Tensor, "N"],
-) -> Float[Tensor, "N"]:
+    w_sq: Float[Tensor, " N"],
+) -> Float[Tensor, " N"]:
     """Of a packed W (N·K/2 bytes, K even). `nested` is the code, the absmax and the offset of a quantised absmax,
     `blocks` how many weights, and how many absmaxes, share one; `dtype` is what the weights are rounded to."""
     N, (R, K) = len(w_sq), A.shape

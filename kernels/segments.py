@@ -73,8 +73,8 @@ class Runs(NamedTuple):
 
     blocks: Int[Tensor, "shares 3"]
     parts: Int[Tensor, "P 3"]
-    order: Int[Tensor, "P"]
-    starts: Int[Tensor, "G+1"]
+    order: Int[Tensor, " P"]
+    starts: Int[Tensor, " G+1"]
 
     @classmethod
     def of(cls, segments: Segments | None, x: Tensor, G: int) -> list[Tensor]:

@@ -235,7 +235,7 @@ def launch_shrink(
     A: Float[Tensor, "*G R K"],
     dtype: torch.dtype,
     runs: Runs | None = None,
-    seeds: Int[Tensor, "L"] | None = None,
+    seeds: Int[Tensor, " L"] | None = None,
     ends: Sequence[int] = (),
 ) -> Float[Tensor, "M R"]:
     """x Aᵀ, multiplied and returned in `dtype`; with seeds, of x after dropout. A may have the ranks of L layers, which
@@ -280,7 +280,7 @@ def launch_shrink_backward(
     needs_dA: bool,
     h: Float[Tensor, "M R"] | None = None,
     runs: Runs | None = None,
-    seeds: Int[Tensor, "L"] | None = None,
+    seeds: Int[Tensor, " L"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h, where dh are the dhs of all layers side by

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
 
@@ -100,12 +100,7 @@ def attach(
     cfg = _with_divided_ranks(model, cfg)
     targets, adapters, reasons = _built(model, variant, cfg, backend)
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
-        statistics = {}
-        for t in targets:
-            with naming(t):
-                statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
-        with joined(stacks_among(targets)):
-            gathered = gather(model, statistics, calibration_data)
+        gathered = _gathered(model, targets, adapters, calibration_data)
         planned: AdapterConfig = variant.plan(gathered, cfg)
         if planned is not cfg:
             cfg = planned
@@ -117,6 +112,18 @@ def attach(
     derive(targets, adapters)
     whole = whole_modules(model, matched(model, cfg.modules_to_save))
     return install(model, name, cfg, backend, targets, adapters, reasons, whole)
+
+
+def _gathered(
+    model: nn.Module, targets: Sequence[Target], adapters: Mapping[str, Adapter], data: CalibrationData | None
+) -> dict[str, Any]:
+    """The statistic of each target's input."""
+    statistics = {}
+    for t in targets:
+        with naming(t):
+            statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
+    with joined(stacks_among(targets)):
+        return gather(model, statistics, data)
 
 
 def _attach_all(

@@ -1,5 +1,6 @@
 """What data-driven variants learn from a layer's inputs before training, in memory that the batches can't grow."""
 
+import functools
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,7 @@ class InputPCA(Statistic):
         self.key = ("input_pca", rank, center)
         self.needs = rank + center  # centring takes one degree of freedom
         self.scaled_rows: Float[Tensor, "kept K"] | None = None  # diag(S) Vᵀ so far
-        self.mean: Float[Tensor, "K"] | None = None
+        self.mean: Float[Tensor, " K"] | None = None
         self.total = 0.0  # Σ of all squared singular values
 
     def update(self, rows: Float[Tensor, "M K"]) -> None:
@@ -78,7 +79,7 @@ class InputPCA(Statistic):
         assert self.scaled_rows is not None
         return nn.functional.normalize(self.scaled_rows[: self.rank if count is None else count], dim=1)
 
-    def explained(self) -> Float[Tensor, "R"]:
+    def explained(self) -> Float[Tensor, " R"]:
         """Of each direction the share of the total variance."""
         assert self.scaled_rows is not None
         return self.scaled_rows[: self.rank].square().sum(1) / max(self.total, 1e-30)
@@ -87,9 +88,9 @@ class InputPCA(Statistic):
 class MeanAbsProjection(Statistic):
     """Mean |x · vᵢ| over all rows, for each right singular vector vᵢ of a (partial) SVD, which it keeps."""
 
-    def __init__(self, svd: tuple[Float[Tensor, "N C"], Float[Tensor, "C"], Float[Tensor, "C K"]], needs: int) -> None:
+    def __init__(self, svd: tuple[Float[Tensor, "N C"], Float[Tensor, " C"], Float[Tensor, "C K"]], needs: int) -> None:
         self.svd, self.needs = svd, needs
-        self.total: Float[Tensor, "C"] = torch.zeros_like(svd[1])
+        self.total: Float[Tensor, " C"] = torch.zeros_like(svd[1])
 
     def update(self, rows: Float[Tensor, "M K"]) -> None:
         Vh = self.svd[2]
@@ -97,7 +98,7 @@ class MeanAbsProjection(Statistic):
             self.total += (chunk.to(Vh.dtype) @ Vh.t()).abs().sum(0)
         self.seen += rows.shape[0]
 
-    def mean(self) -> Float[Tensor, "C"]:
+    def mean(self) -> Float[Tensor, " C"]:
         return self.total / self.seen
 
 
@@ -107,7 +108,7 @@ class OfExperts(Statistic):
     def __init__(self, of: list[Any]) -> None:
         self.of, self.needs = of, max(each.needs for each in of)
 
-    def update_runs(self, rows: Float[Tensor, "M K"], kept: Bool[Tensor, "M"] | None, segments: Segments) -> None:
+    def update_runs(self, rows: Float[Tensor, "M K"], kept: Bool[Tensor, " M"] | None, segments: Segments) -> None:
         """Take in one batch of rows in runs, but for those that are not `kept`."""
         start = 0
         for each, end in zip(self.of, segments.ends.tolist(), strict=True):
@@ -149,50 +150,25 @@ def gather(
     if data is None:
         raise CalibrationError(f"calibration_data is missing: {remedy}")
 
-    leader = {name: name for name in wanted}
-    sharing_settled = False
-    previous: tuple[str, Tensor] | None = None  # the last layer that ran and its input: kept alive, so `is` is safe
-    mask: Bool[Tensor, "*M"] | None = None
-
-    def watch(name: str, statistic: Statistic) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal previous
-            x = input_of(name, args, kwargs)
-            if isinstance(statistic, OfExperts):
-                of_tokens = mask.flatten() if mask is not None else None
-                kept = None if of_tokens is None else of_tokens[kwargs["tokens"].of_rows]
-                return statistic.update_runs(x.detach(), kept, kwargs["segments"])
-            if not sharing_settled and previous is not None and previous[1] is x and statistic.key is not None:
-                other = leader[previous[0]]
-                if wanted[other][1].key == statistic.key:
-                    leader[name] = other
-            previous = (name, x)
-            if leader[name] == name:
-                rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
-                if len(rows):
-                    statistic.update(rows.detach())
-
-        return hook
-
+    watch = _Watch(wanted)
     handles = [
-        layer.register_forward_pre_hook(watch(name, statistic), with_kwargs=True)
-        for name, (layer, statistic) in wanted.items()
+        layer.register_forward_pre_hook(functools.partial(watch.seen, name), with_kwargs=True)
+        for name, (layer, _) in wanted.items()
     ]
     try:
         with _evaluation_mode(model):
             for batch in data:
-                if isinstance(batch, Mapping):
-                    attention_mask = batch.get("attention_mask")
-                    mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
+                attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                watch.mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
                 run_batch(model, batch)
-                sharing_settled, previous = True, None
+                watch.settled, watch.previous = True, None
     finally:
         for handle in handles:
             handle.remove()
 
-    if not sharing_settled:
+    if not watch.settled:
         raise CalibrationError(f"calibration_data gave no batch (an iterator that has run out?): {remedy}")
-    gathered = {name: wanted[leader[name]][1] for name in wanted}
+    gathered = {name: wanted[watch.leader[name]][1] for name in wanted}
     for name, statistic in gathered.items():
         gave = statistic.lacking()
         if gave:
@@ -201,6 +177,34 @@ def gather(
                 "more or longer batches, or lower r"
             )
     return gathered
+
+
+class _Watch:
+    """Feeds what layers read to their statistics. Those that read one tensor have one leader among them, decided on the
+    first batch."""
+
+    def __init__(self, wanted: dict[str, tuple[nn.Module, Statistic]]) -> None:
+        self.wanted = wanted
+        self.leader = {name: name for name in wanted}
+        self.settled = False
+        self.previous: tuple[str, Tensor] | None = None  # the last that ran and its input: kept alive, so `is` is safe
+        self.mask: Bool[Tensor, "*M"] | None = None  # of the batch's tokens, those that are not padding
+
+    def seen(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the layer of that name."""
+        x, statistic, mask = input_of(name, args, kwargs), self.wanted[name][1], self.mask
+        if isinstance(statistic, OfExperts):
+            kept = None if mask is None else mask.flatten()[kwargs["tokens"].of_rows]
+            return statistic.update_runs(x.detach(), kept, kwargs["segments"])
+        if not self.settled and self.previous is not None and self.previous[1] is x and statistic.key is not None:
+            other = self.leader[self.previous[0]]
+            if self.wanted[other][1].key == statistic.key:
+                self.leader[name] = other
+        self.previous = (name, x)
+        if self.leader[name] == name:
+            rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+            if len(rows):
+                statistic.update(rows.detach())
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:

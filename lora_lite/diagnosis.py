@@ -142,7 +142,7 @@ def _each(adapter: Adapter, layer: Any) -> Iterator[tuple[float, float, float]]:
             yield S.norm().item(), size, _effective_rank(S)
 
 
-def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, "S"]:
+def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, " S"]:
     """Of ΔW, in float32."""
     if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
@@ -153,7 +153,7 @@ def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, "S"]:
     return torch.linalg.svdvals((around(primitive, layer, eye) - constant).t() - W)
 
 
-def _effective_rank(S: Float[Tensor, "S"]) -> float:
+def _effective_rank(S: Float[Tensor, " S"]) -> float:
     if not S.sum() > 0:
         return 0.0
     shares = S / S.sum()

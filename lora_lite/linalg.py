@@ -16,7 +16,7 @@ SVD = Literal["randomized", "exact"]
 @torch.no_grad()
 def top_svd(
     W: Float[Tensor, "N K"], r: int, method: SVD = "randomized", tolerance: float = 1e-3
-) -> tuple[Float[Tensor, "N R"], Float[Tensor, "R"], Float[Tensor, "R K"]]:
+) -> tuple[Float[Tensor, "N R"], Float[Tensor, " R"], Float[Tensor, "R K"]]:
     """U, S and Vᵀ of the r largest singular values, in W's dtype.
 
     "randomized" is the block Krylov method (Musco & Musco 2015, algorithm 2): it searches the span of

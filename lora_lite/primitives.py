@@ -104,7 +104,7 @@ class LowRankAdd(Shrinks):
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return ops.expand_add(y, carry, self.B, self.scale, self.segments)
 
-    def _looked_up(self, ids: Int[Tensor, "M"]) -> Float[Tensor, "M R"]:
+    def _looked_up(self, ids: Int[Tensor, " M"]) -> Float[Tensor, "M R"]:
         if self.segments is None:
             return embedding(ids, self.A.mT, self.padding_idx)
         own = self.segments.matrix_of_rows(len(ids)).clamp_min(0)  # where there is none, `on_output` adds nothing
@@ -142,7 +142,7 @@ class OfRows(Primitive):
     """Another primitive on some entries of the batch, or some rows of all; the others pass."""
 
     inner: Primitive
-    rows: Int[Tensor, "some"]
+    rows: Int[Tensor, " some"]
     batch_dim: int = 0
     packed: bool = False  # `rows` counts tokens, whatever the dimensions before the last
 

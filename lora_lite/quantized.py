@@ -21,7 +21,7 @@ class Int8Weight:
 
     kind: ClassVar[str] = "int8"
     values: Int8[Tensor, "N K"]
-    factor: Float[Tensor, "N"]
+    factor: Float[Tensor, " N"]
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "N K"]:
         """In `dtype`; float32 where that is None."""
@@ -117,7 +117,7 @@ def is_dense(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and t.is_floating_point() and t.dtype.itemsize > 1
 
 
-def bias_of(layer: Any) -> Float[Tensor, "N"] | None:
+def bias_of(layer: Any) -> Float[Tensor, " N"] | None:
     """A layer's bias with its values, also where accelerate offloads it; None: it has none."""
     return brought(layer, "bias")
 

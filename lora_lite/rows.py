@@ -15,7 +15,7 @@ from .segments import Segments, once
 class Tokens(NamedTuple):
     """Of rows that have been sent to experts: the token of each, and how many tokens there are."""
 
-    of_rows: Int[Tensor, "M"]
+    of_rows: Int[Tensor, " M"]
     total: int
 
 
@@ -65,7 +65,7 @@ class Rows:
         matrices = torch.where(which < 0, which, which * E + experts[:, None])
         return Segments(torch.searchsorted(places, wanted.flatten(), out_int32=True), matrices.flatten())
 
-    def entries(self, x: Tensor, name: str, layer: str) -> Int[Tensor, "some"]:
+    def entries(self, x: Tensor, name: str, layer: str) -> Int[Tensor, " some"]:
         """The entries that take an adapter, as indices into x's batch dimension or, of packed sequences, its rows."""
         lengths = self.lengths or (self._times(x, layer),) * len(self.names)
         if self.lengths is not None:

@@ -43,13 +43,13 @@ class Segments:
         whole: each row is known to take a matrix.
     """
 
-    ends: Int[Tensor, "S"]
-    which: Int[Tensor, "S"] | None = None
+    ends: Int[Tensor, " S"]
+    which: Int[Tensor, " S"] | None = None
     whole: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def equal(cls, which: Int[Tensor, "S"], rows: int) -> "Segments":
+    def equal(cls, which: Int[Tensor, " S"], rows: int) -> "Segments":
         """Runs of as many rows each."""
         S = len(which)
         return cls(torch.arange(rows, (S + 1) * rows, rows, device=which.device, dtype=torch.int32)[:S], which)
@@ -68,7 +68,7 @@ class Segments:
                 yield (matrix if matrix >= 0 else None), slice(start, end)
             start = max(start, end)
 
-    def matrix_of_rows(self, M: int) -> Int[Tensor, "M"]:
+    def matrix_of_rows(self, M: int) -> Int[Tensor, " M"]:
         """The matrix of each of M rows; -1: none."""
         S = len(self.ends)
         run = torch.searchsorted(self.ends, torch.arange(M, device=self.ends.device, dtype=torch.int32), right=True)

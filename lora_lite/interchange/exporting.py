@@ -117,7 +117,7 @@ class Sum(NamedTuple):
     A: Float[Tensor, "*E R K"]
     B: Float[Tensor, "*E N R"]
     scale: float
-    m: Float[Tensor, "N"] | None = None
+    m: Float[Tensor, " N"] | None = None
 
     @property
     def rank(self) -> int:
