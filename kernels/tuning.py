@@ -105,7 +105,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
         # Of layers that read the same x: up to three dx_bases in flight.
         "shrink_together_dropout": {16: (Config(32, 64, 8, 1),), 64: (Config(32, 64, 8, 2),)},
-        "shrink_backward_together_dropout": {64: (Config(32, 32, 8, 1),)},
+        "shrink_backward_together_dropout": {64: (Config(32, 32, 4, 1),)},
         "shrink_backward_together": {
             128: (Config(32, 64, 8),),
             256: (Config(32, 64, 8, 1),),
@@ -189,11 +189,11 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward": {256: (Config(64, 64, 8, 1),)},
         "expand_backward_rescale": {32: (Config(32, 64, 8, 1),), 256: (Config(64, 64, 8, 1),)},
         "shrink_backward_together": {
-            64: (Config(32, 32, 8, 1),),
+            64: (Config(32, 128, 8, 1),),
             128: (Config(64, 64, 8, 1),),
             256: (Config(32, 64, 4, 1),),
         },
-        "shrink_together_dropout": {64: (Config(32, 64, 8),)},
+        "shrink_together_dropout": {64: (Config(32, 64, 4),)},
         "shrink_backward_together_dropout": {32: (Config(32, 32, 8, 1),), 64: (Config(32, 32, 4, 1),)},
         "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
         "shrink_expand_backward": {
@@ -300,7 +300,8 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     less *= 2 if backward and vendor == "amd" else 1
     # With eight warps NVIDIA's compiler spills some registers here, rather than take more than half of what there are.
     most = 128 if kernel.endswith("_together") else 64 if kernel.startswith(("shrink_expand", "expand_backward")) else 0
-    most = {"shrink_backward_together_dropout": 16, "shrink_backward_grouped": 256}.get(kernel, most)
+    of_warps = {"shrink_together_dropout": 64, "shrink_backward_grouped": 256}
+    most = of_warps.get(kernel, most)
     warps = 4 if vendor == "nvidia" and first.num_warps == 8 and rank <= most else first.num_warps
     return (replace(first, cols=max(first.cols // less, 16), num_warps=warps, num_stages=1),)
 

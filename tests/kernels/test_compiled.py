@@ -109,7 +109,7 @@ def test_compiles_here(architecture: str) -> None:
     """Every kernel at r=32 with the row that is taken untimed."""
     done = compiled_anew("--ranks", "32", "--architectures", architecture)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "41 kernels, compiled" in done.stdout
+    assert "45 kernels, compiled" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_rank_that_16_does_not_divide(architecture: str) -> None:
     """AMD's masks of a rank of 100 take registers that a rank of 128 leaves free; taller tiles have none for them."""
     spills = in_bench(f"""
 of = '{architecture}', 'float16', 'shrink_expand_backward'
-rows = k.rows_of(of[2], *of[:2], 100)[0], k.tuning.Config(64, 64, 8, 1)
+rows = k.rows_of(of[2], *of[:2], 100)[0], k.tuning.Config(128, 64, 8, 1)
 sizes = (70, 150, 150, 100), (8192, 4096, 4096, 100)
 print(json.dumps([[k.compiled_for((*of, 100, row), *size)[1]['spills'] for size in sizes] for row in rows]))""")
     assert max(spills[0]) == 0 < max(spills[1])
