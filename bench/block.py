@@ -8,7 +8,8 @@ read the same x, counts for every contender whose layers are adapted one by one.
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -171,13 +172,22 @@ def counted(M: int) -> dict[str, Any]:
     return {"M": M, "R": R, "bytes": found, "ratio": ratio, "target": TARGET, "meets_target": meets}
 
 
+@contextmanager
+def any_svd() -> Iterator[None]:
+    """Singular vectors are as good as any to count by, and at once."""
+
+    def svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(len(W), r), torch.ones(r), torch.randn(r, W.shape[1])
+
+    names = ("lora_lite.variants.pissa.top_svd", "lora_lite.variants.antipasto.top_svd")
+    with mock.patch(names[0], svd), mock.patch(names[1], svd):
+        yield
+
+
 def launched(counts: Any, M: int, together: bool, method: type[ll.AdapterConfig] = ll.LoRAConfig) -> dict[str, int]:
     """Launches in a step, of kernels and of PyTorch's, under a driver that counts the first."""
 
-    def any_svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.randn(len(W), r), torch.ones(r), torch.randn(r, W.shape[1])
-
-    with mock.patch("lora_lite.variants.pissa.top_svd", any_svd):
+    with any_svd():
         run = step(ours(together, method), M)
     run()
     counts.clear()

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -25,7 +24,7 @@ from block import CostlessLinear
 from launch_path import torch_launches, without_launching
 from machine import RESULTS, write
 from rivals import peft_config
-from torch import Tensor, nn
+from torch import nn
 
 import lora_lite as ll
 
@@ -134,17 +133,9 @@ def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
 
 
 def launches(method: str, counts: Any) -> dict[str, Any]:
-    """Of a layer and step at the size that is named, casts and sums among them. Singular vectors are as good as any."""
-    shape = COUNTED["N"], COUNTED["K"]
-
-    def any_svd(W: Tensor, r: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.randn(shape[0], r), torch.ones(r), torch.randn(r, shape[1])
-
-    with (
-        mock.patch("lora_lite.variants.pissa.top_svd", any_svd),
-        mock.patch("lora_lite.variants.antipasto.top_svd", any_svd),
-    ):
-        layer = ours(method, "triton", model(shape[1], shape[0], CostlessLinear))
+    """Of a layer and step at the size that is named, casts and sums among them."""
+    with block.any_svd():
+        layer = ours(method, "triton", model(COUNTED["K"], COUNTED["N"], CostlessLinear))
     step = step_of(layer, COUNTED["M"], COUNTED["K"])
     step()
     counts.clear()

@@ -37,9 +37,19 @@ def describe() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: found for name in _PACKAGES if (found := _version(name))},
         "commit": _commit(),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(anywhere, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def anywhere(argument: str) -> str:
+    """An argument as it goes into a file: of an absolute path what is below the repository, or else its name."""
+    option, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    here = RESULTS.parent.parent
+    return f"{option}{equals}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
 
 
 def write(path: Path, result: dict[str, Any], compact: bool = False) -> None:

@@ -7,6 +7,7 @@ any token-sized tensor where it does not matter which it is.
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -58,6 +59,17 @@ def joined(As: Sequence[Float[Tensor, "R K"]], dtype: torch.dtype) -> Float[Tens
     tensors = [*As, *[None] * (3 - len(As)), out]
     launch(_join_kernel, (cdiv(out.numel(), _JOINED),), tensors, numbers, (_JOINED,))
     return out
+
+
+def named(kernel: str, runs: Any, seeds: Tensor | None = None, together: bool = False) -> str:
+    """The kernel's name in the block tables: of layers that read the same x, with dropout, or in runs."""
+    kind = "_dropout" if seeds is not None else "_grouped" if runs is not None else ""
+    return f"{kernel}_together{kind}" if together else kernel + kind
+
+
+def side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Along the last dimension; None where there are none."""
+    return None if parts[0] is None else torch.cat(list(parts), -1)  # type: ignore[arg-type]
 
 
 def rows_of(t: Float[Tensor, "*M N"]) -> Float[Tensor, "M N"]:

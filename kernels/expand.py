@@ -23,7 +23,19 @@ from torch import Tensor
 from ..operators import operator
 from ..segments import Segments
 from . import shrink
-from .common import MAX_RANK, block_of, full_waves, inside, or_empty, precision, rows_of, small, tile
+from .common import (
+    MAX_RANK,
+    block_of,
+    full_waves,
+    inside,
+    named,
+    or_empty,
+    precision,
+    rows_of,
+    side_by_side,
+    small,
+    tile,
+)
 from .dropout import kept, rescale
 from .launching import launch, replayed
 from .segments import Runs, blocks_of, own, own_vector, parts_of, run_of_rows, share_of_rows
@@ -163,7 +175,7 @@ def launch_expand(
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out
 
-    return tuned(shrink.named("expand", runs, seed), run, y, h.dtype, M, N, R)
+    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R)
 
 
 def launch_expand_backward(
@@ -207,7 +219,7 @@ def launch_expand_backward(
         sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
 
     if in_parts or dB is not None:
-        tuned(shrink.named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
+        tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
     if needs_dh and not in_parts:
         dh = shrink.launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
     return dh, dB, dy_base, dg
@@ -237,7 +249,7 @@ def _expand_backward_by_ranks(
             dB = (g[..., None] * dB).to(B.dtype)
         dhs.append(dh)
         dBs.append(dB)
-    return shrink.side_by_side(dhs), shrink.side_by_side(dBs), dy_base, dg
+    return side_by_side(dhs), side_by_side(dBs), dy_base, dg
 
 
 @operator("lora_lite::expand_add")

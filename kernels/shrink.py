@@ -36,9 +36,11 @@ from .common import (
     full_waves,
     inside,
     joined,
+    named,
     or_empty,
     precision,
     rows_of,
+    side_by_side,
     small,
     split,
     tile,
@@ -225,11 +227,6 @@ def _launches_of(R: int, ends: Sequence[int], layers: int = MOST_LAYERS) -> list
     return found
 
 
-def named(kernel: str, runs: Runs | None, seeds: Tensor | None = None) -> str:
-    """The kernel's name in the block tables."""
-    return kernel + ("_dropout" if seeds is not None else "_grouped" if runs is not None else "")
-
-
 def launch_shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
@@ -267,8 +264,7 @@ def launch_shrink(
         sum_parts((parts, h, None))
         return h
 
-    name = "shrink_together_dropout" if seeds is not None and len(of.ends) > 1 else named("shrink", runs, seeds)
-    return tuned(name, run, x, dtype, M, K, R)
+    return tuned(named("shrink", runs, seeds, together=len(of.ends) > 1), run, x, dtype, M, K, R)
 
 
 def launch_shrink_backward(
@@ -315,10 +311,8 @@ def launch_shrink_backward(
         launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)
         sum_parts((dAs, dA, runs), (dBs, dB, runs))
 
-    name = named("shrink_backward", runs, seeds) if h is None else "shrink_expand_backward"
-    if len(dhs) > 1 or len(bases) > 1:
-        name = named("shrink_backward_together", None, seeds)
-    tuned(name, run, x, dhs[0].dtype, M, K, R)
+    kernel = named("shrink_backward", runs, seeds, together=max(len(dhs), len(bases)) > 1)
+    tuned(kernel if h is None else "shrink_expand_backward", run, x, dhs[0].dtype, M, K, R)
     return dx, dA, dB
 
 
@@ -352,10 +346,6 @@ def _shrink_backward_by_ranks(
         dAs.append(dA)
         dBs.append(dB)
     return dx, torch.cat(dAs, -2) if needs_dA else None, side_by_side(dBs)
-
-
-def side_by_side(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat(parts, -1)  # type: ignore[arg-type]
 
 
 def _as_few(bases: Sequence[Float[Tensor, "*M K"]], most: int) -> list[Float[Tensor, "M K"]]:

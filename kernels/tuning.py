@@ -225,6 +225,17 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     },
 }
 
+# Of float32 tokens beside 16-bit products, up to these ranks: with eight warps NVIDIA's compiler spills some registers,
+# rather than take more than half of what there are, or a thread has less than 128 bits of a tile.
+FOUR_WARPS = {
+    "shrink_together_dropout": 64,
+    "shrink_backward_together": 128,
+    "shrink_backward_grouped": 256,
+    "shrink_expand_backward": 64,
+    "expand_backward": 64,
+    "expand_backward_rescale": 64,
+}
+
 _forced: dict[str, Any] = {}
 _chosen: dict[tuple[Any, ...], Config] = {}
 _left_out: set[tuple[str, Config]] = set()
@@ -298,10 +309,7 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     first, backward = rows[0], "backward" in kernel
     less = 4 if kernel.startswith("expand_backward") or "dropout" in kernel else 2
     less *= 2 if backward and vendor == "amd" else 1
-    # With eight warps NVIDIA's compiler spills some registers here, rather than take more than half of what there are.
-    most = 128 if kernel.endswith("_together") else 64 if kernel.startswith(("shrink_expand", "expand_backward")) else 0
-    of_warps = {"shrink_together_dropout": 64, "shrink_backward_grouped": 256}
-    most = of_warps.get(kernel, most)
+    most = FOUR_WARPS.get(kernel, FOUR_WARPS.get(plain, 0))
     warps = 4 if vendor == "nvidia" and first.num_warps == 8 and rank <= most else first.num_warps
     return (replace(first, cols=max(first.cols // less, 16), num_warps=warps, num_stages=1),)
 

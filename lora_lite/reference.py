@@ -71,10 +71,9 @@ class _ScaleLowPrecision(torch.autograd.Function):
             if g.ndim > 1:  # each row has a g of its own
                 dg = dy.to(g.dtype) * (t if bias is None else t - bias)
             else:
-                dims = tuple(range(dy.ndim - 1))
-                dg = (dy * t).sum(dims, dtype=g.dtype)
+                dg = _summed(dy, t, g)
                 if bias is not None:
-                    dg = dg - bias * dy.sum(dims, dtype=g.dtype)
+                    dg = dg - bias * dy.sum(tuple(range(dy.ndim - 1)), dtype=g.dtype)
         return dt, dg, None
 
 
@@ -191,21 +190,23 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, dx, dA = _rows(x), None, None
     bases = [_rows(base).to(A.dtype) for base in dx_bases]
-    if len(bases) > 1:
-        bases[0] = bases[0] + bases[1]
-        for more in bases[2:]:
-            bases[0] += more
     if masks:
         own = list(zip(masks, dhs, A.split([dh.shape[1] for dh in dhs]), strict=True))
         if needs_dA:
             dA = torch.cat([dh.t() @ (rows * mask).to(dh.dtype) for mask, dh, _ in own])
         if needs_dx:
-            dx = functools.reduce(torch.Tensor.add_, [mask * (dh @ each) for mask, dh, each in own], *bases[:1])
+            dx, *others = [mask * (dh @ each) for mask, dh, each in own]
+            for each in (*others, *bases):
+                dx += each
     else:
         dh = torch.cat(list(dhs), 1)
         if needs_dA:
             dA = dh.t() @ rows.to(dh.dtype)
         if needs_dx:
+            if len(bases) > 1:  # one that arrived is not ours to write to; their sum is
+                bases[0] = bases[0] + bases[1]
+                for each in bases[2:]:
+                    bases[0] += each
             dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
     return None if dx is None else dx.to(x.dtype).view(x.shape), None if dA is None else dA.to(dtype)
 

@@ -158,6 +158,19 @@ def test_dropout_masks_are_each_its_own(rates: tuple[float, ...]) -> None:
     assert (step(model)["logits"] - got["logits"]).abs().max() > 1e-3  # another draw
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("used", [1, 2, 3])
+def test_gradients_that_arrive_are_not_written_to(used: int, dropout: float) -> None:
+    """A hook or another node may hold them."""
+    x = torch.randn(5, 8, dtype=F64, requires_grad=True)
+    As = [torch.randn(2, 8, dtype=F64, requires_grad=True) for _ in range(3)]
+    xs, hs = reference.shrink_together(x, As, [dropout] * 3)
+    arriving = [torch.randn(5, 8, dtype=F64) for _ in range(used)]
+    before = [g.clone() for g in arriving]
+    torch.autograd.grad([*xs[:used], *hs], [x, *As], [*arriving, *(torch.randn_like(h) for h in hs)])
+    assert all(torch.equal(now, then) for now, then in zip(arriving, before, strict=True))
+
+
 # ---- who reads what --------------------------------------------------------------------------------------------------
 
 
