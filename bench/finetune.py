@@ -62,7 +62,7 @@ class Method:
     """A variant's learning rates, and the fields of its config that differ from the others'."""
 
     lr: float
-    """For the short budgets: the one with the lowest held-out loss in the sweep of bench/study.py."""
+    """For the short budgets: where bench/study.py has swept, the one with the lowest held-out loss."""
     protocol_lr: float = 1e-4
     """For MetaMathQA's 5,000 steps, as the original lora-lite chose it."""
     fields: dict[str, Any] = field(default_factory=dict)
@@ -261,13 +261,14 @@ def exact_match(model: nn.Module, tokenizer: Any, task: tasks.Task, s: Settings)
 def decoding(hf: Any) -> Iterator[None]:
     """While this is open, a model of `transformers` generates faster on a CPU."""
     before = hf.config._attn_implementation
-    hf.set_attn_implementation(
-        "sdpa"
-    )  # plain attention, which trains faster, copies keys and values for each query head
-    # The last position of each prompt is a strided view, for which matmul would copy the head's weight once a prompt.
-    with hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
-        yield
-    hf.set_attn_implementation(before)
+    # Plain attention, which trains faster, copies keys and values for each query head.
+    hf.set_attn_implementation("sdpa")
+    try:
+        # Each prompt's last position is a strided view, for which matmul would copy the head's weight once a prompt.
+        with hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
+            yield
+    finally:
+        hf.set_attn_implementation(before)
 
 
 def evaluate(model: nn.Module, tokenizer: Any, task: tasks.Task, s: Settings) -> dict[str, float]:
