@@ -1,48 +1,24 @@
-"""bench/finetune.py and what it stands on: scoring, masking, data, and a whole run with a tiny model."""
+"""bench/training/finetune.py and what it stands on: scoring, masking, data, and a whole run with a tiny model."""
 
 import copy
 import functools
 import json
 import signal
-import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import environment  # noqa: F401  (before transformers)
+import bnb_smoke
+import finetune
 import pytest
+import qwen_probe
+import tasks
 import torch
 from safetensors.torch import load_file
 from tiny_model import save_tiny_model
 
 import lora_lite as ll
-
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[None]:
-    """bench/ on sys.path while these tests run, as when one of its scripts does."""
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
-
-@pytest.fixture
-def tasks(bench: None) -> ModuleType:
-    import tasks
-
-    return tasks
-
-
-@pytest.fixture
-def finetune(bench: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    import finetune
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return finetune
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,31 +54,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("", None),
     ],
 )
-def test_the_answer_is_the_number_after_the_mark_or_the_last(tasks: Any, text: str, number: str | None) -> None:
+def test_the_answer_is_the_number_after_the_mark_or_the_last(text: str, number: str | None) -> None:
     assert tasks.answer_number(text) == (None if number is None else Decimal(number))
 
 
-def test_exact_match_compares_numbers(tasks: Any) -> None:
+def test_exact_match_compares_numbers() -> None:
     problem = tasks.Problem("?", "so\n#### 1,000")
     assert tasks.correct("it is 1000.0", problem)
     assert not tasks.correct("#### 100", problem)
     assert not tasks.correct("no idea", problem)
 
 
-def test_only_answers_have_labels(tasks: Any) -> None:
+def test_only_answers_have_labels() -> None:
     batch = tasks.collate([([1, 2, 3], [4, 5]), ([6], [7])], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 4, 5], [-100, 7, -100, -100, -100]]
 
 
-def test_prompts_end_together(tasks: Any) -> None:
+def test_prompts_end_together() -> None:
     batch = tasks.collate_prompts([[1, 2, 3], [6]], pad=0)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [0, 0, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_an_example_is_the_prompt_and_an_answer_that_ends(tasks: Any, tiny: Path) -> None:
+def test_an_example_is_the_prompt_and_an_answer_that_ends(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -114,7 +90,7 @@ def test_an_example_is_the_prompt_and_an_answer_that_ends(tasks: Any, tiny: Path
     assert len(prompt) + len(answer) == 20
 
 
-def test_no_test_problem_is_trained_on_even_with_other_words(tasks: Any) -> None:
+def test_no_test_problem_is_trained_on_even_with_other_words() -> None:
     task = tasks.gsm_symbolic(train=300, test=60, seed=0)
     assert (len(task.train), len(task.test)) == (300, 60)
     assert not {p.question for p in task.train} & {p.question for p in task.test}
@@ -124,7 +100,7 @@ def test_no_test_problem_is_trained_on_even_with_other_words(tasks: Any) -> None
     assert list(tasks.gsm_symbolic(600, 60, 0).train[:300]) == list(task.train)  # more steps go on with more problems
 
 
-def test_metamath_keeps_test_and_held_out_questions_from_training(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metamath_keeps_test_and_held_out_questions_from_training(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     rows = {
@@ -146,13 +122,13 @@ def test_metamath_keeps_test_and_held_out_questions_from_training(tasks: Any, mo
     assert task.prompt.format(question="Why?") == "Question: Why? Think step by step.\nAnswer:"
 
 
-def test_what_the_hub_did_not_give_is_named(finetune: Any) -> None:
+def test_what_the_hub_did_not_give_is_named() -> None:
     for settings in (finetune.Settings(model="nobody/nothing"), finetune.Settings(data="metamath")):
         with pytest.raises(SystemExit, match=r"Could not load[\s\S]*--data gsm_symbolic"):
             finetune.run(settings)
 
 
-def test_every_variant_has_defaults_and_options_win(finetune: Any) -> None:
+def test_every_variant_has_defaults_and_options_win() -> None:
     for variant in ll.REGISTRY:
         for data in finetune.tasks.TASKS:
             s = finetune.Settings(variant=variant, data=data)
@@ -165,7 +141,7 @@ def test_every_variant_has_defaults_and_options_win(finetune: Any) -> None:
     assert finetune.Settings(variant="ia3").adapter() == ll.IA3Config(r=16, alpha=32)
 
 
-def test_the_learning_rate_rises_and_falls(finetune: Any) -> None:
+def test_the_learning_rate_rises_and_falls() -> None:
     factors = [finetune.schedule(step, 40) for step in range(40)]
     assert factors[:2] == [0.5, 1.0]
     assert factors[2:] == sorted(factors[2:], reverse=True)
@@ -173,7 +149,7 @@ def test_the_learning_rate_rises_and_falls(finetune: Any) -> None:
     assert finetune.schedule(0, 1) == 1.0
 
 
-def test_the_loss_is_the_models_own(finetune: Any, tasks: Any, tiny: Path) -> None:
+def test_the_loss_is_the_models_own(tiny: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager")
@@ -181,16 +157,16 @@ def test_the_loss_is_the_models_own(finetune: Any, tasks: Any, tiny: Path) -> No
     torch.testing.assert_close(finetune.answer_loss(model, batch), model(**batch).loss)
 
 
-def settings(finetune: Any, tiny: Path, folder: Path, **options: Any) -> Any:
+def settings(tiny: Path, folder: Path, **options: Any) -> Any:
     common: dict[str, Any] = {"steps": 6, "batch_size": 2, "eval_problems": 2, "dtype": "float32"}
     return finetune.Settings(model=str(tiny), runs=folder / "runs", results=folder / "results", **common | options)
 
 
 def test_a_stopped_and_resumed_run_is_the_straight_run(
-    finetune: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant = "eva"  # it looks at data when it is attached, and not when it is resumed
-    straight = settings(finetune, tiny, tmp_path / "straight", variant=variant)
+    straight = settings(tiny, tmp_path / "straight", variant=variant)
     result = finetune.run(straight)
     assert len(result["losses"]) == 6
     assert result["reloaded_max_abs_logit_difference"] == 0
@@ -201,7 +177,7 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(
     assert written["kind"] == "timed"
     assert (straight.folder / "loss.png").stat().st_size > 1000
 
-    stopped = settings(finetune, tiny, tmp_path / "stopped", variant=variant)
+    stopped = settings(tiny, tmp_path / "stopped", variant=variant)
     in_training = finetune.train
     loss, calls = finetune.answer_loss, 0
 
@@ -226,13 +202,13 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     with pytest.raises(SystemExit, match="lr was"):
-        finetune.run(settings(finetune, tiny, tmp_path / "stopped", variant=variant, lr=0.5, resume=True))
+        finetune.run(settings(tiny, tmp_path / "stopped", variant=variant, lr=0.5, resume=True))
 
     def no_pickle(*_: Any, **__: Any) -> None:
         raise AssertionError("torch.load reads pickles")
 
     monkeypatch.setattr(torch, "load", no_pickle)
-    resumed = finetune.run(settings(finetune, tiny, tmp_path / "stopped", variant=variant, resume=True))
+    resumed = finetune.run(settings(tiny, tmp_path / "stopped", variant=variant, resume=True))
     assert resumed["losses"] == result["losses"]
     assert resumed["after"]["loss"] == result["after"]["loss"]
     mine, theirs = (load_file(s.folder / "adapter.safetensors") for s in (straight, stopped))
@@ -240,7 +216,7 @@ def test_a_stopped_and_resumed_run_is_the_straight_run(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_a_mixture_on_disk(finetune: Any, tiny: Path, tmp_path: Path) -> None:
+def test_a_mixture_on_disk(tiny: Path, tmp_path: Path) -> None:
     """Its experts train by name, and a run's adapter loads into the model."""
     from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -254,7 +230,7 @@ def test_a_mixture_on_disk(finetune: Any, tiny: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     names = ("q_proj$", r"experts\.(gate_up|down)_proj$")
-    result = finetune.run(settings(finetune, folder, tmp_path, variant="lora", target_names=names, lr=1e-2))
+    result = finetune.run(settings(folder, tmp_path, variant="lora", target_names=names, lr=1e-2))
     assert result["reloaded_max_abs_logit_difference"] == 0
     assert result["after"]["loss"] < result["before"]["loss"]
     (adapter,) = tmp_path.glob("runs/*/adapter.safetensors")
@@ -262,14 +238,12 @@ def test_a_mixture_on_disk(finetune: Any, tiny: Path, tmp_path: Path) -> None:
     assert shapes["mlp.experts.gate_up_proj.lora_A"][::2] == (4, 32)
 
 
-def test_nothing_to_resume_is_said(finetune: Any, tiny: Path, tmp_path: Path) -> None:
+def test_nothing_to_resume_is_said(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="Nothing to resume"):
-        finetune.run(settings(finetune, tiny, tmp_path, resume=True))
+        finetune.run(settings(tiny, tmp_path, resume=True))
 
 
-def test_probe_sees_all_five_checks_pass(bench: None) -> None:
-    import qwen_probe
-
+def test_probe_sees_all_five_checks_pass() -> None:
     s = qwen_probe.Settings(random=True, dtype="float32", r=4)
     model, which = qwen_probe.build(s)
     assert "random weights" in which
@@ -280,7 +254,7 @@ def test_probe_sees_all_five_checks_pass(bench: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_a_run_on_a_quantised_base(finetune: Any, tiny: Path, tmp_path: Path, kind: str) -> None:
+def test_a_run_on_a_quantised_base(tiny: Path, tmp_path: Path, kind: str) -> None:
     result = finetune.run(
         finetune.Settings(
             variant="dora", model=str(tiny), quantize=kind, dtype="float32", steps=2, batch_size=2, eval_problems=2,
@@ -294,12 +268,8 @@ def test_a_run_on_a_quantised_base(finetune: Any, tiny: Path, tmp_path: Path, ki
 
 
 @pytest.mark.slow
-def test_quantised_bases_smoke(
-    bench: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantised_bases_smoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A short form of `just bnb-smoke`; and a failing check is seen."""
-    import bnb_smoke
-
     load = functools.cache(bnb_smoke.pretrained.load)
     monkeypatch.setattr(bnb_smoke.pretrained, "load", lambda *args: copy.deepcopy(load(*args)))
     assert (

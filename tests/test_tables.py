@@ -1,22 +1,35 @@
 """The figures in README.md and docs/ are those of the committed result files."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import machine
+import tables
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_tables_are_those_of_the_result_files() -> None:
-    done = subprocess.run([sys.executable, ROOT / "bench" / "tables.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "bench" / "report" / "tables.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_commands_are_recipes() -> None:
+    """What the documents say of a result's command is what `just` runs."""
+    recipes = (ROOT / "justfile").read_text()
+    for path in machine.RESULTS.rglob("*.json"):
+        _, script, *_ = machine.read(path)["command"].split()
+        _, recipe, *_ = tables.command_of(machine.read(path)).split()
+        body = re.search(rf"^{recipe}\b.*:.*\n((?: +.*\n)+)", recipes, re.MULTILINE)
+        assert body, recipe
+        assert f"/{Path(script).name}" in body[1], (path, body[1])
+
+
 def test_commands_name_no_place_of_one_machine() -> None:
-    here = machine.RESULTS.parent.parent
-    assert machine.anywhere(str(here / "bench" / "results")) == "bench/results"
+    assert machine.anywhere(str(ROOT / "bench" / "results")) == "bench/results"
     assert machine.anywhere("--out=/elsewhere/found.json") == "--out=found.json"
     assert machine.anywhere("--steps") == "--steps"
     for path in machine.RESULTS.rglob("*.json"):

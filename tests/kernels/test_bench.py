@@ -1,9 +1,6 @@
 """The kernels' benchmark on a CPU: bytes counted at a small size, and a GPU run's code with a timer that only runs."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import kernel_times
 import operations
 import pytest
 import torch
+from compiling import compiling
 from torch import Tensor
 
 from lora_lite.kernels import expand
@@ -144,10 +142,8 @@ def test_the_bar_tells_wrong_from_right(how: str | None) -> None:
 
 def test_host_time(tmp_path: Path) -> None:
     """In a process whose kernels can be compiled: what it counts is of a layer whose launches are known."""
-    bench, out = Path(kernel_bench.__file__).parent, tmp_path / "host.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "host.py", "--rounds", "1", "--methods", "lora", "ia3", "road", "--out", out]
-    done = subprocess.run(command, cwd=bench, env=environment, capture_output=True, text=True)
+    out = tmp_path / "host.json"
+    done = compiling("host.py", "--rounds", "1", "--methods", "lora", "ia3", "road", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = {(row["method"], row["backend"]): row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("road", "triton"), ("lora", "reference")}

@@ -5,17 +5,14 @@ kernels-report`, minutes); here that file is held to be of this code and clean, 
 """
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import compiled_value, compiling
+from environment import BENCH
 
-BENCH = Path(__file__).parents[2] / "bench"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +20,18 @@ def report() -> dict[str, Any]:
     return json.loads((BENCH / "results" / "kernels_report.json").read_text())
 
 
-def in_bench(code: str) -> Any:
-    """The value that `code` prints as JSON, run beside kernels_report with kernels that can be compiled."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import json, kernels_report as k\n{code}"],
-        cwd=BENCH,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def of_report(code: str) -> Any:
+    """The value that `code` prints as JSON; `k` is kernels_report."""
+    return compiled_value(f"import json, kernels_report as k\n{code}")
 
 
 def test_report_is_of_this_code(report: dict[str, Any]) -> None:
-    assert report["fingerprint"] == in_bench("print(json.dumps(k.fingerprint()))"), "run: just kernels-report"
+    assert report["fingerprint"] == of_report("print(json.dumps(k.fingerprint()))"), "run: just kernels-report"
 
 
 def test_report_has_every_row_of_the_tables(report: dict[str, Any]) -> None:
     keys = ("architecture", "dtype", "kernel", "rank", "rows", "cols", "num_warps", "num_stages")
-    wanted = in_bench(
+    wanted = of_report(
         "s = k.Settings()\n"
         "work = k.jobs(list(s.architectures), list(s.dtypes), list(s.kernels), list(s.ranks), False)\n"
         "print(json.dumps([[*job[:4], *k.asdict(job[4]).values()] for job in work]))"
@@ -95,13 +84,7 @@ def test_accesses_are_wide(report: dict[str, Any]) -> None:
 
 
 def compiled_anew(*options: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "kernels_report.py", "--no-save", "--first-only", "--dtypes", "bfloat16", *options],
-        cwd=BENCH,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    return compiling("kernels_report.py", "--no-save", "--first-only", "--dtypes", "bfloat16", *options)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -121,7 +104,7 @@ def test_compiles_here(architecture: str) -> None:
 )
 def test_a_bad_row_is_noticed(job: str, spills: bool, overflows: bool) -> None:
     """Tiles that no thread's registers, or no multiprocessor's shared memory, hold."""
-    found, is_bad = in_bench(
+    found, is_bad = of_report(
         f"found = k.examine(('sm_90', 'bfloat16', {job}))\nprint(json.dumps([found, k.is_bad(found)]))"
     )
     assert is_bad
@@ -131,7 +114,7 @@ def test_a_bad_row_is_noticed(job: str, spills: bool, overflows: bool) -> None:
 @pytest.mark.parametrize("architecture", ["gfx942", "gfx950"])
 def test_a_rank_that_16_does_not_divide(architecture: str) -> None:
     """AMD's masks of a rank of 100 take registers that a rank of 128 leaves free; taller tiles have none for them."""
-    spills = in_bench(f"""
+    spills = of_report(f"""
 of = '{architecture}', 'float16', 'shrink_expand_backward'
 rows = k.rows_of(of[2], *of[:2], 100)[0], k.tuning.Config(128, 64, 8, 1)
 sizes = (70, 150, 150, 100), (8192, 4096, 4096, 100)
@@ -154,7 +137,7 @@ print(json.dumps([[k.compiled_for((*of, 100, row), *size)[1]['spills'] for size 
 def test_odd_launches_compile(sizes: tuple[int, ...], dtype: str) -> None:
     """For an H100, as Triton binds them: sizes of one, which become constants, sizes and strides that 16 does not
     divide, addresses that it does not divide."""
-    grids = in_bench(
+    grids = of_report(
         f"""
 def empty(*shape, dtype):
     size = k.torch.Size(shape)
@@ -176,7 +159,7 @@ print(json.dumps([launch.grid for launch in launches]))"""
 
 def test_grids_are_within_cudas() -> None:
     """2³¹ − 1 programs on the first axis, 65,535 on the others."""
-    grids = in_bench("""
+    grids = of_report("""
 sizes = (2**24, 256, 4096, 16), (2**20, 8192, 262144, 256), (1, 53248, 16384, 128)
 calls = [call for size in sizes for call in k.kernel_calls(k.torch.bfloat16, *size).values()]
 print(json.dumps([launch.grid for call in calls for launch in k.record(call)]))""")

@@ -1,8 +1,8 @@
 """Each kernel, forward and backward, against the formula in float64: as accurate as PyTorch in the same dtype.
 
-The operations, their formulas and the bar are bench/operations.py's, which a GPU is held to as well. Programs run in
-shuffled order, outputs start as NaN, no program may touch memory outside its arguments and no two may store to one
-address.
+The operations, their formulas and the bar are bench/kernels/operations.py's, which a GPU is held to as well. Programs
+run in shuffled order, outputs start as NaN, no program may touch memory outside its arguments and no two may store to
+one address.
 """
 
 import random

@@ -1,17 +1,11 @@
 """The model of device time, at one small shape, in a process whose kernels can be compiled; and its arithmetic."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import compiled_value
 
 from lora_lite.kernels.common import full_waves, split
-
-BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +17,7 @@ def rows() -> dict[str, Any]:
         "cases = (('lora', 16), ('lora', 128), ('dora', 64), ('ia3', 1), ('road', 1))\n"
         "print(json.dumps({f'{v}:{R}': row(v, R) for v, R in cases}))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return compiled_value(code)
 
 
 def test_never_below_the_bound(rows: dict[str, Any]) -> None:

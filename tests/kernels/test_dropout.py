@@ -1,7 +1,7 @@
 """Dropout in the low-rank kernels: the mask, and results with it, against independent formulas.
 
 The mask's oracle is its generator in numpy, written from the paper and held to the authors' known answers; results are
-compared with the formula in float64 by the rules of bench/operations.py.
+compared with the formula in float64 by the rules of bench/kernels/operations.py.
 """
 
 from collections.abc import Iterator

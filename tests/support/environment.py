@@ -6,6 +6,8 @@ from pathlib import Path
 
 # `python -m pytest` puts the repository's root on sys.path, where kernels/ would shadow the Hub's package of that name.
 _ROOT = Path(__file__).parents[2]
+BENCH = _ROOT / "bench"
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
 
+os.environ["PYTHONPATH"] = str(BENCH / "shared")  # scripts of bench/ that a test runs, as `just` does
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub

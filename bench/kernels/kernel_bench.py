@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import kernel_times
@@ -37,8 +36,6 @@ from traffic import OperatorsCounted, Traffic, kernels_counted
 
 from lora_lite.kernels import ops, tuning
 from lora_lite.segments import Segments
-
-RESULTS = Path(__file__).parent / "results" / "kernel_traffic.json"
 
 # Bandwidth in TB/s and dense bf16 in TFLOP/s, without sparsity, from the vendors' data sheets.
 GPUS = {
@@ -314,7 +311,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def show_compiled(rank: int = 16) -> None:
     """What `just kernels-report` read from the machine code of the rows that are taken untimed, in bf16."""
-    result = json.loads(RESULTS.with_name("kernels_report.json").read_text())
+    result = json.loads((machine.RESULTS / "kernels_report.json").read_text())
     architectures = dict.fromkeys(row["architecture"] for row in result["rows"])
     table = Table(title=f"Compiled for r={rank}, bf16: registers a thread / KiB of shared memory / occupancy, and dots")
     for heading in ("kernel", *architectures):
@@ -341,7 +338,7 @@ def timed(models: tuple[str, ...], tokens: tuple[int, ...], ranks: tuple[int, ..
             show_times(rows)
             if save:  # after each shape: a run of hours may be cut short
                 result = {"kind": "timed", "limits": vars(limit), **rows}
-                machine.write(RESULTS.with_name("kernel_times.json"), result, compact=True)
+                machine.write(machine.RESULTS / "kernel_times.json", result, compact=True)
     return 0 if all(row["right"] for table in rows.values() for row in table) else 1
 
 
@@ -376,7 +373,11 @@ def main(s: Settings) -> int:
     show_compiled()
     if s.save:
         sources = {gpu: {"TB/s": b, "TFLOP/s": f, "source": source} for gpu, (b, f, source) in GPUS.items()}
-        machine.write(RESULTS, {"kind": "counted", "gpus": sources, "rows": rows, "mixture": mixture}, compact=True)
+        machine.write(
+            machine.RESULTS / "kernel_traffic.json",
+            {"kind": "counted", "gpus": sources, "rows": rows, "mixture": mixture},
+            compact=True,
+        )
     return 0 if all(row["meets_target"] for row in rows) else 1
 
 

@@ -38,8 +38,6 @@ from triton.backends.compiler import GPUTarget
 from lora_lite.kernels import common, dropout, expand, rotate, row_norm, scale, segments, shrink, sums, tuning
 from lora_lite.kernels.segments import Runs
 
-RESULTS = Path(__file__).parent / "results" / "kernels_report.json"
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -345,7 +343,11 @@ def main(s: Settings) -> int:
         table.add_row(*(str(row.get(heading, "")) for heading in headings), style="red" if row in bad else "")
     Console(width=220).print(table)
     if s.save:
-        machine.write(RESULTS, {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows}, compact=True)
+        machine.write(
+            machine.RESULTS / "kernels_report.json",
+            {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows},
+            compact=True,
+        )
     if bad:
         print(f"{len(bad)} kernels spill or overflow", file=sys.stderr)
     return 1 if bad else 0

@@ -1,6 +1,6 @@
 """Every method with several seeds, at learning rates that a sweep on other problems chose: `just study`.
 
-The budget is `gsm_symbolic`'s of bench/finetune.py. The sweep: for each method, runs with a seed of its own at 1, 3,
+The budget is `gsm_symbolic`'s of finetune.py. The sweep: for each method, runs with a seed of its own at 1, 3,
 10, 30, … millionths, from the method's default in METHODS towards the lowest held-out loss, until the rates on both
 sides of the best are known to be worse. Its problems have none of the template and numbers of the table's held-out
 ones. The table: each method at the best rate with each seed, which sets the problems, their order and the adapter's

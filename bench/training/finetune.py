@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
@@ -48,7 +47,7 @@ class Budget:
     weight_decay: float
 
 
-# `gsm_symbolic` is the study's (bench/study.py), `demo` fewer and larger steps; `metamath` is the original lora-lite's
+# `gsm_symbolic` is the study's (study.py), `demo` fewer and larger steps; `metamath` is the original lora-lite's
 # protocol.
 BUDGETS = {
     "gsm_symbolic": Budget(120, 3, 200, 16, (LINEARS,), 0.0),
@@ -62,7 +61,7 @@ class Method:
     """A variant's learning rates, and the fields of its config that differ from the others'."""
 
     lr: float
-    """For the short budgets: where bench/study.py has swept, the one with the lowest held-out loss."""
+    """For the short budgets: where study.py has swept, the one with the lowest held-out loss."""
     protocol_lr: float = 1e-4
     """For MetaMathQA's 5,000 steps, as the original lora-lite chose it."""
     fields: dict[str, Any] = field(default_factory=dict)
@@ -457,7 +456,7 @@ def run(s: Settings) -> dict[str, Any]:
     finished = train(model, tokenizer, task, s, done, optimizer)
     save_run(model, optimizer, s, done)
     if not finished:
-        command = shlex.join(["python", os.path.relpath(sys.argv[0]), *(a for a in sys.argv[1:] if a != "--resume")])
+        command = shlex.join(["just", "finetune", *(a for a in sys.argv[1:] if a != "--resume")])
         console.print(f"Saved in {s.folder} after {len(done.losses)} steps. Go on with: {command} --resume")
         sys.exit(130)
 

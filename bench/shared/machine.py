@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("lora-lite", "torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
@@ -48,8 +49,7 @@ def anywhere(argument: str) -> str:
     path = Path(value)
     if not path.is_absolute():
         return argument
-    here = RESULTS.parent.parent
-    return f"{option}{equals}{path.relative_to(here) if path.is_relative_to(here) else path.name}"
+    return f"{option}{equals}{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name}"
 
 
 def write(path: Path, result: dict[str, Any], compact: bool = False) -> None:
@@ -110,17 +110,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit that was measured, marked where the library's code differs from it. Where sources have been carried
-    without their history, the one that they were bundled at."""
-    here = Path(__file__).parent
+    """The commit that was measured, marked where the code differs from it. Where sources have been carried without
+    their history, the one that they were bundled at."""
+    code = ("lora_lite", "kernels", "bench", ":!bench/results")
     try:
         commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "diff", "--quiet", "HEAD", "--", "../lora_lite", "../kernels", "."], cwd=here, check=False
-        ).returncode
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        bundled = here.parent / ".gpu-day" / "commit"
+        bundled = ROOT / ".gpu-day" / "commit"
         return f"{bundled.read_text().strip()}, as bundled" if bundled.exists() else "unknown"
     return commit + ("+changes" if changed else "")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 NAMES = {
     "lora": "LoRA",
@@ -26,8 +26,12 @@ NAMES = {
     "antipasto": "AntiPaSTO",
     "road": "RoAd",
 }
+RECIPES = {
+    "adapters": "bench-adapters", "block": "bench-kernels", "host": "bench-host", "kernel_bench": "bench-kernels",
+}  # fmt: skip
+"""Of the justfile, by script, where they have other names."""
 WITHOUT_RANK = ("ia3", "ia3_ff", "road")
-SEEDS = 3  # of the variant table, as many as bench/study.py's
+SEEDS = 3  # of the variant table, as many as study.py's
 
 CONTENDERS = {
     "lora_lite": "lora-lite", "addmm": "in-place addmm_", "eager": "eager PyTorch", "peft": "PEFT's layers",
@@ -185,7 +189,7 @@ def traffic() -> str:
     lines = [
         f"Bytes that an adapter's training step of one layer moves (M = {first['M']} tokens, K = N = {first['K']}, "
         "bf16, the base layer's own products left out), as multiples of the least that an adapter in hooks can move. "
-        f"Counted, not timed: from the loads and stores that kernels and operators execute. `{result['command']}`",
+        f"Counted, not timed: from the loads and stores that kernels and operators execute. `{command_of(result)}`",
         "",
         "| step | r | least | lora-lite | in-place addmm_ | eager PyTorch | PEFT's layer |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -253,7 +257,7 @@ def device_model() -> str:
     lines = [
         "Device time of an adapter's step of one layer as a multiple of the bandwidth bound (M = 8192, K = N = 4096, "
         "bf16). Modelled from the real grids and the compiled kernels, not measured; the assumptions stand at the top "
-        f"of bench/device_model.py. `{result['command']}`",
+        f"of bench/kernels/device_model.py. `{command_of(result)}`",
         "",
         f"| step | r | {' | '.join(gpus)} | H100: busiest multiprocessor | parts | KiB in flight |",
         f"|---|--:|{'--:|' * len(gpus)}--:|--:|--:|",
@@ -306,10 +310,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def command_of(result: dict[str, Any]) -> str:
+    """What to run for the same again: the recipe of the script that wrote this file, and its options."""
+    _, script, *options = result["command"].split()
+    name = Path(script).stem
+    return " ".join(["just", RECIPES.get(name, name.replace("_", "-")), *options])
+
+
 def machine_of(result: dict[str, Any], command: str | None = None) -> str:
     m, v = result["machine"], result["versions"]
     cpu = f"{m['cpu']} ({m['instructions']})" if "instructions" in m else m["cpu"]
-    return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{command or result['command']}`."
+    return f"Measured on {cpu}, {m['cores']} cores, with torch {v['torch']} and `{command or command_of(result)}`."
 
 
 TABLES = {

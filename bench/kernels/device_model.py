@@ -1,7 +1,7 @@
 """A model of an adapter's time on a GPU, without one: `just bench-kernels` runs it after the counted bytes.
 
 Modelled, not measured. The launchers run on tensors without storage and their launches are recorded, so grids and parts
-are the real ones; what a program needs comes from the compiled kernels (results/kernels_report.json). A launch takes
+are the real ones; what a program needs comes from the compiled kernels (kernels_report.json). A launch takes
 the longest of
 
     bytes / bandwidth
@@ -26,7 +26,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,7 +44,6 @@ from torch import Tensor
 
 from lora_lite.kernels import common, expand, rotate, row_norm, scale, shrink, tuning
 
-RESULTS = Path(__file__).parent / "results" / "device_model.json"
 LAUNCH = 2e-6
 LATENCY = 0.9e-6
 SCALE = 2.0
@@ -182,7 +180,7 @@ Resources = dict[tuple[Any, ...], float]
 def compiled_resources() -> Resources:
     """Resident programs a multiprocessor, by (kernel, architecture, rank, rows, cols, warps, stages), in bf16."""
     found = {}
-    for row in json.loads((RESULTS.parent / "kernels_report.json").read_text())["rows"]:
+    for row in json.loads((machine.RESULTS / "kernels_report.json").read_text())["rows"]:
         if row["dtype"] == "bfloat16":
             key = tuple(row[name] for name in ("kernel", "architecture", "rank", "rows", "cols", "num_warps"))
             warps = kernels_report.ARCHITECTURES[row["architecture"]].warps
@@ -284,7 +282,9 @@ def main(s: Settings) -> int:
     for name, share in found.items():
         print(f"H100, M ≥ 2048: {name}: {share}")
     if s.save:
-        machine.write(RESULTS, {"kind": "modelled", "targets": found, "rows": rows}, compact=True)
+        machine.write(
+            machine.RESULTS / "device_model.json", {"kind": "modelled", "targets": found, "rows": rows}, compact=True
+        )
     return 0
 
 
