@@ -139,12 +139,10 @@ def _side_by_side(first, second, third, rows, ranks, end, R_1, R_2, R):
 def _shrink_backward_kernel(
     x, dx_base, dx_base_2, dx_base_3, dh, dh_2, dh_3, h, A, dx, dA, dB, table, seeds,
     M, K, R, R_1, R_2, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    LAYERS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, i): the columns of block j, down the rows of part i. dA holds a result a part, and with h so does
-    dB = dx_baseᵀ h. Layers that read the same x have a dx_base each, and a dh each for ranks that end at R_1, R_2, R;
-    with seeds, one for each."""
+    """Program (j, i): block j of columns, part i of rows; dA, and with h dB = dx_baseᵀ h, hold a result a part. Layers
+    that read the same x have a dx_base, a dh (of ranks up to R_1, R_2, R), a seed each. dx as (Aᵀ dhᵀ)ᵀ: see expand."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
@@ -166,7 +164,6 @@ def _shrink_backward_kernel(
             if h is not None:
                 h_tile = tl.load(tile(h, rows, ranks, R, 1), mask=inside(rows, ranks, end, R), other=0.0)
                 dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
-        # dx as (Aᵀ dhᵀ)ᵀ, for the same reason as in the expand kernel.
         if seeds is None:
             if dx is not None:
                 dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))

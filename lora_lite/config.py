@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 
@@ -52,6 +52,9 @@ class AdapterConfig:
     """
 
     variant: ClassVar[str]
+    takes_dropout: ClassVar[bool] = (
+        True  # whether the method adds a low-rank sum to the output, which can leave inputs out
+    )
 
     r: int = 8
     alpha: float = 16.0
@@ -90,6 +93,10 @@ class AdapterConfig:
         )
         probability = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
         self.require(probability, "dropout", "a probability of at least 0 and less than 1")
+        if not self.takes_dropout:
+            self.require(
+                self.dropout == 0, "dropout", f"0: {self.variant} adds no low-rank sum that could leave inputs out"
+            )
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
         for name in ("rank_pattern", "alpha_pattern"):
             self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
@@ -118,15 +125,9 @@ class AdapterConfig:
         if not ok:
             raise ConfigError(f"{type(self).__name__}.{field} must be {wanted}; got {getattr(self, field)!r}")
 
-    def require_no_dropout(self) -> None:
-        """For methods without a low-rank sum on their output.
-
-        Raises:
-            ConfigError: dropout is not 0.
-        """
-        self.require(
-            self.dropout == 0, "dropout", f"0: {self.variant} adds no low-rank sum that could leave inputs out"
-        )
+    def require_one_of(self, field: str, choices: Any) -> None:
+        """Raise a ConfigError unless `field` has one of the values of a `Literal`."""
+        self.require(getattr(self, field) in get_args(choices), field, f"one of {get_args(choices)}")
 
     @property
     def names_given(self) -> bool:

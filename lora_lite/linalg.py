@@ -1,5 +1,5 @@
 """Linear algebra of weights and parameters: the top-r singular triplets of a weight without a full SVD where r is
-small, and products of reflections."""
+small, and rotations and products of reflections."""
 
 import math
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
     return None
 
 
-# ---- reflections -----------------------------------------------------------------------------------------------------
+# ---- rotations and reflections ---------------------------------------------------------------------------------------
 
 
 def rotations(
@@ -92,6 +92,11 @@ def rotations(
     eye = torch.eye(size, dtype=X.dtype, device=X.device)
     # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
     return torch.linalg.solve_ex(eye - X, eye + X).result
+
+
+def blockwise(R: Float[Tensor, "*E blocks size size"], rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
+    """The block-diagonal matrix of these blocks times the rows, in the blocks' dtype."""
+    return (R @ rows.unflatten(-2, R.shape[-3:-1]).to(R.dtype)).flatten(-3, -2)
 
 
 def reflections(U: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R K"]:

@@ -98,22 +98,42 @@ def limits(timer: Timer, device: str, size: int = 8192) -> Limits:
     return Limits(2 * a.nbytes / (copy * 1e-3), 2 * size**3 / (product * 1e-3))
 
 
+Work = dict[str, tuple[Callable[[], Any], int, int, Callable[[], Any]]]
+"""By kernel: launch, bytes that must move, floating-point operations, results in float64."""
+Draw = Callable[..., Tensor]
+
+
 def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str, Any]]:
     """A row a kernel: time, bytes that must move, bandwidth, share of the copy's and of the roofline, error."""
-    bf16, f32 = torch.bfloat16, torch.float32
 
-    def t(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
+    def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*shape, dtype=dtype, device=device)
 
+    rows = []
+    for name, (launch, moved, operations, exact) in {**_with_rank(s, draw), **_without_rank(s, draw)}.items():
+        got, want = launch(), exact()
+        pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
+        worst = max(error(a, b) for a, b in pairs)
+        median, low, high = timer(launch)
+        least = max(moved / limit.copy, operations / limit.matmul) * 1e3
+        rows.append(
+            {
+                "kernel": name, **asdict(s), "ms": median, "ms_20": low, "ms_80": high, "bytes": moved,
+                "gb_per_s": moved / median / 1e6, "of_copy": moved / (median * 1e-3) / limit.copy,
+                "of_roofline": least / median, "error": worst, "right": worst < (1e-5 if name == "row_norm" else 1e-2),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _with_rank(s: Shape, t: Draw) -> Work:
+    bf16, f32, d = torch.bfloat16, torch.float32, torch.Tensor.double
     x, dx_base, y, dy, h, dh = t(s.M, s.K), t(s.M, s.K), t(s.M, s.N), t(s.M, s.N), t(s.M, s.R), t(s.M, s.R)
     thirds = [each.contiguous() for each in dh.tensor_split(3, 1)]
     A, B, g, W = t(s.R, s.K, dtype=f32), t(s.N, s.R, dtype=f32), t(s.N, dtype=f32), t(s.N, s.K)
-    BG, w_sq, sines = B @ (A @ A.t()), W.float().square().sum(1), t(s.N, dtype=f32)
-    d = torch.Tensor.double
-    MK, MN, MR = 2 * s.M * s.K, 2 * s.M * s.N, 2 * s.M * s.R
-    KR, NR = 4 * s.K * s.R, 4 * s.N * s.R
-    work: dict[str, tuple[Callable[[], Any], int, int, Callable[[], Any]]] = {
-        # name: launch, bytes that must move, floating-point operations, results in float64
+    BG, w_sq = B @ (A @ A.t()), W.float().square().sum(1)
+    MK, MN, MR, KR, NR = 2 * s.M * s.K, 2 * s.M * s.N, 2 * s.M * s.R, 4 * s.K * s.R, 4 * s.N * s.R
+    return {
         "shrink": (
             lambda: shrink.launch_shrink(x, A, bf16), MK + KR + MR, 2 * s.M * s.K * s.R, lambda: d(x) @ d(A).t()
         ),
@@ -149,6 +169,13 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             lambda: row_norm.launch_row_norm(W, None, A, B, BG, SCALE, w_sq), 2 * s.N * s.K + KR + 2 * NR,
             2 * s.N * s.K * s.R, lambda: (d(W) + SCALE * d(B) @ d(A)).norm(dim=1),
         ),
+    }  # fmt: skip
+
+
+def _without_rank(s: Shape, t: Draw) -> Work:
+    y, dy, MN, d = t(s.M, s.N), t(s.M, s.N), 2 * s.M * s.N, torch.Tensor.double
+    g, sines = (t(s.N, dtype=torch.float32) for _ in range(2))
+    return {
         "scale": (lambda: scale.launch_scale(y, g), 2 * MN, s.M * s.N, lambda: d(y) * d(g)),
         "scale_backward": (
             lambda: scale.launch_scale_backward(dy, y, g, True, True), 3 * MN, 2 * s.M * s.N,
@@ -166,21 +193,6 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
             ),
         ),
     }  # fmt: skip
-    rows = []
-    for name, (launch, moved, operations, exact) in work.items():
-        got, want = launch(), exact()
-        pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
-        worst = max(error(a, b) for a, b in pairs)
-        median, low, high = timer(launch)
-        least = max(moved / limit.copy, operations / limit.matmul) * 1e3
-        rows.append(
-            {
-                "kernel": name, **asdict(s), "ms": median, "ms_20": low, "ms_80": high, "bytes": moved,
-                "gb_per_s": moved / median / 1e6, "of_copy": moved / (median * 1e-3) / limit.copy,
-                "of_roofline": least / median, "error": worst, "right": worst < (1e-5 if name == "row_norm" else 1e-2),
-            }
-        )  # fmt: skip
-    return rows
 
 
 class _Addmm(torch.autograd.Function):

@@ -72,21 +72,31 @@ def kernel_calls(
 ) -> dict[str, Callable[[], Any]]:
     """For each kernel of the table a launch, on tensors without storage. `dtype` is that of the products, and of the
     tokens unless these have another."""
+    return {
+        **_calls_with_rank(dtype, M, K, N, R, tokens or dtype, empty),
+        **_norm_calls(dtype, K, N, R, empty),
+        **_calls_without_rank(M, N, tokens or dtype, empty),
+    }
 
-    def t(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+
+Calls = dict[str, Callable[[], Any]]
+Empty = Callable[..., torch.Tensor]
+
+
+def _runs(empty: Empty) -> Runs:
+    return Runs(*(empty(*shape, dtype=torch.int32) for shape in ((40, 3), (20, 3), (20,), (5,))))
+
+
+def _calls_with_rank(dtype: torch.dtype, M: int, K: int, N: int, R: int, tokens: torch.dtype, empty: Empty) -> Calls:
+    def t(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return empty(*shape, dtype=dtype)
 
-    f32 = torch.float32
-    x, y, h, W = t(M, K, dtype=tokens or dtype), t(M, N, dtype=tokens or dtype), t(M, R), t(N, K)
-    A, B, g, bias = t(R, K, dtype=f32), t(N, R, dtype=f32), t(N, dtype=f32), t(N)
-    i32, gs, biases = torch.int32, t(4, N, dtype=f32), t(4, N)
-    seed, runs = t(1, dtype=torch.int64), Runs(*(t(*shape, dtype=i32) for shape in ((40, 3), (20, 3), (20,), (5,))))
-    seeds, thirds = t(3, dtype=torch.int64), (R - 2 * (R // 3), R - R // 3, R)  # of three layers' ranks the ends
-    dhs = [t(M, each) for each in (thirds[0], R // 3, R // 3)]
-    As, Bs = t(4, R, K, dtype=f32), t(4, N, R, dtype=f32)
-    even, group_size = N + N % 2, 64 if N % 64 == 0 else 2  # RoAd's outputs come in pairs
-    paired, c, cs = t(M, even, dtype=tokens or dtype), t(even, dtype=f32), t(4, even, dtype=f32)
-    packed, code, code8 = t(N * K // 2, dtype=torch.uint8), t(256, dtype=f32), t(N * K // 64, dtype=torch.uint8)
+    x, y, h = t(M, K, dtype=tokens), t(M, N, dtype=tokens), t(M, R, dtype=dtype)
+    A, B, g, bias, runs = t(R, K), t(N, R), t(N), t(N, dtype=dtype), _runs(empty)
+    As, Bs, gs, biases = t(4, R, K), t(4, N, R), t(4, N), t(4, N, dtype=dtype)
+    seed, seeds = t(1, dtype=torch.int64), t(3, dtype=torch.int64)
+    thirds = R - 2 * (R // 3), R - R // 3, R  # of three layers' ranks the ends
+    dhs = [t(M, each, dtype=dtype) for each in (thirds[0], R // 3, R // 3)]
     return {
         "shrink": lambda: shrink.launch_shrink(x, A, dtype),
         "shrink_dropout": lambda: shrink.launch_shrink(x, A, dtype, None, seed),
@@ -112,11 +122,29 @@ def kernel_calls(
         "shrink_backward_together": lambda: shrink.launch_shrink_backward([x] * 3, dhs, x, A, True, True),
         "shrink_expand_backward": lambda: shrink.launch_shrink_backward([x], [h], x, A, True, True, h),
         "shrink_expand_backward_grouped": lambda: shrink.launch_shrink_backward([x], [h], x, As, True, True, h, runs),
+    }  # fmt: skip
+
+
+def _norm_calls(dtype: torch.dtype, K: int, N: int, R: int, empty: Empty) -> Calls:
+    W, A, B, g = empty(N, K, dtype=dtype), *(empty(*shape, dtype=torch.float32) for shape in ((R, K), (N, R), (N,)))
+    W_int8 = empty(N, K, dtype=torch.int8)
+    packed, code8 = empty(N * K // 2, dtype=torch.uint8), empty(N * K // 64, dtype=torch.uint8)
+    code = empty(256, dtype=torch.float32)
+    return {
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
-        "row_norm_int8": lambda: row_norm.launch_row_norm(t(N, K, dtype=torch.int8), g, A, B, B, 0.5, g),
+        "row_norm_int8": lambda: row_norm.launch_row_norm(W_int8, g, A, B, B, 0.5, g),
         "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
             packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A, B, B, 0.5, g
         ),
+    }  # fmt: skip
+
+
+def _calls_without_rank(M: int, N: int, tokens: torch.dtype, empty: Empty) -> Calls:
+    f32, runs = torch.float32, _runs(empty)
+    y, g, gs = empty(M, N, dtype=tokens), empty(N, dtype=f32), empty(4, N, dtype=f32)
+    even, group_size = N + N % 2, 64 if N % 64 == 0 else 2  # RoAd's outputs come in pairs
+    paired, c, cs = empty(M, even, dtype=tokens), empty(even, dtype=f32), empty(4, even, dtype=f32)
+    return {
         "scale": lambda: scale.launch_scale(y, g),
         "scale_grouped": lambda: scale.launch_scale(y, gs, runs),
         "scale_backward": lambda: scale.launch_scale_backward(y, y, g, True, True),

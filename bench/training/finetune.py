@@ -466,9 +466,7 @@ def run(s: Settings) -> dict[str, Any]:
     trainable, layers, cfg = attachment.trainable, len(attachment.targets), attachment.cfg.to_dict()
     del model, optimizer, attachment
     gc.collect()
-    fresh = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
-    ll.load(fresh, s.folder / "adapter.safetensors", backend=s.backend)
-    difference = (logits(fresh, tokenizer, task, s) - trained).abs().max().item()
+    difference = (reloaded_logits(tokenizer, task, s) - trained).abs().max().item()
     draw_curve(s.folder / "loss.png", s, done, after)
     result = {
         "kind": "timed",
@@ -490,6 +488,13 @@ def run(s: Settings) -> dict[str, Any]:
     }
     machine.write(s.results / f"{s.name}.json", result)
     return result
+
+
+def reloaded_logits(tokenizer: Any, task: tasks.Task, s: Settings) -> Tensor:
+    """Of a base loaded anew, with the saved adapter."""
+    fresh = pretrained.load(s.model, getattr(torch, s.dtype), s.device, s.quantize)
+    ll.load(fresh, s.folder / "adapter.safetensors", backend=s.backend)
+    return logits(fresh, tokenizer, task, s)
 
 
 def report(when: str, found: dict[str, float]) -> None:

@@ -88,7 +88,6 @@ def build(s: Settings) -> tuple[nn.Module, str]:
 
 def probe(variant: str, model: nn.Module, batch: dict[str, Tensor], s: Settings) -> dict[str, Any]:
     """One variant's checks, each with what was measured."""
-    lm: Any = model
     config = ll.REGISTRY[variant].config
     calibrated = ll.REGISTRY[variant].calibration != "none"
     base = {name for name, _ in model.named_parameters()}
@@ -107,16 +106,7 @@ def probe(variant: str, model: nn.Module, batch: dict[str, Tensor], s: Settings)
             for p, value in zip(parameters, initial, strict=True):
                 p.copy_(value)
 
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-        losses = []
-        model.train()
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = lm(**batch).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        model.eval()
+        losses = train(model, parameters, batch)
         moved = min(
             max((p - value).abs().max().item() for p, value in zip(parameters, initial, strict=True)),
             (trained := logits(model, batch)).sub(start).abs().max().item(),
@@ -148,6 +138,21 @@ def probe(variant: str, model: nn.Module, batch: dict[str, Tensor], s: Settings)
         "base_gradients": leaks,
         "reloaded_max_abs_logit_difference": difference,
     }
+
+
+def train(model: Any, parameters: list[nn.Parameter], batch: dict[str, Tensor], steps: int = 5) -> list[float]:
+    """Each step's loss."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

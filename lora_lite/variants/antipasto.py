@@ -10,15 +10,14 @@ alone.
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..calibration import MeanAbsProjection
 from ..config import AdapterConfig
-from ..linalg import SVD, rotations, top_svd
+from ..linalg import SVD, blockwise, rotations, top_svd
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
 from ..quantized import dense_weight
@@ -51,8 +50,8 @@ class AntiPaSTOConfig(AdapterConfig):
         self.require(self.block_size >= 2, "block_size", "at least 2")
         self.require(self.r % self.block_size == 0, "r", f"divisible by block_size={self.block_size}")
         self.require(0 < self.max_rotation_angle < math.pi, "max_rotation_angle", "between 0 and π")
-        self.require(self.rotate_basis in get_args(Basis), "rotate_basis", f"one of {get_args(Basis)}")
-        self.require(self.svd in get_args(SVD), "svd", f"one of {get_args(SVD)}")
+        self.require_one_of("rotate_basis", Basis)
+        self.require_one_of("svd", SVD)
 
 
 @register
@@ -83,8 +82,7 @@ class AntiPaSTO(Variant):
     @staticmethod
     def statistic(p: Params, layer: nn.Module, cfg: Any) -> MeanAbsProjection:
         pool = min(2 * cfg.r, p.lora_U.shape[0], p.lora_Vh.shape[1])
-        svd = top_svd(dense_weight(layer, torch.float32), pool, cfg.svd)
-        return MeanAbsProjection(svd, needs=cfg.r)
+        return MeanAbsProjection(top_svd(dense_weight(layer, torch.float32), pool, cfg.svd), needs=cfg.r)
 
     @staticmethod
     def calibrate(p: Params, statistic: Any, cfg: Any) -> None:
@@ -99,18 +97,12 @@ class AntiPaSTO(Variant):
         if cfg.rotate_basis == "none":
             return LowRankAdd(p.lora_delta_s[..., None] * Vh, U, dropout=cfg.dropout)
         R = rotations(p.lora_rot_T, cfg.block_size, cfg.max_rotation_angle)
-
-        def rotated(rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
-            return (R @ rows.unflatten(-2, (-1, cfg.block_size)).to(R.dtype)).flatten(-3, -2)
-
-        if cfg.rotate_basis == "V":
-            A = S_new[..., None] * rotated(Vh) - S[..., None] * Vh
-            return LowRankAdd(A, U, dropout=cfg.dropout)
-        B = rotated(U.mT).mT * S_new[..., None, :] - U * S[..., None, :]
-        return LowRankAdd(Vh, B, dropout=cfg.dropout)
+        rows = Vh if cfg.rotate_basis == "V" else U.mT
+        change = S_new[..., None] * blockwise(R, rows) - S[..., None] * rows
+        A, B = (change, U) if cfg.rotate_basis == "V" else (Vh, change.mT)
+        return LowRankAdd(A, B, dropout=cfg.dropout)
 
 
 def _fill(p: Params, U: Tensor, S: Tensor, Vh: Tensor) -> None:
-    p.fill("lora_U", U)
-    p.fill("lora_S", S)
-    p.fill("lora_Vh", Vh)
+    for name, value in (("lora_U", U), ("lora_S", S), ("lora_Vh", Vh)):
+        p.fill(name, value)

@@ -25,10 +25,10 @@ class HRAConfig(AdapterConfig):
     """HRA's config; see `AdapterConfig`. r is the number of reflections, even; alpha is not used."""
 
     variant: ClassVar[str] = "hra"
+    takes_dropout: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_no_dropout()
         self.require(self.r % 2 == 0, "r", "even: reflections start in pairs that cancel")
 
 

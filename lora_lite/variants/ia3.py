@@ -27,15 +27,12 @@ class IA3Config(AdapterConfig):
     """
 
     variant: ClassVar[str] = "ia3"
+    takes_dropout: ClassVar[bool] = False
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (
         r"(^|\.)(k_proj|v_proj|key|value|key_proj|value_proj|k_lin|v_lin|kv_b_proj)$",
         r"Attention\.(k|v)$",  # T5
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_no_dropout()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +40,13 @@ class IA3FFConfig(AdapterConfig):
     """IA³ on inputs; see `AdapterConfig`. r and alpha are not used. Targets the feed-forward output by default."""
 
     variant: ClassVar[str] = "ia3_ff"
+    takes_dropout: ClassVar[bool] = False
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (
         r"(^|\.)(down_proj|fc2|lin2|dense_4h_to_h)$",
         r"(^|\.)(mlp\.(Wo|c_proj)|DenseReluDense\.wo)$",  # ModernBERT, BigCode, T5
         r"layer\.\d+\.output\.dense$",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_no_dropout()
 
 
 @register

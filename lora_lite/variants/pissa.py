@@ -7,7 +7,7 @@ B₀, so that step 0 is the base model. A₀ and B₀ are saved, so that loading
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class PiSSAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.svd in get_args(SVD), "svd", f"one of {get_args(SVD)}")
+        self.require_one_of("svd", SVD)
 
 
 @register

@@ -9,7 +9,7 @@ built. θ starts near zero and α near one, so that step 0 is the base model to 
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,13 +35,13 @@ class RoadConfig(AdapterConfig):
     """
 
     variant: ClassVar[str] = "road"
+    takes_dropout: ClassVar[bool] = False
     kind: Kind = 1
     group_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_no_dropout()
-        self.require(self.kind in get_args(Kind), "kind", f"one of {get_args(Kind)}")
+        self.require_one_of("kind", Kind)
         even = isinstance(self.group_size, int) and self.group_size >= 2 and self.group_size % 2 == 0
         self.require(even, "group_size", "even and at least 2: it is halved to make pairs")
 
