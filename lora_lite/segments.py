@@ -163,18 +163,8 @@ class _ExpandAdd(torch.autograd.Function):
 
 
 def _add_product(base: Tensor, x: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
-    """base + scale · `product`, multiplied in x's dtype; runs that are worth a call each are added in the cache."""
-    if len(base) < 48 * len(segments.ends):
-        return torch.add(base, _grouped(x, stack, segments).to(base.dtype), alpha=scale)
-    out = torch.empty_like(base)
-    for matrix, (bases, xs, outs) in _in_runs(segments, base, x, out):
-        if matrix is None:
-            outs.copy_(bases)
-        elif base.dtype == x.dtype:
-            torch.addmm(bases, xs, stack[matrix].t(), alpha=scale, out=outs)
-        else:
-            outs.copy_(bases.to(x.dtype).addmm_(xs, stack[matrix].t(), alpha=scale))
-    return out
+    """base + scale · `product`, multiplied and added in x's dtype, which is no narrower than base's."""
+    return _grouped(x, stack if scale == 1 else scale * stack, segments).add_(base).to(base.dtype)
 
 
 # ---- all at once -----------------------------------------------------------------------------------------------------
