@@ -22,6 +22,7 @@ from .tuning import allows_tf32, cdiv, has_tf32, power_of_2
 interpreter.install()
 
 MAX_RANK = 256  # ranks that one launch of a kernel keeps in registers; more take several launches
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _JOINED = 1024  # elements of a program
 
 

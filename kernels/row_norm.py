@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ..operators import operator
 from ..reference import without_autocast
-from .common import block_of, inside, small, tile
+from .common import DTYPES, block_of, inside, small, tile
 from .launching import launch, replayed
 from .tuning import Config, architecture, cdiv, tuned
 
@@ -96,9 +96,6 @@ def _row_norm_4bit_kernel(
             cross = tl.dot(low, tl.trans(odd), cross, input_precision=PRECISION)
         norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
     tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
-
-
-DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def full_precision(t: Tensor) -> str:

@@ -30,6 +30,7 @@ from ..reference import sharing
 from ..segments import Segments
 from . import expand
 from .common import (
+    DTYPES,
     MAX_RANK,
     block_of,
     compute_dtype,
@@ -57,6 +58,10 @@ MOST_LAYERS = 3  # whose results, of one x, a launch takes
 # registers don't hold them. Then dh is copied together, and layers with dropout take a launch each.
 MOST_RANKS_APART = {2: 64, 4: 32}
 MOST_RANKS_MASKED = {2: 64, 4: 0}
+
+# Up to these A is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond them
+# blocks of 32 rows would read more of A than of x.
+MOST_RANKS_UNCAST = 16
 
 
 @triton.jit
@@ -87,10 +92,10 @@ def _shrink_kernel(
     x, A, h, table, seeds,
     M, K, R, R_1, R_2, stride_xm, stride_xk, k_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    LAYERS: tl.constexpr,
+    LAYERS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s): rows of block i, and columns of part s. h holds a result a part. With seeds, one for each layer
-    whose ranks A has: the ranks of the first end at R_1, of the second at R_2."""
+    """Program (i, s): rows of block i, and columns of part s, multiplied in DTYPE. h holds a result a part. With seeds,
+    one for each layer whose ranks A has: the ranks of the first end at R_1, of the second at R_2."""
     top, last, matrix = share_of_rows(tl.program_id(0), M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
@@ -101,12 +106,12 @@ def _shrink_kernel(
     for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, last, end), other=0.0)
-        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0)
+        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0).to(DTYPE)
         if seeds is None:
-            acc = tl.dot(x_tile.to(A_tile.dtype), tl.trans(A_tile), acc, input_precision=PRECISION)
+            acc = tl.dot(x_tile.to(DTYPE), tl.trans(A_tile), acc, input_precision=PRECISION)
         else:
             for i in tl.static_range(LAYERS):
-                of_layer = tl.where(kept(seeds + i, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0).to(A_tile.dtype)
+                of_layer = tl.where(kept(seeds + i, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0).to(DTYPE)
                 own_A = A_tile
                 if LAYERS > 1:
                     own_A = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2)[:, None], A_tile, 0.0)
@@ -246,7 +251,7 @@ def launch_shrink(
     x = rows_of(x)
     M, K = x.shape
     R, R_1, R_2 = of.numbers
-    A = small(A, dtype)
+    A = A.contiguous() if MOST_RANKS_UNCAST >= R else small(A, dtype)
     h = x.new_empty((M, R), dtype=dtype)
     if M == 0:
         return h
@@ -256,7 +261,7 @@ def launch_shrink(
         count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
         parts = parts_like(h, count)
         numbers = (M, K, R, R_1, R_2, *x.stride(), each)
-        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends))
+        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype])
         launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seeds), numbers, constants, config)
         sum_parts((parts, h, None))
         return h

@@ -11,6 +11,7 @@ from torch import Tensor
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
+_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # constants, by what they depend on
 
 
 @torch.no_grad()
@@ -83,15 +84,24 @@ def rotations(
     """Cayley rotations (I − X)⁻¹(I + X) from the upper triangles of their generators, whose elements are bounded by
     tan(max_angle/2)·tanh(·). NaN in a generator gives NaN, and no error."""
     rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
-    rows, cols = torch.triu_indices(size, size, offset=1, device=rot_T.device).unbind(0)
+    rows, cols, eye = _corner(size, rot_T)
     upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
     upper[..., rows, cols] = rot_T
-    skew = (upper - upper.mT) / 2
-    limit = 2 * math.tan(max_angle / 2)
-    X = limit * torch.tanh(skew / limit) / 2
-    eye = torch.eye(size, dtype=X.dtype, device=X.device)
+    limit = math.tan(max_angle / 2)
+    X = limit * torch.tanh((upper - upper.mT) * (1 / (4 * limit)))
     # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
     return torch.linalg.solve_ex(eye - X, eye + X).result
+
+
+def _corner(size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns above the diagonal; I."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False):
+            rows, cols = torch.triu_indices(size, size, offset=1, device=like.device).unbind(0)
+            return rows, cols, torch.eye(size, dtype=like.dtype, device=like.device)
+
+    return make() if _traced(like) else once(_made, ("corner", size, like.dtype, like.device), make)
 
 
 def blockwise(R: Float[Tensor, "*E blocks size size"], rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
@@ -134,7 +144,9 @@ class _Reflections(torch.autograd.Function):
         return (dP + dP.mT) @ U if dU is None else dU + (dP + dP.mT) @ U
 
 
-_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+def _traced(t: Tensor) -> bool:
+    """Whether what is made of it belongs to a trace, and is not to be kept."""
+    return type(t) not in (Tensor, torch.nn.Parameter)
 
 
 def _triangles(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +157,6 @@ def _triangles(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
             return torch.ones_like(eye).tril(-1) + eye / 2, eye * 1e-30, -eye
 
-    if type(U) not in (Tensor, torch.nn.Parameter):
+    if _traced(U):
         return make()
     return once(_made, (U.shape[-2], U.dtype, U.device), make)

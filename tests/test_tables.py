@@ -3,9 +3,13 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
+import plots
+import pytest
 import tables
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +19,14 @@ def test_tables_are_those_of_the_result_files() -> None:
     command = [sys.executable, ROOT / "bench" / "report" / "tables.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("draw", plots.PICTURES, ids=lambda draw: draw.__name__)
+def test_pictures_are_drawn_of_the_result_files(draw: Callable[[], Any]) -> None:
+    figure = draw()
+    assert (ROOT / "docs" / "img" / f"{draw.__name__}.svg").exists()
+    assert any(axes.has_data() for axes in figure.axes)
+    plots.plt.close(figure)
 
 
 def test_commands_are_recipes() -> None:

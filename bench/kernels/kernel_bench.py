@@ -282,7 +282,18 @@ class Settings:
     tokens: int = 8192
     width: int = 4096
     """K and N."""
-    cases: tuple[str, ...] = ("lora:16", "lora:32", "lora:64", "dora:16", "hra:8", "hra:16", "ia3:1", "road:1")
+    cases: tuple[str, ...] = (
+        "lora:16",
+        "lora:32",
+        "lora:64",
+        "lora:128",
+        "lora:256",
+        "dora:16",
+        "hra:8",
+        "hra:16",
+        "ia3:1",
+        "road:1",
+    )
     """variant:rank; lora stands for PiSSA, DeLoRA, EVA and AntiPaSTO too, at their number of columns."""
     models: tuple[str, ...] = tuple(kernel_times.PROJECTIONS)
     """On a GPU, whose projections."""

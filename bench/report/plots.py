@@ -52,7 +52,7 @@ def roofline() -> Any:
         ax.loglog(intensity, np.minimum(intensity * figures["TB/s"], figures["TFLOP/s"]), lw=1, label=gpu)
     slope = min(figures["TB/s"] for figures in result["gpus"].values())
     rows = [row for row in result["rows"] if row["R"] in (1, 16)]
-    for row, marker in zip(rows, "osD^", strict=True):
+    for row, marker in zip(rows, "osD^v", strict=True):
         for kernel, counts in row["kernels"].items():
             x = counts["flops"] / counts["bytes"]
             ax.scatter(x, slope * x, s=28, marker=marker, zorder=3, label=f"{kernel} ({NAMES[row['variant']]})")
@@ -101,10 +101,13 @@ def convergence() -> Any:
     return fig
 
 
+PICTURES = (traffic, roofline, overhead, convergence)
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     plt.rcParams["svg.hashsalt"] = "lora-lite"  # the same file from the same figures
-    for draw in (traffic, roofline, overhead, convergence):
+    for draw in PICTURES:
         fig = draw()
         fig.tight_layout()
         fig.savefig(IMAGES / f"{draw.__name__}.svg", metadata={"Date": None})

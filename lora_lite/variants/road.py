@@ -67,12 +67,12 @@ class RoAd(Variant):
         # groups × (cos, sin) × halves × pairs, where one stands for both that are alike
         of_products, of_halves = 1 + (cfg.kind == 4), 1 + (cfg.kind > 1)
         shape = (-1, of_products, of_halves, cfg.group_size // 2)
-        theta, alpha = p.lora_theta.unflatten(-1, shape), p.lora_alpha.unflatten(-1, shape)
-        c = alpha[..., 0, :, :] * theta[..., 0, :, :].cos()
-        s = alpha[..., -1, :, :] * theta[..., -1, :, :].sin()
-        return RotatePairs(_halves(c, c), _halves(-s, s), cfg.group_size)
+        # By unbind: its gradient is one launch, that of an index is a whole tensor of zeros each.
+        theta, alpha = (t.unflatten(-1, shape).unbind(-3) for t in (p.lora_theta, p.lora_alpha))
+        c, s = (alpha[0] * theta[0].cos()).unbind(-2), (alpha[-1] * theta[-1].sin()).unbind(-2)
+        return RotatePairs(_group(c[0], c[-1]), _group(-s[0], s[-1]), cfg.group_size)
 
 
-def _halves(first: Float[Tensor, "*E G H P"], second: Float[Tensor, "*E G H P"]) -> Float[Tensor, "*E N"]:
-    """The first half of each group of one, the second half of the other."""
-    return torch.stack([first[..., 0, :], second[..., -1, :]], -2).flatten(-3)
+def _group(first: Float[Tensor, "*E G P"], second: Float[Tensor, "*E G P"]) -> Float[Tensor, "*E N"]:
+    """Of each group's halves the whole."""
+    return torch.stack([first, second], -2).flatten(-3)
