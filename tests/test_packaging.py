@@ -1,6 +1,7 @@
 """The built wheel: what is in it, that it works where it alone is installed, and that `kernels` is nobody's but the
 Hub's: transformers and bitsandbytes both import a package of that name."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -129,6 +130,19 @@ print(ll.__version__)
 """
     output = run(python, "-I", "-c", program, cwd=tmp_path)
     assert output.strip() == version("lora-lite")
+
+
+@pytest.mark.parametrize("room", ["kernels", "report", "training"])
+def test_a_room_of_the_benchmarks_needs_no_other(room: str) -> None:
+    """A script finds its own room and what all share; where tests run, the others are on the path too."""
+    bench = ROOT / "bench"
+    modules = {path.stem: path.parent.name for path in bench.glob("*/*.py")}
+    for path in (bench / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            elsewhere = [name for name in names if modules.get(name, room) not in (room, "shared")]
+            assert not elsewhere, f"{path} imports {elsewhere}"
 
 
 def test_python_in_the_repository_root_loads_transformers() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import operations
+import random_models
 import torch
 from kernel_times import Limits, Quantiles, Shape, Timer, device_timer, gpu_timer, layers, limits, move
 from kernel_times import kernels as kernel_rows
@@ -151,13 +152,10 @@ def verified(b: Bench) -> Cases:
 
 
 def _verify(b: Bench, variant: str, dtype: torch.dtype) -> Rows:
-    import adapters
-
-    s = adapters.Settings(width=b.small_llama[0], layers=b.small_llama[1], r=8)
-    model = adapters.build("llama", s, dtype).to(b.device)
+    model = random_models.llama(*b.small_llama, dtype).to(b.device)
     ids = torch.randint(1, 1024, (2, 33), generator=torch.Generator().manual_seed(0)).to(b.device)
     batches = [{"input_ids": ids}] if variant == "eva" else None
-    attachment = ll.attach(model, adapters.our_config(variant, s, torch.float32), calibration_data=batches)
+    attachment = ll.attach(model, random_models.our_config(variant, 8), calibration_data=batches)
     move(ll.parameters(model))
     backends = {name for name, _ in attachment.backends().values()}
     if backends != {"triton"}:
@@ -267,19 +265,16 @@ def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
 
 def _language_model(b: Bench, name: str) -> tuple[Any, list[Any]]:
     """The model with its adapter on all linears of each block, and what trains."""
-    import adapters
     from peft import get_peft_model
-    from qwen_probe import random_qwen
     from rivals import peft_config
 
     with torch.device(b.device):
-        model: nn.Module = random_qwen(b.model_layers, **dict(b.model_sizes)).to(torch.bfloat16)
+        model: nn.Module = random_models.qwen(b.model_layers, **dict(b.model_sizes)).to(torch.bfloat16)
     model.requires_grad_(False).train()
     if name == "peft":
-        model = get_peft_model(model, peft_config("lora", 16, 32.0, adapters.TARGETS))  # type: ignore[arg-type]
+        model = get_peft_model(model, peft_config("lora", 16, 32.0, random_models.TARGETS))  # type: ignore[arg-type]
     elif name != "base":
-        config = adapters.our_config("lora", adapters.Settings(r=16), torch.float32)
-        ll.attach(model, config, backend="triton" if name == "lora_lite" else "reference")
+        ll.attach(model, random_models.our_config("lora", 16), backend="triton" if name == "lora_lite" else "reference")
     trainable = [p for p in model.parameters() if p.requires_grad]
     move(trainable)
     return model, trainable

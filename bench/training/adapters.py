@@ -25,17 +25,15 @@ import machine
 import mixtures
 import peft
 import pretrained
+import random_models
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rivals import peft_config
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass
@@ -72,27 +70,12 @@ def build(name: str, s: Settings, dtype: torch.dtype) -> nn.Module:
     """A fresh model with a frozen base, the same on each call."""
     if name != "llama":
         return copy.deepcopy(_pretrained(name)).to(dtype).requires_grad_(False).train()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=s.width,
-        intermediate_size=s.width * 8 // 3 // 64 * 64,  # whole groups of RoAd's
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.width // 64,
-        num_key_value_heads=s.width // 64,
-        vocab_size=1024,
-    )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    return random_models.llama(s.width, s.layers, dtype)
 
 
 @functools.cache
 def _pretrained(name: str) -> nn.Module:
     return pretrained.load(name, torch.bfloat16, "cpu")  # the smallest to keep beside the models that are measured
-
-
-def our_config(variant: str, s: Settings, dtype: torch.dtype) -> ll.AdapterConfig:
-    return ll.REGISTRY[variant].config(
-        r=s.r, alpha=2 * s.r, dtype=dtype, target_roles=(), target_names=tuple(f"{t}$" for t in TARGETS)
-    )
 
 
 def step(model: nn.Module, x: torch.Tensor) -> float:
@@ -188,9 +171,9 @@ def measure(name: str, variant: str, s: Settings, dtype: torch.dtype) -> dict[st
     width = fresh().config.hidden_size  # type: ignore[union-attr]
     sequences = s.tokens[0] if name == "llama" else 1
     x = torch.randn(sequences, s.tokens[1], width, dtype=dtype, requires_grad=True)
-    config = our_config(variant, s, dtype if s.same_dtype else torch.float32)
+    config = random_models.our_config(variant, s.r, dtype if s.same_dtype else torch.float32)
     libraries = {"ours": lora_lite(config, [{"inputs_embeds": x.detach()}] if variant == "eva" else None)}
-    if (other := peft_config(variant, s.r, 2 * s.r, TARGETS)) is not None:
+    if (other := peft_config(variant, s.r, 2 * s.r, random_models.TARGETS)) is not None:
         libraries["peft"] = peft_library(other, not s.same_dtype, dtype if s.same_dtype else None)
 
     on_disk = {side: files(library, fresh, s) for side, library in libraries.items()}

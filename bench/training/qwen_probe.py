@@ -9,6 +9,7 @@ from typing import Any
 
 import machine
 import pretrained
+import random_models
 import torch
 import tyro
 from rich.console import Console
@@ -53,24 +54,6 @@ class Settings:
             self.dtype = pretrained.default_dtype(self.device)
 
 
-def random_qwen(layers: int = 2, **sizes: int) -> nn.Module:
-    """Qwen3-0.6B's widths with random weights, two layers of its 28 and 4,096 tokens of its 151,936, unless said
-    otherwise."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    widths = {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 4096,
-    }
-    config = Qwen3Config(**{**widths, **sizes}, num_hidden_layers=layers, tie_word_embeddings=True, rope_theta=1e6)
-    return Qwen3ForCausalLM(config).eval()
-
-
 def build(s: Settings) -> tuple[nn.Module, str]:
     """The model, and which one it is, in words."""
     dtype = getattr(torch, s.dtype)
@@ -81,7 +64,7 @@ def build(s: Settings) -> tuple[nn.Module, str]:
         except pretrained.NotReachedError as error:
             reason = str(error).splitlines()[0]
     return (
-        random_qwen().to(s.device, dtype),
+        random_models.qwen().to(s.device, dtype),
         f"random weights of Qwen3-0.6B's widths, 2 layers of 28 and 4,096 tokens of 151,936 ({reason})",
     )
 
