@@ -52,9 +52,7 @@ class AdapterConfig:
     """
 
     variant: ClassVar[str]
-    takes_dropout: ClassVar[bool] = (
-        True  # whether the method adds a low-rank sum to the output, which can leave inputs out
-    )
+    takes_dropout: ClassVar[bool] = True  # whether it adds a low-rank sum to the output, which can leave inputs out
 
     r: int = 8
     alpha: float = 16.0

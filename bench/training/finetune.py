@@ -72,16 +72,16 @@ class Method:
 
 METHODS = {
     "lora": Method(1e-3),
-    "pissa": Method(3e-4),
+    "pissa": Method(1e-4),
     "dora": Method(1e-3),
     # With λ = 15, its default, the update is as strong as the weight: the first step would undo the model.
-    "delora": Method(3e-3, 1e-3, {"lambda0": 1.0}, {"lambda0": 0.1}),
+    "delora": Method(1e-3, 1e-3, {"lambda0": 1.0}, {"lambda0": 0.1}),
     "eva": Method(1e-4),
-    "ia3": Method(1e-2, 5e-3),
-    "ia3_ff": Method(1e-2, 5e-3),
+    "ia3": Method(3e-2, 5e-3),
+    "ia3_ff": Method(3e-2, 5e-3),
     "hra": Method(3e-5),
     # 256, its default, exceeds the 192 outputs of SmolLM2's keys and values.
-    "antipasto": Method(3e-3, 5e-3, {"r": 128}, {"r": 256}),
+    "antipasto": Method(1e-2, 5e-3, {"r": 128}, {"r": 256}),
     "road": Method(1e-2, 3e-3),
 }
 OWN_TARGETS = ("ia3", "ia3_ff")  # keep their config's layers, as their paper has them
