@@ -3,7 +3,8 @@
 python := justfile_directory() / ".venv/bin/python"
 export PYTHONDONTWRITEBYTECODE := "1"
 # What every room of bench/ uses. Never the repository's root: its kernels/ would shadow the Hub's package.
-export PYTHONPATH := justfile_directory() / "bench/shared"
+shared := justfile_directory() / "bench/shared"
+export PYTHONPATH := if env("PYTHONPATH", "") == "" { shared } else { shared + ":" + env("PYTHONPATH") }
 # "$@" keeps an argument whole, such as a regular expression.
 set positional-arguments := true
 

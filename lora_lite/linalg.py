@@ -2,6 +2,7 @@
 small, and rotations and products of reflections."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
-_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # constants, by what they depend on
 
 
 @torch.no_grad()
@@ -97,11 +97,10 @@ def _corner(size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and columns above the diagonal; I."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        with torch.inference_mode(False):
-            rows, cols = torch.triu_indices(size, size, offset=1, device=like.device).unbind(0)
-            return rows, cols, torch.eye(size, dtype=like.dtype, device=like.device)
+        rows, cols = torch.triu_indices(size, size, offset=1, device=like.device).unbind(0)
+        return rows, cols, torch.eye(size, dtype=like.dtype, device=like.device)
 
-    return make() if _traced(like) else once(_made, ("corner", size, like.dtype, like.device), make)
+    return _constants(("corner", size), like, make)
 
 
 def blockwise(R: Float[Tensor, "*E blocks size size"], rows: Float[Tensor, "*E R D"]) -> Float[Tensor, "*E R D"]:
@@ -144,19 +143,29 @@ class _Reflections(torch.autograd.Function):
         return (dP + dP.mT) @ U if dU is None else dU + (dP + dP.mT) @ U
 
 
-def _traced(t: Tensor) -> bool:
-    """Whether what is made of it belongs to a trace, and is not to be kept."""
-    return type(t) not in (Tensor, torch.nn.Parameter)
-
-
 def _triangles(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of as many rows as U has: stril(1) + ½I; what keeps a row of zeros from dividing by zero; −I."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        with torch.inference_mode(False):
-            eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
-            return torch.ones_like(eye).tril(-1) + eye / 2, eye * 1e-30, -eye
+        eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
+        return torch.ones_like(eye).tril(-1) + eye / 2, eye * 1e-30, -eye
 
-    if _traced(U):
-        return make()
-    return once(_made, (U.shape[-2], U.dtype, U.device), make)
+    return _constants(("triangles", U.shape[-2]), U, make)
+
+
+_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _constants(
+    key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `make` makes, of the dtype and on the device of `like`: made once, but for a tensor of a class of its own,
+    whose trace it belongs to."""
+
+    def outside() -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False):
+            return make()
+
+    if type(like) not in (Tensor, torch.nn.Parameter):
+        return outside()
+    return once(_made, (*key, like.dtype, like.device), outside)

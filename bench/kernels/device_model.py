@@ -31,7 +31,6 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # launches are recorded, so the kernels are to be the compiler's
 
-import json
 import math
 
 import kernels_report
@@ -180,7 +179,7 @@ Resources = dict[tuple[Any, ...], float]
 def compiled_resources() -> Resources:
     """Resident programs a multiprocessor, by (kernel, architecture, rank, rows, cols, warps, stages), in bf16."""
     found = {}
-    for row in json.loads((machine.RESULTS / "kernels_report.json").read_text())["rows"]:
+    for row in machine.read(machine.RESULTS / "kernels_report.json")["rows"]:
         if row["dtype"] == "bfloat16":
             key = tuple(row[name] for name in ("kernel", "architecture", "rank", "rows", "cols", "num_warps"))
             warps = kernels_report.ARCHITECTURES[row["architecture"]].warps

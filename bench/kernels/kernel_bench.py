@@ -6,7 +6,6 @@ PyTorch, PEFT's layer and the in-place addmm_ formulation, and the time that tho
 bandwidth: a model, not a measurement. The base layer's own products are left out everywhere: all have them alike.
 """
 
-import json
 import os
 import sys
 
@@ -322,7 +321,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def show_compiled(rank: int = 16) -> None:
     """What `just kernels-report` read from the machine code of the rows that are taken untimed, in bf16."""
-    result = json.loads((machine.RESULTS / "kernels_report.json").read_text())
+    result = machine.read(machine.RESULTS / "kernels_report.json")
     architectures = dict.fromkeys(row["architecture"] for row in result["rows"])
     table = Table(title=f"Compiled for r={rank}, bf16: registers a thread / KiB of shared memory / occupancy, and dots")
     for heading in ("kernel", *architectures):

@@ -61,6 +61,10 @@ ARCHITECTURES = {
 }
 
 
+Calls = dict[str, Callable[[], Any]]
+Empty = Callable[..., torch.Tensor]
+
+
 def kernel_calls(
     dtype: torch.dtype,
     M: int,
@@ -68,8 +72,8 @@ def kernel_calls(
     N: int,
     R: int,
     tokens: torch.dtype | None = None,
-    empty: Callable[..., torch.Tensor] = partial(torch.empty, device="meta"),  # noqa: B008
-) -> dict[str, Callable[[], Any]]:
+    empty: Empty = partial(torch.empty, device="meta"),  # noqa: B008
+) -> Calls:
     """For each kernel of the table a launch, on tensors without storage. `dtype` is that of the products, and of the
     tokens unless these have another."""
     return {
@@ -77,10 +81,6 @@ def kernel_calls(
         **_norm_calls(dtype, K, N, R, empty),
         **_calls_without_rank(M, N, tokens or dtype, empty),
     }
-
-
-Calls = dict[str, Callable[[], Any]]
-Empty = Callable[..., torch.Tensor]
 
 
 def _runs(empty: Empty) -> Runs:

@@ -4,20 +4,19 @@ The whole of it, every row of the block tables on six architectures, is bench/re
 kernels-report`, minutes); here that file is held to be of this code and clean, and a part of it is compiled anew.
 """
 
-import json
 import subprocess
 from typing import Any
 
+import machine
 import pytest
 from compiling import compiled_value, compiling
-from environment import BENCH
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    return json.loads((BENCH / "results" / "kernels_report.json").read_text())
+    return machine.read(machine.RESULTS / "kernels_report.json")
 
 
 def of_report(code: str) -> Any:

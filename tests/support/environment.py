@@ -9,5 +9,6 @@ _ROOT = Path(__file__).parents[2]
 BENCH = _ROOT / "bench"
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
 
-os.environ["PYTHONPATH"] = str(BENCH / "shared")  # scripts of bench/ that a test runs, as `just` does
+# For scripts of bench/ that a test runs, as `just` does.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(BENCH / "shared"), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
