@@ -128,5 +128,7 @@ def precision(t: Tensor, dtype: torch.dtype) -> str:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: autocast's where that is on."""
-    kind = "cuda" if x.is_cuda else x.device.type
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
+    kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -12,12 +12,16 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton import knobs
+from triton.runtime import driver
 
+from ..operators import NO_TENSOR
 from . import tuning
 from .tuning import Config
 
@@ -29,6 +33,8 @@ _MOST = 4096  # recordings: the lengths of batches may vary without end
 _ATTEMPTS = 3
 # Triton compiles for the size of a tensor's storage too on AMD, where its binder is not to be left out.
 _COMPILED = torch.version.hip is None
+
+Start = Callable[[Any, tuple[Any, ...]], None]  # of a kernel: the stream, its tensors
 
 _recordings: dict[tuple[Any, ...], "Recording | int"] = {}  # a number: how often it was called without one
 
@@ -55,33 +61,68 @@ def launch(
     with _device_of(tensors[0]), nullcontext() if recorder is None else _disable_current_modes():
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
     if recorder is not None:
-        run = functools.partial(kernel[grid], **options)
+        rest = (*numbers, *constants)
         if compiled is not None and _COMPILED:  # and not interpreted
-            run = compiled[(*grid, 1, 1)[:3]]
-        recorder.launches(run, tensors, (*numbers, *constants))
+            recorder.stream_of = driver.active.get_current_stream
+            recorder.launches(_started(compiled, (*grid, 1, 1)[:3], rest), tensors)
+        else:
+            run = functools.partial(kernel[grid], **options)
+            recorder.launches(lambda stream, tensors: run(*tensors, *rest), tensors)
+
+
+def _started(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Start:
+    """What `compiled[grid]` does in the end, without the looks at the driver and at hooks that it has for every launch:
+    they take longer than the launch. Under a profiler of Triton's, which has hooks, it is that itself."""
+    x, y, z = grid
+    run, function, metadata, observed = compiled.run, compiled.function, compiled.packed_metadata, compiled[grid]
+
+    def start(stream: Any, tensors: tuple[Any, ...]) -> None:
+        if _has_hooks():
+            observed(*tensors, *rest)
+        else:
+            run(x, y, z, stream, function, metadata, None, None, None, *tensors, *rest)
+
+    return start
+
+
+def _has_hooks() -> bool:
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # chains of them, or one, or none
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 class Recording(NamedTuple):
     """What an operator has done. Tensors are numbered: its arguments, then those that it made.
 
     Args:
-        made: of each its shape and dtype, and of which tensor it is a cast; None: memory.
-        launches: what to call, with which tensors (-1: none), and with what after them.
+        made: of each its shape, strides and dtype, and of which tensor it is a cast; None: memory.
+        launches: what starts a kernel, and what picks its tensors from all and a None after them.
         results: which tensors it returned, as a tuple or alone.
+        stream_of: the current stream of a device.
     """
 
-    made: Sequence[tuple[torch.Size, torch.dtype, int | None]]
-    launches: Sequence[tuple[Callable[..., Any], Sequence[int], tuple[Any, ...]]]
+    made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int | None]]
+    launches: Sequence[tuple[Start, Callable[[list[Any]], tuple[Any, ...]]]]
     results: tuple[int, ...] | int
+    stream_of: Callable[[int], Any]
+
+    def replay_there(self, tensors: list[Any]) -> Any:
+        """Do it again with these arguments, on their device."""
+        index = tensors[0].get_device()
+        if index < 0 or index == torch.cuda.current_device():
+            return self.replay(tensors)
+        with torch.cuda.device(index):
+            return self.replay(tensors)
 
     def replay(self, tensors: list[Any]) -> Any:
-        """Do it again with these arguments."""
-        room = tensors[0].new_empty
-        for shape, dtype, source in self.made:
-            tensors.append(room(shape, dtype=dtype) if source is None else tensors[source].to(dtype))
+        """Do it again on the current device."""
+        room, device = torch.empty_strided, tensors[0].device  # the quickest way to memory: strides as plain ints
+        for shape, strides, dtype, source in self.made:
+            new = room(shape, strides, dtype=dtype, device=device) if source is None else tensors[source].to(dtype)
+            tensors.append(new)
         tensors.append(None)
-        for run, which, rest in self.launches:
-            run(*[tensors[i] for i in which], *rest)
+        stream = self.stream_of(tensors[0].get_device())
+        for start, its in self.launches:
+            start(stream, its(tensors))
         results = self.results
         return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
 
@@ -94,9 +135,10 @@ class _Recorder(TorchDispatchMode):
         self.arguments = arguments
         self.number = {id(t): i for i, t in enumerate(arguments)}  # of a tensor or a view of all of it
         self.complete = len(self.number) == len(arguments)  # one that is passed twice would stand for both
-        self.made: list[tuple[torch.Size, torch.dtype, int | None]] = []
+        self.made: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int | None]] = []
         self.own: dict[int, int] = {}  # numbers of tensors that the call made, views aside
-        self.launched: list[tuple[Callable[..., Any], list[int | None], tuple[Any, ...]]] = []
+        self.launched: list[tuple[Start, list[int | None]]] = []
+        self.stream_of: Callable[[int], Any] = lambda index: None
         self.alive: list[Any] = []  # so that no id is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,22 +160,27 @@ class _Recorder(TorchDispatchMode):
 
     def _made(self, out: Tensor, source: int | None) -> None:
         self.number[id(out)] = self.own[id(out)] = len(self.arguments) + len(self.made)
-        self.made.append((out.shape, out.dtype, source))
+        self.made.append((tuple(out.shape), out.stride(), out.dtype, source))
 
-    def launches(self, run: Callable[..., Any], tensors: Sequence[Tensor | None], rest: tuple[Any, ...]) -> None:
+    def launches(self, start: Start, tensors: Sequence[Tensor | None]) -> None:
         """A launch, as it is to be made again."""
         which = [None if t is None else self.number.get(id(t), -1) for t in tensors]
         self.complete &= -1 not in which
-        self.launched.append((run, which, rest))
+        self.launched.append((start, which))
 
     def recording(self, returned: Any) -> Recording | None:
         """Of the whole call; None: it can't be replayed."""
         results = [self.own.get(id(t), -1) for t in (returned if isinstance(returned, tuple) else (returned,))]
         if not self.complete or -1 in results or not self.launched:
             return None
-        # None is the last of the tensors.
-        launches = [(run, [-1 if i is None else i for i in which], rest) for run, which, rest in self.launched]
-        return Recording(self.made, launches, tuple(results) if isinstance(returned, tuple) else results[0])
+        none = len(self.arguments) + len(self.made)
+        launches = [(start, _picks([none if i is None else i for i in which])) for start, which in self.launched]
+        returns = tuple(results) if isinstance(returned, tuple) else results[0]
+        return Recording(self.made, launches, returns, self.stream_of)
+
+
+def _picks(which: Sequence[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    return itemgetter(*which) if len(which) > 1 else lambda tensors: (tensors[which[0]],)
 
 
 def _same(view: Tensor, of: Tensor) -> bool:
@@ -143,32 +190,36 @@ def _same(view: Tensor, of: Tensor) -> bool:
 
 def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     """A function of tensors and what goes with them, positional all, which returns new tensors and does nothing else;
-    what it does follows from what its key holds."""
+    what it does follows from what its key holds. Its `again` only replays: None where there is no recording yet."""
+
+    def again(*args: Any) -> Any:
+        tensors: list[Tensor] = []
+        known = _recordings.get(_key(call, args, tensors))
+        return known.replay_there(tensors) if type(known) is Recording else None
 
     @functools.wraps(call)
     def run(*args: Any) -> Any:
         tensors: list[Tensor] = []
-        key: list[Any] = [call, tuning.allows_tf32(), torch.are_deterministic_algorithms_enabled()]
-        if tuning._forced or not _look(args, tensors, key):
-            return call(*args)
-        index = tensors[0].get_device()
-        key.append(index)
-        whole = tuple(key)
-        known = _recordings.get(whole)
+        key = _key(call, args, tensors)
+        known = _recordings.get(key)
         if type(known) is Recording:
-            if index < 0 or index == torch.cuda.current_device():
-                return known.replay(tensors)
-            with torch.cuda.device(index):
-                return known.replay(tensors)
+            return known.replay_there(tensors)
         calls = known or 0
-        if calls > _ATTEMPTS or (index >= 0 and torch.cuda.is_current_stream_capturing()):
+        if not key or calls > _ATTEMPTS or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return call(*args)  # nothing has been timed for a graph's capture
         if len(_recordings) >= _MOST:
             _recordings.clear()
-        _recordings[whole] = calls + 1
-        return call(*args) if calls == 0 else _record(whole, tensors, call, args)
+        _recordings[key] = calls + 1
+        return call(*args) if calls == 0 else _record(key, tensors, call, args)
 
+    run.again = again  # type: ignore[attr-defined]
     return run
+
+
+def _key(call: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """What the call does follows from this. Collects the tensors; empty: it is not to be recorded."""
+    key: list[Any] = [call, tuning.allows_tf32(), torch.are_deterministic_algorithms_enabled()]
+    return () if tuning._forced or not _look(args, tensors, key) else tuple(key)
 
 
 def _look(args: Sequence[Any], tensors: list[Tensor], key: list[Any]) -> bool:
@@ -177,12 +228,12 @@ def _look(args: Sequence[Any], tensors: list[Tensor], key: list[Any]) -> bool:
         kind = type(each)
         if kind is Tensor or kind is _PARAMETER:
             tensors.append(each)
-            key += (each.dtype, each.shape, each.stride(), each.data_ptr() & 15)
+            key += (each.dtype, each.shape, each.stride(), each.data_ptr() & 15, each.device)
         elif kind is list or kind is tuple:
             key.append(len(each))
             if each and not _look(each, tensors, key):
                 return False
-        elif isinstance(each, Tensor):
+        elif kind not in NO_TENSOR and isinstance(each, Tensor):
             return False
         else:
             key.append(each)

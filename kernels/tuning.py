@@ -267,13 +267,14 @@ def architecture(t: Tensor) -> str:
 
 
 # Of PyTorch's two settings the newer (torch 2.9) knows what either was told; the older raises once the newer is used.
-_NEW_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+# Through `torch.backends` the newer takes as long to read as a launch's binding.
+_new_setting = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def allows_tf32() -> bool:
     """Whether PyTorch may round the operands of its own float32 products."""
-    if _NEW_SETTING:
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if _new_setting is not None:
+        return _new_setting("cuda", "matmul") == "tf32"
     return torch.get_float32_matmul_precision() != "highest"
 
 

@@ -6,8 +6,9 @@ wanted. `torch.compile`, export, fake tensors, tensor subclasses, function trans
 checkpointing, FLOP counters) get the operator.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from torch._library.custom_ops import CustomOpDef
 # Views are not recorded either: an output that is known for one could not be written to later.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
-_NO_TENSOR = frozenset({list, float, int, bool, torch.dtype, type(None)})
+NO_TENSOR = frozenset({list, float, int, bool, torch.dtype, type(None)})
 _dispatching = False
 
 
@@ -56,33 +57,29 @@ class Operator(CustomOpDef):
     raises a RuntimeError."""
 
     _function: Callable[..., Any] | None = None  # with the operator's gradient
+    _again: Callable[..., Any] = staticmethod(lambda *args: None)  # the quick way of a call that is like an earlier one
 
     def __call__(self, *args: Any) -> Any:
-        plain, device, needs_grad = not watched(), None, False
+        if watched():
+            return self._dispatched(args)
+        grad = torch.is_grad_enabled()
+        if not grad and (found := self._again(*args)) is not None:
+            return found
+        needs_grad = False
         for each in args:
             kind = type(each)
-            if kind in _PLAIN or (kind not in _NO_TENSOR and isinstance(each, Tensor)):
-                if device is None:
-                    device = each.device
-                elif each.device != device:
-                    raise self._on_two_devices(args)
-                plain = plain and kind in _PLAIN
+            if kind in _PLAIN:
                 needs_grad = needs_grad or each.requires_grad
-        if not plain:
-            return super().__call__(*args)
-        if needs_grad and torch.is_grad_enabled():
+            elif kind not in NO_TENSOR and isinstance(each, Tensor):
+                return self._dispatched(args)
+        if needs_grad and grad:
             # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
-            return super().__call__(*args) if self._function is None else self._function(*args)
-        with _BelowAutograd():
-            return self._init_fn(*args)
+            return self._dispatched(args) if self._function is None else self._function(*args)
+        return self._init_fn(*args)
 
-    def _on_two_devices(self, args: tuple[Any, ...]) -> RuntimeError:
-        """A kernel would read from its own device at another's address."""
-        names = inspect.signature(self._init_fn).parameters
-        found = [f"{name} on {t.device}" for name, t in zip(names, args, strict=False) if isinstance(t, Tensor)]
-        return RuntimeError(
-            f"{self._qualname} got {', '.join(found)}; move the adapter, its layer and the input to one device"
-        )
+    def _dispatched(self, args: Sequence[Any]) -> Any:
+        _require_one_device(self._qualname, self._init_fn, args)  # here too: on "meta" nothing calls the function
+        return super().__call__(*args)
 
     def register_autograd(
         self, backward: Callable[..., Any], /, *, setup_context: Callable[..., None] | None = None
@@ -90,10 +87,11 @@ class Operator(CustomOpDef):
         """As of a custom operator. One function a node: a `setup_context` beside `forward` would bind every call's
         arguments to its signature anew, which takes longer than the rest."""
         super().register_autograd(backward, setup_context=setup_context)
-        call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
+        call, again, keep = self._init_fn, self._again, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with _BelowAutograd():
+            output = again(*args)
+            if output is None:
                 output = call(*args)
             keep(ctx, args, output)
             return output
@@ -108,11 +106,29 @@ class Operator(CustomOpDef):
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """`torch.library.custom_op` for a function that writes to none of its arguments and returns new tensors."""
+    """`torch.library.custom_op` for a function that writes to none of its arguments and returns new tensors. It may
+    have an `again`, which does the same where it has done so before, and else returns None."""
 
     def of(call: Callable[..., Any]) -> Operator:
-        op = torch.library.custom_op(name, call, mutates_args=())
+        @functools.wraps(call)
+        def checked(*args: Any) -> Any:
+            _require_one_device(name, call, args)
+            with _BelowAutograd():
+                return call(*args)
+
+        op = torch.library.custom_op(name, checked, mutates_args=())
         op.__class__ = Operator
+        if hasattr(call, "again"):
+            op._again = call.again  # type: ignore[attr-defined]
         return cast(Operator, op)
 
     return of
+
+
+def _require_one_device(name: str, call: Callable[..., Any], args: Sequence[Any]) -> None:
+    """A kernel would read from its own device at another's address."""
+    tensors = [each for arg in args for each in (arg if isinstance(arg, list) else (arg,)) if isinstance(each, Tensor)]
+    if len({t.device for t in tensors}) > 1:
+        names = inspect.signature(call).parameters
+        found = [f"{name} on {t.device}" for name, t in zip(names, args, strict=False) if isinstance(t, Tensor)]
+        raise RuntimeError(f"{name} got {', '.join(found)}; move the adapter, its layer and the input to one device")

@@ -37,8 +37,11 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast is for tokens: in its dtype a rotation of parameters is not orthogonal, and a start not the identity."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    on = torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:

@@ -58,8 +58,14 @@ class _Driver(SimpleNamespace):
             def __init__(self, source: Any, metadata: Any) -> None:
                 pass
 
-            def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+            def __call__(
+                self, x: int, y: int, z: int, stream: int, function: str, packed: Any, metadata: Any, before: Any,
+                after: Any, *arguments: Any,
+            ) -> None:  # fmt: skip
                 counts[function] += 1
+                for hook in (before, after):
+                    if hook is not None:
+                        hook(metadata)
 
         super().__init__(
             get_current_device=lambda: 0,

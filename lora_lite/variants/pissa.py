@@ -12,29 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..config import AdapterConfig
-from ..linalg import SVD, top_svd
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
-from ..quantized import dense_weight
 from ..variant import Variant, register
 from ._checks import check_rank
+from ._triplets import SVDConfig, strongest
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(AdapterConfig):
-    """PiSSA's config; see `AdapterConfig`.
-
-    Args:
-        svd: "randomized" finds the top r singular values to 1e-3 without a full SVD; "exact" runs the full one.
-    """
+class PiSSAConfig(SVDConfig):
+    """PiSSA's config; see `SVDConfig`."""
 
     variant: ClassVar[str] = "pissa"
-    svd: SVD = "randomized"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_one_of("svd", SVD)
 
 
 @register
@@ -56,7 +45,7 @@ class PiSSA(Variant):
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
-        U, S, Vh = top_svd(dense_weight(layer, torch.float32), cfg.r, cfg.svd)
+        U, S, Vh = strongest(layer, cfg.r, cfg)
         root = (S / cfg.scale).sqrt()
         for name in ("lora_A", "lora_A0"):
             p.fill(name, root[:, None] * Vh)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import compiled_value
 from philox import seed_of
 from torch import Tensor
 
@@ -146,3 +147,28 @@ def test_what_does_anything_else_is_not_replayed() -> None:
             y, g = t(M, N), t(N, dtype=torch.float32)
             torch.testing.assert_close(call(y, g).double(), 2 * y.double() * g.double(), rtol=1e-2, atol=1e-2)
     assert not recorded()
+
+
+def test_a_profiler_sees_launches_that_are_repeated() -> None:
+    """Triton's has hooks around each launch; without them, none is looked for."""
+    code = """
+import json, host, launch_path
+from lora_lite.kernels import launching
+from triton import knobs
+with launch_path.without_launching() as counts:
+    step = host.step_of(host.ours("lora", "triton", host.model(64, 64)), 8, 64)
+    for _ in range(4):
+        step()
+    repeated = sum(isinstance(each, launching.Recording) for each in launching._recordings.values())
+    counts.clear()
+    seen = []
+    see = lambda metadata: seen.append(metadata.get()["name"])
+    knobs.runtime.launch_enter_hook.add(see)
+    step()
+    knobs.runtime.launch_enter_hook.remove(see)
+    step()
+    print(json.dumps([repeated, sorted(seen), counts]))
+"""
+    repeated, seen, counts = compiled_value(code)
+    assert repeated == len(seen) == 4
+    assert counts == dict.fromkeys(seen, 2)

@@ -62,6 +62,9 @@ def test_a_dispatch_mode_sees_the_operator() -> None:
 def test_tensors_on_two_devices_are_named(dispatched: bool, requires_grad: bool) -> None:
     """A launch would read a pointer of another device as its own; here, of no memory at all."""
     x, A, g = torch.randn(3, 12), torch.randn(4, 12, device="meta"), torch.ones(12, device="meta")
+    for _ in range(3):  # right ones, which are remembered
+        shrink.shrink(x, torch.randn(4, 12))
+        scale.scale(x, torch.randn(12))
     x.requires_grad_(requires_grad)
     with operators.dispatched() if dispatched else nullcontext():
         with pytest.raises(RuntimeError, match=r"lora_lite::shrink got x on cpu, A on meta; move the adapter"):
