@@ -105,22 +105,18 @@ class Recording(NamedTuple):
     results: tuple[int, ...] | int
     stream_of: Callable[[int], Any]
 
-    def replay_there(self, tensors: list[Any]) -> Any:
+    def replay(self, tensors: list[Any]) -> Any:
         """Do it again with these arguments, on their device."""
         index = tensors[0].get_device()
-        if index < 0 or index == torch.cuda.current_device():
-            return self.replay(tensors)
-        with torch.cuda.device(index):
-            return self.replay(tensors)
-
-    def replay(self, tensors: list[Any]) -> Any:
-        """Do it again on the current device."""
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self.replay(tensors)
         room, device = torch.empty_strided, tensors[0].device  # the quickest way to memory: strides as plain ints
         for shape, strides, dtype, source in self.made:
             new = room(shape, strides, dtype=dtype, device=device) if source is None else tensors[source].to(dtype)
             tensors.append(new)
         tensors.append(None)
-        stream = self.stream_of(tensors[0].get_device())
+        stream = self.stream_of(index)
         for start, its in self.launches:
             start(stream, its(tensors))
         results = self.results
@@ -195,7 +191,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
     def again(*args: Any) -> Any:
         tensors: list[Tensor] = []
         known = _recordings.get(_key(call, args, tensors))
-        return known.replay_there(tensors) if type(known) is Recording else None
+        return known.replay(tensors) if type(known) is Recording else None
 
     @functools.wraps(call)
     def run(*args: Any) -> Any:
@@ -203,7 +199,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
         key = _key(call, args, tensors)
         known = _recordings.get(key)
         if type(known) is Recording:
-            return known.replay_there(tensors)
+            return known.replay(tensors)
         calls = known or 0
         if not key or calls > _ATTEMPTS or (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return call(*args)  # nothing has been timed for a graph's capture

@@ -98,7 +98,7 @@ class Operator(CustomOpDef):
 
         def of_arguments(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             found = backward(ctx, *grads)  # of a list of tensors, an operator's backward gives a list
-            return tuple([None if isinstance(grad, list) else grad for grad in found])
+            return tuple([None if type(grad) is list else grad for grad in found])
 
         bases: tuple[type, ...] = (torch.autograd.Function,)
         members = {"forward": staticmethod(forward), "backward": staticmethod(of_arguments)}

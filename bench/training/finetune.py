@@ -82,7 +82,7 @@ METHODS = {
     "hra": Method(3e-5),
     # 256, its default, exceeds the 192 outputs of SmolLM2's keys and values.
     "antipasto": Method(1e-2, 5e-3, {"r": 128}, {"r": 256}),
-    "road": Method(1e-2, 3e-3),
+    "road": Method(3e-3, 3e-3),
 }
 OWN_TARGETS = ("ia3", "ia3_ff")  # keep their config's layers, as their paper has them
 
