@@ -54,7 +54,7 @@ class Adapter(Params):
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         require_size(self, layer)
         if is_managed(self):
-            if self.training and torch.is_grad_enabled() and self.device.type == "meta":
+            if self.training and torch.is_grad_enabled() and self._a_tensor.is_meta:
                 raise AttachError(
                     "accelerate offloads this adapter with the model: it runs, but can't be trained; attach, or load "
                     "its file, after the model is offloaded"
@@ -70,15 +70,19 @@ class Adapter(Params):
     @property
     def valueless(self) -> bool:
         """Whether its tensors hold no values: on the meta device without accelerate, or from there without any."""
-        return self.hollow or (self.device.type == "meta" and not is_managed(self))
+        return self.hollow or (self._a_tensor.is_meta and not is_managed(self))
 
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
+        return self._a_tensor.device
+
+    @property
+    def _a_tensor(self) -> Tensor:
         for t in self._parameters.values():
             if t is not None:
-                return t.device
-        return getattr(self, next(iter(self.specs))).device  # a DataParallel replica's parameters are attributes
+                return t
+        return getattr(self, next(iter(self.specs)))  # a DataParallel replica's parameters are attributes
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True, segments: Segments | None = None) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype

@@ -48,12 +48,13 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Mo
     Raises:
         ValueError: `requested` is no backend.
     """
-    if (requested, device, dtype) not in _in_force:
+    chosen = _in_force.get((requested, device, dtype))
+    if chosen is None:
         check_backend(requested)
         # All dtypes of a device at once: torch.compile can trace a look-up but not the imports behind a choice.
         for each in {*KERNEL_DTYPES, dtype}:
             _in_force[requested, device, each] = _choose(requested, device, each)
-    chosen = _in_force[requested, device, dtype]
+        chosen = _in_force[requested, device, dtype]
     if requested == "triton" and chosen[0] is reference and chosen[2] not in _warned:
         _warned.add(chosen[2])
         warnings.warn(f'backend="triton" runs the PyTorch reference instead: {chosen[2]}', stacklevel=3)

@@ -182,7 +182,7 @@ class Site(nn.ModuleDict):
         if is_embedding(layer):
             primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
         ops = select(adapter.backend, x.device, dtype)[0]
-        return Piece(primitive.on(routed.segments if routed else None), ops)
+        return Piece(primitive.on(routed.segments) if routed else primitive, ops)
 
     def _of_rows(self, rows: Rows, by_row: dict[str, Piece], x: Tensor, routed: Routed | None) -> list[Piece]:
         """The pieces where adapters share a batch: each on its own entries or, if all are low-rank sums with the same
