@@ -86,7 +86,8 @@ def _started(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Sta
 
 
 def _has_hooks() -> bool:
-    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook  # chains of them, or one, or none
+    runtime = knobs.runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook  # chains of them, or one, or none
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
