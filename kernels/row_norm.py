@@ -6,6 +6,9 @@ turn into numbers in registers, as bitsandbytes defines them.
 
     row_norm        reads W  (N×K; int8 with a factor a row)
     row_norm_4bit   reads W  (N×K/2 bytes), with an absmax a block of weights, itself quantised or not
+    root            reads and writes as many numbers as there are rows, of each part of the columns
+
+The more rows a program has, the fewer read A again; columns are shared out among programs until they fill the device.
 """
 
 from typing import Any
@@ -19,67 +22,93 @@ from torch.nn.functional import pad
 
 from ..operators import operator
 from ..reference import without_autocast
-from .common import DTYPES, block_of, inside, small, tile
+from .common import DTYPES, block_of, full_waves, inside, small, split, tile
 from .launching import launch, replayed
-from .tuning import Config, architecture, cdiv, tuned
+from .tuning import Config, architecture, cdiv, programs, tuned
+
+_ROOTS = 128  # of a program
 
 
 @triton.jit
-def _beyond_w(cross, B, BG, rows, ranks, N, R, scale):
-    """What these ranks add to ‖w‖²; cross is W Aᵀ and BG is B (A Aᵀ)."""
-    here = inside(rows, ranks, N, R)
-    B_tile = tl.load(tile(B, rows, ranks, R, 1), mask=here, other=0.0)
-    BG_tile = tl.load(tile(BG, rows, ranks, R, 1), mask=here, other=0.0)
+def _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale):
+    """What these ranks add to ‖w‖²; cross is W Aᵀ of a part of the columns and BG is B (A Aᵀ), which one part adds."""
+    B_tile = tl.load(tile(B, rows, ranks, R, 1), mask=inside(rows, ranks, N, R), other=0.0)
+    BG_tile = tl.load(tile(BG, rows, ranks, R, 1), mask=inside(rows, ranks, N_once, R), other=0.0)
     return tl.sum(scale * B_tile * (2 * cross + scale * BG_tile), 1)
+
+
+@triton.jit
+def _root(norm_sq):
+    return tl.sqrt(tl.maximum(norm_sq, 1e-12))
+
+
+@triton.jit
+def _root_kernel(parts, w_sq, norm, P, size, BLOCK: tl.constexpr):
+    """√(‖w‖² + Σ parts), the largest last."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    beyond = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, P):
+        beyond += tl.load(parts + at, mask=at < size, other=0.0)
+        parts += size
+    tl.store(norm + at, _root(tl.load(w_sq + at, mask=at < size, other=0.0) + beyond), mask=at < size)
 
 
 @triton.jit
 def _row_norm_kernel(
     W, factor, A, B, BG, w_sq, norm, scale,
-    N, K, R, stride_we, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    N, K, R, each, stride_we, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, e): the rows of block i, of matrix e of a stack. W is read once for every BLOCK_R ranks. `factor`
-    scales rows of int8."""
-    which = tl.program_id(1).to(tl.int64)
+    """Program (i, p, e): the rows of block i, of their columns part p with `each`, of matrix e of a stack. W is read
+    once for every BLOCK_R ranks. `factor` scales rows of int8. `norm` gets the norm where a part is the WHOLE row, and
+    else what the part adds to its square."""
+    part, which, copies = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(2)
     W += which * stride_we
     A += which * R * K
     B, BG = B + which * N * R, BG + which * N * R
-    w_sq, norm = w_sq + which * N, norm + which * N
+    w_sq, norm = w_sq + which * N, norm + (part * copies + which) * N
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    norm_sq = tl.load(w_sq + rows, mask=rows < N, other=0.0)
+    N_once = tl.where(part == 0, N, 0)  # rows to which this part adds what no column has a part of
+    beyond = tl.zeros((BLOCK_N,), tl.float32)
+    end = tl.minimum(part * each + each, K)
     for first in range(0, R, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         cross = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for start in range(0, K, BLOCK_K):
+        for start in range(part * each, end, BLOCK_K):
             cols = start + tl.arange(0, BLOCK_K)
-            W_tile = tl.load(tile(W, rows, cols, stride_wn, stride_wk), mask=inside(rows, cols, N, K), other=0)
-            A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, K), other=0.0)
+            W_tile = tl.load(tile(W, rows, cols, stride_wn, stride_wk), mask=inside(rows, cols, N, end), other=0)
+            A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, end), other=0.0)
             cross = tl.dot(W_tile.to(tl.float32), tl.trans(A_tile), cross, input_precision=PRECISION)
         if factor is not None:
             cross *= tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
-        norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
-    tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
+        beyond += _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale)
+    if WHOLE:
+        beyond = _root(tl.load(w_sq + rows, mask=rows < N, other=0.0) + beyond)
+    tl.store(norm + rows, beyond, mask=rows < N)
 
 
 @triton.jit
 def _row_norm_4bit_kernel(
     W, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm, scale,
-    N, K, R,
+    N, K, R, each,
     DTYPE: tl.constexpr, WEIGHTS: tl.constexpr, ABSMAXES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Program i: the rows of block i, BLOCK_K bytes of them at a time. Byte k of a row holds weight 2k in its high half
-    and 2k + 1 in its low one; each is code[half] · absmax of its block of WEIGHTS, rounded to DTYPE. With
+    """Program (i, p): as above, `each` bytes of the rows, BLOCK_K at a time. Byte k of a row holds weight 2k in its
+    high half and 2k + 1 in its low one; each is code[half] · absmax of its block of WEIGHTS, rounded to DTYPE. With
     `absmax_code` an absmax is itself a byte: absmax_code[byte] · absmax_absmax of its block of ABSMAXES + offset."""
+    part = tl.program_id(1)
+    norm += part * N
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    norm_sq = tl.load(w_sq + rows, mask=rows < N, other=0.0)
+    N_once = tl.where(part == 0, N, 0)  # rows to which this part adds what no column has a part of
+    beyond = tl.zeros((BLOCK_N,), tl.float32)
+    end = tl.minimum(part * each + each, K // 2)
     for first in range(0, R, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         cross = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for start in range(0, K // 2, BLOCK_K):
+        for start in range(part * each, end, BLOCK_K):
             pairs = start + tl.arange(0, BLOCK_K)
-            here = inside(rows, pairs, N, K // 2)
+            here = inside(rows, pairs, N, end)
             packed = tl.load(tile(W, rows, pairs, K // 2, 1), mask=here, other=0).to(tl.int32)
             block = tile(0, rows, 2 * pairs, K, 1) // WEIGHTS
             size = tl.load(absmax + block, mask=here, other=0)
@@ -89,18 +118,35 @@ def _row_norm_4bit_kernel(
                 size += tl.load(absmax_offset)
             high = (tl.load(code + (packed >> 4)) * size).to(DTYPE).to(tl.float32)
             low = (tl.load(code + (packed & 15)) * size).to(DTYPE).to(tl.float32)
-            real = inside(ranks, pairs, R, K // 2)  # zeros here cancel whatever the weights beyond W's edge are
+            real = inside(ranks, pairs, R, end)  # zeros here cancel whatever the weights beyond W's edge are
             even = tl.load(tile(A, ranks, 2 * pairs, K, 1), mask=real, other=0.0)
             odd = tl.load(tile(A, ranks, 2 * pairs + 1, K, 1), mask=real, other=0.0)
             cross = tl.dot(high, tl.trans(even), cross, input_precision=PRECISION)
             cross = tl.dot(low, tl.trans(odd), cross, input_precision=PRECISION)
-        norm_sq += _beyond_w(cross, B, BG, rows, ranks, N, R, scale)
-    tl.store(norm + rows, tl.sqrt(tl.maximum(norm_sq, 1e-12)), mask=rows < N)
+        beyond += _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale)
+    if WHOLE:
+        beyond = _root(tl.load(w_sq + rows, mask=rows < N, other=0.0) + beyond)
+    tl.store(norm + rows, beyond, mask=rows < N)
 
 
 def full_precision(t: Tensor) -> str:
     """Three TF32 products are float32 to the last bits on NVIDIA's tensor cores; AMD's take float32 itself."""
     return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
+
+
+def _shared_out(norm: Tensor, copies: int, width: int, config: Config) -> tuple[int, int, int, Tensor]:
+    """(blocks of rows, parts of the columns, columns of a part, room for what each part gives); a single part gives the
+    norm itself."""
+    blocks = cdiv(norm.shape[-1], config.rows)
+    count, each = split(width, config.cols, full_waves(programs(norm), blocks * copies, width, config.cols))
+    return blocks, count, each, norm if count == 1 else norm.new_empty((count, *norm.shape))
+
+
+def _rooted(parts: Tensor, w_sq: Tensor, norm: Tensor) -> Tensor:
+    if parts is not norm:
+        size = norm.numel()
+        launch(_root_kernel, (cdiv(size, _ROOTS),), (parts, w_sq, norm), (len(parts), size), (_ROOTS,))
+    return norm
 
 
 @replayed
@@ -119,11 +165,12 @@ def launch_row_norm(
     norm = torch.empty_like(w_sq)
 
     def run(config: Config) -> Tensor:
-        numbers = (float(scale), N, K, R, stride, *W.stride()[-2:])
-        constants = (full_precision(W), config.rows, config.cols, block_of(R))
-        tensors = (W, factor, A, B, BG, w_sq, norm)
-        launch(_row_norm_kernel, (cdiv(N, config.rows), copies), tensors, numbers, constants, config)
-        return norm
+        blocks, count, each, parts = _shared_out(norm, copies, K, config)
+        numbers = (float(scale), N, K, R, each, stride, *W.stride()[-2:])
+        constants = (full_precision(W), count == 1, config.rows, config.cols, block_of(R))
+        tensors = (W, factor, A, B, BG, w_sq, parts)
+        launch(_row_norm_kernel, (blocks, count, copies), tensors, numbers, constants, config)
+        return _rooted(parts, w_sq, norm)
 
     if factor is None:
         return tuned("row_norm", run, W, W.dtype, N, K, R)
@@ -151,11 +198,12 @@ def launch_row_norm_4bit(
     norm = torch.empty_like(w_sq)
 
     def run(config: Config) -> Tensor:
-        tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, norm)
-        of_blocks = (config.rows, config.cols, block_of(R))
+        of_rows, count, each, parts = _shared_out(norm, 1, K // 2, config)
+        tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, parts)
+        of_blocks = (count == 1, config.rows, config.cols, block_of(R))
         constants = (DTYPES[dtype], *blocks, full_precision(A), *of_blocks)
-        launch(_row_norm_4bit_kernel, (cdiv(N, config.rows),), tensors, (float(scale), N, K, R), constants, config)
-        return norm
+        launch(_row_norm_4bit_kernel, (of_rows, count), tensors, (float(scale), N, K, R, each), constants, config)
+        return _rooted(parts, w_sq, norm)
 
     return tuned("row_norm_4bit", run, A, A.dtype, N, K, R)
 

@@ -75,6 +75,7 @@ READS = {
     "shrink_expand_backward": 2, "row_norm": 1, "scale": 1, "scale_backward": 2,
     "rotate": 1, "rotate_backward": 2,
 }  # fmt: skip
+OF_PARTS = ("_sum_parts_kernel", "_root_kernel")  # they put parts together
 NO_PIPELINE = (
     "expand",
     "scale",
@@ -114,7 +115,7 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
 
     def note(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        name, config = current[-1] if "sum_parts" not in self.fn.__name__ else ("sum_parts", None)
+        name, config = ("sum_parts", None) if self.fn.__name__ in OF_PARTS else current[-1]
         launches.append(Recorded(name, config, kernels_report.Launch(self, arguments, grid, {})))
 
     def tuned(kernel: str, run: Any, *rest: Any) -> Any:
