@@ -94,7 +94,8 @@ def block_of(size: int, most: int = MAX_RANK) -> int:
 
 
 def split(size: int, block: int, wanted: int) -> tuple[int, int]:
-    """(programs, elements each) that share `size`: at least `wanted` programs, as long as each has a block's worth.
+    """(programs, elements each) that share `size`: at least `wanted` programs, as long as each has a block's worth, and
+    one where there is nothing to share.
 
     Shares are multiples of 16, which keeps accesses aligned; a program's last block may reach past its share.
     """
@@ -102,7 +103,7 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
     for each in (max(math.ceil(share) * 16, block), max(int(share) * 16, block)):
         if cdiv(size, each) >= wanted:
             break
-    return cdiv(size, each), each
+    return max(cdiv(size, each), 1), each
 
 
 @cache

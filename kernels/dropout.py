@@ -41,7 +41,7 @@ def rescale(seed):
 
 def threshold(dropout: float) -> int:
     """Of a probability."""
-    return min(round(dropout * 65536), 65535) if dropout else 0
+    return min(round(dropout * 65536), 65535)
 
 
 def new_seed(like: Tensor, dropout: float) -> Tensor:

@@ -139,7 +139,6 @@ def _shared_out(norm: Tensor, copies: int, width: int, config: Config) -> tuple[
     norm itself."""
     blocks = cdiv(norm.shape[-1], config.rows)
     count, each = split(width, config.cols, full_waves(programs(norm), blocks * copies, width, config.cols))
-    count = max(count, 1)  # of no columns too
     return blocks, count, each, norm if count == 1 else norm.new_empty((count, *norm.shape))
 
 

@@ -57,7 +57,7 @@ class Operator(CustomOpDef):
     raises a RuntimeError."""
 
     _function: Callable[..., Any] | None = None  # with the operator's gradient
-    _again: Callable[..., Any] = staticmethod(lambda *args: None)  # the quick way of a call that is like an earlier one
+    _again: Callable[..., Any]  # the quick way of a call that is like an earlier one; None: there was none
 
     def __call__(self, *args: Any) -> Any:
         if watched():
@@ -87,12 +87,10 @@ class Operator(CustomOpDef):
         """As of a custom operator. One function a node: a `setup_context` beside `forward` would bind every call's
         arguments to its signature anew, which takes longer than the rest."""
         super().register_autograd(backward, setup_context=setup_context)
-        call, again, keep = self._init_fn, self._again, setup_context or (lambda ctx, args, output: None)
+        call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = again(*args)
-            if output is None:
-                output = call(*args)
+            output = call(*args)
             keep(ctx, args, output)
             return output
 
@@ -110,16 +108,20 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     have an `again`, which does the same where it has done so before, and else returns None."""
 
     def of(call: Callable[..., Any]) -> Operator:
+        again = getattr(call, "again", lambda *args: None)
+
         @functools.wraps(call)
         def checked(*args: Any) -> Any:
-            _require_one_device(name, call, args)
-            with _BelowAutograd():
-                return call(*args)
+            found = again(*args)
+            if found is None:
+                _require_one_device(name, call, args)
+                with _BelowAutograd():
+                    found = call(*args)
+            return found
 
         op = torch.library.custom_op(name, checked, mutates_args=())
         op.__class__ = Operator
-        if hasattr(call, "again"):
-            op._again = call.again  # type: ignore[attr-defined]
+        op._again = again  # type: ignore[attr-defined]
         return cast(Operator, op)
 
     return of

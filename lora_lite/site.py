@@ -153,7 +153,7 @@ class Site(nn.ModuleDict):
         """What to run, in order; around a stack on the segments of its rows. Low-rank sums that act together become
         one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
         the input that the one before it leaves, and on the output likewise."""
-        if self.rows is None and len(acting) == 1:
+        if self.rows is None and len(acting) == 1:  # as nearly always: nothing to put together
             return [self._piece(acting[0][1], layer, x, routed)]
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}

