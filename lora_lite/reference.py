@@ -101,10 +101,10 @@ def shrink(
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
-    rows = _rows(x)
+    rows, dtype = _rows(x), product_dtype(x.device, x.dtype)
     if dropout:
-        return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments)[1]
-    rows, h = of_segments.shrink(rows, A, segments)
+        return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments, dtype)[1]
+    rows, h = of_segments.shrink(rows, A, segments, dtype)
     return rows.view(x.shape), h
 
 
@@ -225,9 +225,9 @@ def expand_add(
     segments: Segments | None = None,
 ) -> Float[Tensor, "*M N"]:
     """y + scale · h Bᵀ."""
-    if segments is not None:
-        return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments).view(y.shape)
     dtype = product_dtype(y.device, y.dtype)
+    if segments is not None:
+        return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments, dtype).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
     return torch.addmm(_rows(y).to(dtype), _rows(h).to(dtype), Bt, alpha=scale).view(y.shape).to(y.dtype)

@@ -3,8 +3,7 @@
 One thing serves a mixture's experts (rows sorted by expert), packed sequences, and a batch whose entries have adapters
 of their own. M rows, S runs, G matrices of a stack, each P×Q.
 
-On a CPU sums are added run by run, while a run is in the cache; elsewhere the device finds the runs, without a host
-sync.
+On a CPU the host knows the runs, and batches short products; elsewhere the device finds the runs, without a host sync.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,85 +85,179 @@ def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Se
 
 
 def shrink(
-    x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments
+    x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "M P"]]:
-    """(x, `product`). Hand the returned x on: its gradient and the product's are then added run by run."""
-    if not _by_run(x):
-        return x, product(x, stack.to(x.dtype), segments)
-    return _Shrink.apply(x, stack, segments)  # type: ignore[return-value]
+    """(x, `product`), multiplied in `dtype`. Hand the returned x on: its gradient and the product's are then added in
+    one."""
+    if not _on_cpu(x):
+        return x, product(x.to(dtype), stack.to(dtype), segments)
+    return _Shrink.apply(x, stack, segments, dtype)  # type: ignore[return-value]
 
 
 def expand_add(
-    y: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], scale: float, segments: Segments
+    y: Float[Tensor, "M P"],
+    h: Float[Tensor, "M Q"],
+    stack: Float[Tensor, "G P Q"],
+    scale: float,
+    segments: Segments,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "M P"]:
-    """y + scale · `product` of h."""
-    if not _by_run(y):
-        return y + product(h.to(y.dtype), scale * stack.to(y.dtype), segments)
-    return _ExpandAdd.apply(y, h, stack, scale, segments)  # type: ignore[return-value]
+    """y + scale · `product` of h, multiplied and added in `dtype`."""
+    if not _on_cpu(y):
+        return (y + product(h.to(dtype), scale * stack.to(dtype), segments)).to(y.dtype)
+    return _ExpandAdd.apply(y, h, stack, scale, segments, dtype)  # type: ignore[return-value]
 
 
-# ---- run by run, on a CPU --------------------------------------------------------------------------------------------
-
-
-def _by_run(t: Tensor) -> bool:
+def _on_cpu(t: Tensor) -> bool:
+    """Where asking for the ends of runs is no sync. A graph that is compiled asks nothing."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 at least: many small products start too slowly in 16 bits."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _in_runs(segments: Segments, *tensors: Tensor) -> Iterator[tuple[int | None, tuple[Tensor, ...]]]:
-    """(matrix, the rows of each tensor) of each run that is not empty."""
-    runs = list(segments.runs(len(tensors[0])))
-    sizes = [rows.stop - rows.start for _, rows in runs]
-    parts = zip(*(t.split(sizes) for t in tensors), strict=True) if runs else ()
-    return zip((matrix for matrix, _ in runs), parts, strict=True)
+# ---- on a CPU --------------------------------------------------------------------------------------------------------
 
 
 class _Shrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, stack)
-        ctx.segments = segments
-        wide = x.to(_wide(x.dtype))
-        return x.view_as(x), _grouped(wide, stack.to(wide.dtype), segments, narrow=True)
+        ctx.products = _products(segments, len(x), len(stack), dtype)
+        return x.view_as(x), ctx.products.narrow(ctx.products.cut(x.to(dtype)), stack.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
-        needs_x, needs_stack, _ = ctx.needs_input_grad
+        needs_x, needs_stack, _, _ = ctx.needs_input_grad
         dx = d_stack = None
         if needs_x:
-            dx = _add_product(dx_base, dh, stack.to(dh.dtype).mT, 1.0, ctx.segments)
+            dx = ctx.products.add_wide(dx_base, dh, stack.to(dh.dtype).mT)
         if needs_stack:
-            d_stack = _grouped_outer(dh, x.to(dh.dtype), ctx.segments, len(stack)).to(stack.dtype)
-        return dx, d_stack, None
+            d_stack = ctx.products.outer(dh, ctx.products.cut(x.to(dh.dtype)), len(stack)).to(stack.dtype)
+        return dx, d_stack, None, None
 
 
 class _ExpandAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(h, stack)
-        ctx.scale, ctx.segments = scale, segments
-        return _add_product(y, h, stack.to(h.dtype), scale, segments)
+        ctx.products, ctx.scale, ctx.dtype = _products(segments, len(y), len(stack), dtype), scale, dtype
+        return ctx.products.add_wide(y, (scale * h).to(dtype), stack.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (h, stack) = grads, ctx.saved_tensors
-        _, needs_h, needs_stack, _, _ = ctx.needs_input_grad
-        wide, dh, d_stack = dy.to(h.dtype), None, None
+        _, needs_h, needs_stack, *_ = ctx.needs_input_grad
+        dys, dh, d_stack = ctx.products.cut(dy.to(ctx.dtype)), None, None
         if needs_h:
-            dh = _grouped(wide, stack.to(h.dtype).mT, ctx.segments, narrow=True).mul_(ctx.scale)
+            dh = ctx.products.narrow(dys, stack.to(ctx.dtype).mT).mul_(ctx.scale).to(h.dtype)
         if needs_stack:
-            d_stack = _grouped_outer(ctx.scale * h, wide, ctx.segments, len(stack)).mT.to(stack.dtype)
-        return dy, dh, d_stack, None, None
+            d_stack = ctx.products.outer((ctx.scale * h).to(ctx.dtype), dys, len(stack))
+            d_stack = d_stack.mT.contiguous().to(stack.dtype)
+        return dy, dh, d_stack, None, None, None
 
 
-def _add_product(base: Tensor, x: Tensor, stack: Tensor, scale: float, segments: Segments) -> Tensor:
-    """base + scale · `product`, multiplied and added in x's dtype, which is no narrower than base's."""
-    return _grouped(x, stack if scale == 1 else scale * stack, segments).add_(base).to(base.dtype)
+def _products(segments: Segments, M: int, G: int, dtype: torch.dtype) -> "_InRuns | _InBlocks":
+    """In 16 bits a product takes some 15 µs to start, five times as long as in float32, and a copy of rows half."""
+    if dtype.itemsize > 2:
+        return _InRuns(segments)
+    return segments.once(("blocks", M, G), lambda: _InBlocks.of(segments, M, G))
+
+
+@dataclass(frozen=True)
+class _InRuns:
+    """Products run by run, of tensors of one dtype."""
+
+    segments: Segments
+
+    def cut(self, t: Float[Tensor, "M D"]) -> Tensor:
+        """`narrow` and `outer` take their wide side cut, so that two of them share it."""
+        return t
+
+    def narrow(self, x: Tensor, stack: Float[Tensor, "G P Q"]) -> Float[Tensor, "M P"]:
+        """`product` of x."""
+        return _grouped(x, stack, self.segments, narrow=True)
+
+    def add_wide(
+        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"]
+    ) -> Float[Tensor, "M P"]:
+        """base + `product` of h, in base's dtype, which may be a narrower one."""
+        return _grouped(h, stack, self.segments).add_(base).to(base.dtype)
+
+    def outer(self, h: Float[Tensor, "M P"], x: Tensor, G: int) -> Float[Tensor, "G P Q"]:
+        """Of each of G matrices Σ hᵀ x over its rows."""
+        return _grouped_outer(h, x, self.segments, G)
+
+
+@dataclass(frozen=True)
+class _InBlocks:
+    """The same products of n blocks of `length` slots each, a row in a slot, the last block of a run filled up: one
+    batched product serves all runs, where one for each would take longer to start than to run."""
+
+    length: int
+    row_of_slot: Int[Tensor, " slots"]  # in a slot that fills up: the run's last row
+    slot_of_row: Int[Tensor, " M"]
+    which: Int[Tensor, " n"] | None  # of the matrices, and of one of zeros behind them; None: block i takes matrix i
+
+    @classmethod
+    def of(cls, segments: Segments, M: int, G: int) -> "_InBlocks":
+        """For M rows and G matrices."""
+        runs = list(segments.runs(M))
+        start, end = (
+            torch.tensor([(rows.start, rows.stop) for _, rows in runs], dtype=torch.int64).view(-1, 2).unbind(1)
+        )
+        length = _block_length((end - start).tolist())
+        blocks = (end - start + length - 1) // length
+        slots = blocks * length
+        ahead = slots.cumsum(0) - slots - start  # by how much a run's first slot is ahead of its first row
+        row_of_slot = torch.arange(int(slots.sum())) - ahead.repeat_interleave(slots)
+        row_of_slot = row_of_slot.minimum((end - 1).repeat_interleave(slots))
+        slot_of_row = torch.arange(M) + ahead.repeat_interleave(end - start)
+        matrix = torch.tensor([G if matrix is None else matrix for matrix, _ in runs], dtype=torch.int64)
+        which = matrix.repeat_interleave(blocks)
+        return cls(length, row_of_slot, slot_of_row, None if torch.equal(which, torch.arange(G)) else which)
+
+    def cut(self, t: Float[Tensor, "M D"]) -> Float[Tensor, "n length D"]:
+        return t.index_select(0, self.row_of_slot).view(-1, self.length, t.shape[1])
+
+    def narrow(self, x: Float[Tensor, "n length Q"], stack: Float[Tensor, "G P Q"]) -> Float[Tensor, "M P"]:
+        return self._rows((self._matrices(stack) @ x.mT).mT)
+
+    def add_wide(
+        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"]
+    ) -> Float[Tensor, "M P"]:
+        cut = self.cut(base.to(h.dtype))  # what is added where a slot fills up, no row takes
+        return self._rows(cut.baddbmm_(self.cut(h), self._matrices(stack).mT)).to(base.dtype)
+
+    def outer(self, h: Float[Tensor, "M P"], x: Float[Tensor, "n length Q"], G: int) -> Float[Tensor, "G P Q"]:
+        slots = h.new_zeros(len(self.row_of_slot), h.shape[1]).index_copy_(0, self.slot_of_row, h)
+        parts = slots.view(-1, self.length, h.shape[1]).mT @ x
+        if self.which is None:
+            return parts
+        parts = parts.float()  # each is rounded already; their sum is not to be
+        return parts.new_zeros(G + 1, *parts.shape[1:]).index_add_(0, self.which, parts)[:-1]
+
+    def _rows(self, slots: Float[Tensor, "n length D"]) -> Float[Tensor, "M D"]:
+        return slots.reshape(-1, slots.shape[2]).index_select(0, self.slot_of_row)
+
+    def _matrices(self, stack: Float[Tensor, "G P Q"]) -> Float[Tensor, "n P Q"]:
+        if self.which is None:
+            return stack
+        if not stack.is_contiguous():
+            return self._matrices(stack.mT).mT
+        return torch.cat([stack, torch.zeros_like(stack[:1])]).index_select(0, self.which)
+
+
+def _block_length(sizes: list[int]) -> int:
+    """What costs least: slots that fill up, or blocks, of which each takes a copy of its matrix and gives a part of
+    that one's gradient, as dear as some 8 slots. In eights, so that few shapes come up."""
+    longest = -(-max(sizes, default=1) // 8) * 8
+    best, least = longest, longest * len(sizes)
+    for length in (8, 16, 32, 64, 128, 256):
+        cost = (length + 8) * sum(-(-size // length) for size in sizes)
+        if length < longest and cost < least:
+            best, least = length, cost
+    return best
 
 
 # ---- all at once -----------------------------------------------------------------------------------------------------
@@ -173,9 +266,9 @@ def _add_product(base: Tensor, x: Tensor, stack: Tensor, scale: float, segments:
 def _grouped(x: Tensor, stack: Tensor, segments: Segments, narrow: bool = False) -> Float[Tensor, "M P"]:
     if x.dtype not in _GROUPED:
         out = x.new_zeros(len(x), stack.shape[1])
-        for matrix, (xs, outs) in _in_runs(segments, x, out):
+        for matrix, rows in segments.runs(len(x)):
             if matrix is not None:
-                torch.mm(xs, stack[matrix].t(), out=outs)
+                torch.mm(x[rows], stack[matrix].t(), out=out[rows])
         return out
     each = stack if segments.which is None else stack[segments.which.clamp_min(0)]
     if pad := -x.shape[1] % (16 // x.element_size()):
@@ -193,9 +286,9 @@ def _grouped_outer(dy: Tensor, x: Tensor, segments: Segments, G: int) -> Float[T
     P, Q = dy.shape[1], x.shape[1]
     if x.dtype not in _GROUPED:
         out = x.new_zeros(G, P, Q)
-        for matrix, (dys, xs) in _in_runs(segments, dy, x):
+        for matrix, rows in segments.runs(len(x)):
             if matrix is not None:
-                out[matrix].addmm_(dys.t(), xs)
+                out[matrix].addmm_(dy[rows].t(), x[rows])
         return out
     each = grouped_mm(_aligned(dy).mT, _aligned(x), offs=segments.ends)[:, :P, :Q]
     if segments.which is None:

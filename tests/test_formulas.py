@@ -360,7 +360,8 @@ class Products(TorchDispatchMode):
         self.dtypes: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.baddbmm_):
             self.dtypes[args[-1].dtype] += 1
         elif func.namespace == "lora_lite":  # products of segments
             self.dtypes[args[0].dtype] += 1
@@ -387,33 +388,51 @@ def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: t
         assert products(model) == alone
 
 
+# Runs and their matrices: a batch's entries; one far longer than the others, one empty, rows after the last; a stack in
+# its order; no rows at all.
+RUNS = {
+    "entries": ([9, 9, 9, 9], [1, -1, 0, 1]),
+    "uneven": ([1, 0, 300, 5, 2, 7], [0, 1, 1, 0, -1, 1]),
+    "a stack": ([17, 12], None),
+    "no rows": ([0, 0], None),
+}
+
+
+@pytest.mark.parametrize("runs", RUNS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_group_for_each_entry_on_either_cpu(dtype: torch.dtype, cpu: str) -> None:
-    x, y, dy = (torch.randn(4, 9, size).to(dtype) for size in (24, 20, 20))
-    A, B, group = torch.randn(2, 3, 24) / 24**0.5, torch.randn(2, 20, 3) / 3**0.5, torch.tensor([1, -1, 0, 1])
+def test_a_group_for_each_run_on_either_cpu(dtype: torch.dtype, cpu: str, runs: str) -> None:
+    lengths, which = RUNS[runs]
+    M = sum(lengths) + (4 if which and sum(lengths) > 99 else 0)
+    x, y, dy = (torch.randn(M, size).to(dtype) for size in (24, 20, 20))
+    A, B = torch.randn(2, 3, 24) / 24**0.5, torch.randn(2, 20, 3) / 3**0.5
+    segments = Segments(torch.tensor(lengths).cumsum(0).int(), None if which is None else torch.tensor(which))
 
     def run(to: torch.dtype, small: torch.dtype, of: Callable[..., Tensor]) -> list[Tensor]:
         leaves = [*(t.to(to).requires_grad_() for t in (x, y)), *(t.to(small).requires_grad_() for t in (A, B))]
         out = of(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, dy.to(to))]
+        return [out, *torch.autograd.grad(out, leaves, dy.to(to), materialize_grads=True)]
 
     def eager(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        of_entries = [y[i] + SCALE * (x[i] @ A[g].t()) @ B[g].t() if g >= 0 else y[i] for i, g in enumerate(group)]
-        return torch.stack(of_entries)
+        sizes, matrices = [*lengths, M - sum(lengths)], [*(which or range(len(lengths))), -1]
+        A, B, done = A.to(x.dtype), B.to(x.dtype), []
+        for g, xs, ys in zip(matrices, x.split(sizes), y.split(sizes), strict=True):
+            done.append(ys + SCALE * (xs @ A[g].t()) @ B[g].t() if g >= 0 else ys)
+        return torch.cat(done)
 
     def ours(x: Tensor, y: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        segments = Segments.equal(group, x.shape[1])
-        _, h = lora_lite.reference.shrink(x, A, segments=segments)
+        x, h = lora_lite.reference.shrink(x, A, segments=segments)
         return lora_lite.reference.expand_add(y, h, B, SCALE, segments)
 
     with Products() as seen:
         got = run(dtype, torch.float32, ours)
-    assert not seen.dtypes[dtype], "many small products start too slowly in 16 bits"
+    few = 6 if cpu == "all products" else 0
+    assert seen.dtypes[dtype] <= few, "a product for each run starts too slowly in 16 bits"
     plain, exact = run(dtype, torch.float32, eager), run(torch.float64, torch.float64, eager)
     for mine, theirs, want in zip(got, plain, exact, strict=True):
-        assert mine.dtype == theirs.dtype
-        assert rel_error(mine, want) <= 1.5 * rel_error(theirs, want)
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        if M:
+            assert rel_error(mine, want) <= 1.5 * rel_error(theirs, want)
+        assert mine.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
