@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import interpreter
 from .launching import launch
-from .tuning import allows_tf32, cdiv, has_tf32, power_of_2
+from .tuning import allows_tf32, architecture, cdiv, has_tf32, power_of_2
 
 interpreter.install()
 
@@ -122,9 +122,22 @@ def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
     return wanted
 
 
-def precision(t: Tensor, dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies on t's device: float32 as PyTorch's own products do, where the device has TF32."""
-    return "tf32" if dtype == torch.float32 and allows_tf32() and has_tf32(t) else "ieee"
+def full_precision(t: Tensor) -> str:
+    """How `tl.dot` multiplies float32 exactly on t's device. AMD's matrix cores take float32 itself; on NVIDIA's it is
+    three TF32 products. These cores truncate what they add, but Triton adds each tile's sum outside of them, so that a
+    long sum is nearer than one in float32's own instructions (tests/kernels/test_tensor_cores.py)."""
+    return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
+
+
+def precision(t: Tensor, dtype: torch.dtype, fits: bool = True) -> str:
+    """How `tl.dot` multiplies on t's device: in TF32 only where PyTorch's own float32 products may, and the device can.
+    Where a thread's registers do not hold the large and the small parts of its operands (not `fits`), float32 takes its
+    own instructions."""
+    if dtype != torch.float32:
+        return "ieee"
+    if allows_tf32() and has_tf32(t):
+        return "tf32"
+    return full_precision(t) if fits else "ieee"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,8 +1,8 @@
 """‖W + scale · B A‖ of each row, from which DoRA's g comes, for W as it is stored: dense, int8 or 4 bit.
 
-N out_features, K in_features, R rank. W is read once and nothing of its size is written: a row's squared norm is
-‖w‖² + 2·scale · b·(A w) + scale² · b·(A Aᵀ)·b with ‖w‖² known. float32 throughout, quantised weights included: they
-turn into numbers in registers, as bitsandbytes defines them.
+N out_features, K in_features, R rank. W is read once, above r = 128 once for every 128 ranks, and nothing of its size
+is written: a row's squared norm is ‖w‖² + 2·scale · b·(A w) + scale² · b·(A Aᵀ)·b with ‖w‖² known. float32 throughout,
+quantised weights included: they turn into numbers in registers, as bitsandbytes defines them.
 
     row_norm        reads W  (N×K; int8 with a factor a row)
     row_norm_4bit   reads W  (N×K/2 bytes), with an absmax a block of weights, itself quantised or not
@@ -22,11 +22,12 @@ from torch.nn.functional import pad
 
 from ..operators import operator
 from ..reference import without_autocast
-from .common import DTYPES, block_of, full_waves, inside, small, split, tile
+from .common import DTYPES, block_of, full_precision, full_waves, inside, small, split, tile
 from .launching import launch, replayed
-from .tuning import Config, architecture, cdiv, programs, tuned
+from .tuning import Config, cdiv, programs, tuned
 
 _ROOTS = 128  # of a program
+_RANKS = 128  # at a time: with more fit so few rows that A, read again for each block of them, costs more than W
 
 
 @triton.jit
@@ -129,11 +130,6 @@ def _row_norm_4bit_kernel(
     tl.store(norm + rows, beyond, mask=rows < N)
 
 
-def full_precision(t: Tensor) -> str:
-    """Three TF32 products are float32 to the last bits on NVIDIA's tensor cores; AMD's take float32 itself."""
-    return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
-
-
 def _shared_out(norm: Tensor, copies: int, width: int, config: Config) -> tuple[int, int, int, Tensor]:
     """(blocks of rows, parts of the columns, columns of a part, room for what each part gives); a single part gives the
     norm itself."""
@@ -167,7 +163,7 @@ def launch_row_norm(
     def run(config: Config) -> Tensor:
         blocks, count, each, parts = _shared_out(norm, copies, K, config)
         numbers = (float(scale), N, K, R, each, stride, *W.stride()[-2:])
-        constants = (full_precision(W), count == 1, config.rows, config.cols, block_of(R))
+        constants = (full_precision(W), count == 1, config.rows, config.cols, block_of(R, _RANKS))
         tensors = (W, factor, A, B, BG, w_sq, parts)
         launch(_row_norm_kernel, (blocks, count, copies), tensors, numbers, constants, config)
         return _rooted(parts, w_sq, norm)
@@ -200,7 +196,7 @@ def launch_row_norm_4bit(
     def run(config: Config) -> Tensor:
         of_rows, count, each, parts = _shared_out(norm, 1, K // 2, config)
         tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, parts)
-        of_blocks = (count == 1, config.rows, config.cols, block_of(R))
+        of_blocks = (count == 1, config.rows, config.cols, block_of(R, _RANKS))
         constants = (DTYPES[dtype], *blocks, full_precision(A), *of_blocks)
         launch(_row_norm_4bit_kernel, (of_rows, count), tensors, (float(scale), N, K, R, each), constants, config)
         return _rooted(parts, w_sq, norm)

@@ -10,8 +10,8 @@ the longest of
     2 µs
 
 Assumptions, all of them:
-- Every tensor argument of a launch moves once through memory: its tiles are read or written once, and what is read
-  again comes from cache. (tests/kernels/test_passes.py shows the first, counted.)
+- Every tensor argument of a launch moves once through memory (tests/kernels/test_passes.py counts it): its tiles are
+  read or written once, and what is read again comes from cache. But DoRA's W moves once for every 128 ranks.
 - A product takes no time: no kernel here comes near the tensor cores' rate in bf16.
 - Programs have equal work and go to multiprocessors in turn; a multiprocessor can't use another's bandwidth.
 - A launch costs at least LAUNCH seconds on the device; memory answers after LATENCY seconds under load.
@@ -192,6 +192,8 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
     """What one launch takes."""
     tensors = {name: t for name, t in of.launch.arguments.items() if isinstance(t, Tensor)}
     moved = sum(t.nbytes for t in tensors.values())
+    if of.kernel == "row_norm":  # which reads W again for every block of ranks
+        moved += tensors["W"].nbytes * (-(-rank // of.launch.arguments["BLOCK_R"]) - 1)
     programs = math.prod(of.launch.grid)
     busiest = -(-programs // gpu.processors) * gpu.processors / programs
     in_flight = math.inf

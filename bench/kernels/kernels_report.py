@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # decides, when kernels are defined, that they can't be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -224,6 +225,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
         stores = _count(r"STG\.E\.(\w+\.)*(128|ENL2)", sass)
         dots = _count(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)
         kind = next((name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", sass)), "FMA")
+        fmas = _count(r"\bFFMA2?\b", sass)
         reserved = 1024
         by_registers = 65536 // (32 * ((registers + 7) // 8 * 8)) // num_warps
     else:
@@ -232,7 +234,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
         spills, scalar_spills = (int(re.search(rf"\.{kind}gpr_spill_count:\s+(\d+)", text)[1]) for kind in "vs")  # type: ignore[index]
         loads = _count(r"(global|buffer)_load_(lds_)?dwordx4", text)
         stores = _count(r"(global|buffer)_store_dwordx4", text)
-        dots, kind = _count("v_mfma", text), "MFMA"
+        dots, kind, fmas = _count("v_mfma", text), "MFMA", _count("v_(pk_)?fma", text)
         reserved = 0
         by_registers = 4 * min(8, 512 // ((registers + 7) // 8 * 8)) // num_warps
     programs = min(by_registers, architecture.warps // num_warps, architecture.shared // max(shared + reserved, 1))
@@ -245,6 +247,7 @@ def usage(program: Any, architecture: Architecture, num_warps: int) -> dict[str,
         "occupancy": round(programs * num_warps / architecture.warps, 3),
         "dots": dots,
         "dot_kind": kind if dots else "none",
+        "fmas": fmas,
         "loads_128": loads,
         "stores_128": stores,
     }
@@ -293,6 +296,36 @@ def examine(job: Job, unaligned: bool = False) -> dict[str, Any]:
     return {**row, "grid": list(launch.grid), **found, **(examine_unaligned(job) if unaligned else {})}
 
 
+# Of float32 tokens, 8,192 of 4,096: products with R ranks, and passes over the tokens.
+PRODUCTS = {"shrink": (1, 1), "expand": (1, 2), "expand_backward": (2, 1), "shrink_backward": (2, 3)}
+# An H100's, from its data sheet (SXM5, dense): float32 products a second, by its own instructions and as three in TF32.
+RATES, BANDWIDTH = {"ieee": 66.9e12, "tf32x3": 494.7e12 / 3}, 3.35e12
+
+
+def compared(job: tuple[str, int, str]) -> dict[str, Any]:
+    """A float32 kernel with products of that precision for an H100: what the compiler makes of it, and by the data
+    sheet the seconds that its products and that its bytes take at the least."""
+    kernel, rank, how = job
+    products, passes = PRODUCTS[kernel]
+    config = rows_of(kernel, "sm_90", "float32", rank)[0]
+    with mock.patch.object(common, "full_precision", lambda _: how):
+        _, found = compiled_for(("sm_90", "float32", kernel, rank, config), 8192, 4096, 4096, rank)
+    return {
+        "kernel": kernel, "rank": rank, "precision": how, **found,
+        "product_seconds": products * 2 * 8192 * 4096 * rank / RATES[how],
+        "byte_seconds": passes * 4 * 8192 * 4096 / BANDWIDTH,
+    }  # fmt: skip
+
+
+def comparison() -> Iterator[dict[str, Any]]:
+    """Both precisions of each kernel that has a choice."""
+    of_kernels = [
+        (k, r) for k in PRODUCTS for r in (16, 64, 128) if k != "shrink_backward" or r <= shrink.MOST_RANKS_IN_PARTS
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(compared, [(*of, how) for of in of_kernels for how in RATES])
+
+
 def examine_unaligned(job: Job) -> dict[str, int]:
     """Spills where 16 divides no width and no stride, and where it divides all but the rank; at the most ranks that a
     row is for."""
@@ -311,7 +344,7 @@ def is_bad(row: dict[str, Any]) -> bool:
 
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
-    parts = [repr(tuning.TABLE)]
+    parts = [repr(tuning.TABLE), repr(shrink.MOST_RANKS_IN_PARTS)]
     for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums, rotate):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
@@ -373,7 +406,7 @@ def main(s: Settings) -> int:
     if s.save:
         machine.write(
             machine.RESULTS / "kernels_report.json",
-            {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows},
+            {"kind": "compiled", "fingerprint": fingerprint(), "rows": rows, "float32": list(comparison())},
             compact=True,
         )
     if bad:

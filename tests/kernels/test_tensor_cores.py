@@ -1,0 +1,93 @@
+"""float32 by three TF32 products on NVIDIA's tensor cores is no less accurate than float32's own instructions.
+
+No GPU is needed: the cores' arithmetic is imitated as it was measured (Fasi, Higham, Mikaitis and Pranesh 2021,
+"Numerical behavior of NVIDIA tensor cores", §3: exact products, a sum of a few at a time in which each addend is
+truncated to the place of the largest), and the compiled code is read for where the sums of tiles are added.
+"""
+
+import numpy as np
+import pytest
+from compiling import compiled_value
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def tf32(x: Array) -> Array:
+    """To 11 significant bits, ties away from zero, as `cvt.rna.tf32.f32` does."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.sign(fraction) * np.floor(np.abs(fraction) * 2.0**11 + 0.5) / 2.0**11, exponent)
+
+
+def tensor_core(a: Array, b: Array, c: Array, at_once: int, extra_bits: int) -> Array:
+    """c + a bᵀ, some products at a time, all truncated to the last place of the largest and `extra_bits` beyond."""
+    for k in range(0, a.shape[1], at_once):
+        products = a[:, None, k : k + at_once] * b[None, :, k : k + at_once]
+        terms = np.concatenate([products, c[..., None]], -1)
+        place = np.ldexp(1.0, np.frexp(np.abs(terms).max(-1, keepdims=True))[1] - 24 - extra_bits)
+        total = (np.trunc(terms / place) * place).sum(-1)
+        last = np.ldexp(1.0, np.frexp(total)[1] - 24)
+        c = np.trunc(total / last) * last
+    return c
+
+
+def three_products(a: Array, b: Array, tile: int, at_once: int, extra_bits: int) -> Array:
+    """a bᵀ as Triton's "tf32x3" has it: the small parts first, and a tile's sum added to the others' in float32."""
+    (a_large, b_large), total = (tf32(a), tf32(b)), np.zeros((len(a), len(b)), np.float32)
+    a_small, b_small = tf32(a - a_large), tf32(b - b_large)
+    for k in range(0, a.shape[1], tile):
+        of, mine = slice(k, k + tile), np.zeros(total.shape)
+        for left, right in ((a_small, b_large), (a_large, b_small), (a_large, b_large)):
+            mine = tensor_core(left[:, of], right[:, of], mine, at_once, extra_bits)
+        total += mine.astype(np.float32)
+    return total
+
+
+def fused_multiply_add(a: Array, b: Array) -> Array:
+    """a bᵀ by float32's own instruction, one product after another."""
+    total = np.zeros((len(a), len(b)), np.float32)
+    for k in range(a.shape[1]):
+        total = (total.astype(np.float64) + a[:, k, None] * b[None, :, k]).astype(np.float32)
+    return total
+
+
+def error(got: Array, want: Array) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("positive", [False, True])
+@pytest.mark.parametrize(("at_once", "extra_bits"), [(4, 1), (8, 2)])
+def test_a_long_sum_is_nearer(at_once: int, extra_bits: int, positive: bool) -> None:
+    """Over 2,048 products in the tiles of 32 and 64 that the tables have; where all have one sign truncation leans."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((12, 2048)).astype(np.float32).astype(np.float64) for _ in range(2))
+    a, b = (np.abs(a), np.abs(b)) if positive else (a, b)
+    own = error(fused_multiply_add(a, b), a @ b.T)
+    for tile in (32, 64):
+        assert error(three_products(a, b, tile, at_once, extra_bits), a @ b.T) < own
+    assert error(tf32(a) @ tf32(b).T, a @ b.T) > 10 * own
+    untiled = error(three_products(a, b, 2048, at_once, extra_bits), a @ b.T)
+    assert untiled > own, "left to the tensor cores alone, a long sum loses more"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_tiles_are_added_outside_of_the_cores(architecture: str) -> None:
+    """In the loops over the columns and over the tokens: each product of large parts takes a sum of this tile alone,
+    and what it gives is added to a variable of the loop."""
+    of_kernels = compiled_value(f"""
+import json, re, kernels_report as k
+found = []
+for name in ("shrink", "shrink_backward", "expand_backward"):
+    config = k.rows_of(name, "{architecture}", "float32", 64)[0]
+    with k.tuning.force(config=config, architecture="{architecture}"):
+        launch, *_ = k.record(k.kernel_calls(k.torch.float32, 8192, 4096, 4096, 64)[name])
+    code = k.compiled(launch, k.ARCHITECTURES["{architecture}"].target).asm["ttgir"]
+    of_loops = [name for names in re.findall(r"iter_args\\((.*?)\\)", code) for name in re.findall(r"(%\\w+) =", names)]
+    starts = re.findall(r"(?:tt.dot|warp_group_dot) %\\S+ %\\S+ (%[^\\s,]+)", code)
+    sums = [name for pair in re.findall(r"arith.addf (%\\w+), (%\\w+)", code) for name in pair]
+    found.append([len(starts), sorted(set(starts) & set(of_loops)), sorted(set(sums) & set(of_loops))])
+print(json.dumps(found))""")
+    for dots, goes_on, added_to in of_kernels:
+        assert dots % 3 == 0 < dots
+        assert goes_on == []
+        assert added_to
