@@ -207,10 +207,12 @@ def _gradients(
             dA = dh.t() @ rows.to(dh.dtype)
         if needs_dx:
             if len(bases) > 1:  # one that arrived is not ours to write to; their sum is
-                bases[0] = bases[0] + bases[1]
+                dx = bases[0] + bases[1]
                 for each in bases[2:]:
-                    bases[0] += each
-            dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
+                    dx += each
+                dx.addmm_(dh, A)
+            else:
+                dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
     return None if dx is None else dx.to(x.dtype).view(x.shape), None if dA is None else dA.to(dtype)
 
 

@@ -308,7 +308,7 @@ def compared(job: tuple[str, int, str]) -> dict[str, Any]:
     kernel, rank, how = job
     products, passes = PRODUCTS[kernel]
     config = rows_of(kernel, "sm_90", "float32", rank)[0]
-    with mock.patch.object(common, "full_precision", lambda _: how):
+    with mock.patch.object(common, "full_precision", return_value=how):
         _, found = compiled_for(("sm_90", "float32", kernel, rank, config), 8192, 4096, 4096, rank)
     return {
         "kernel": kernel, "rank": rank, "precision": how, **found,

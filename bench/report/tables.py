@@ -272,6 +272,32 @@ def device_model() -> str:
     return "\n".join(lines)
 
 
+def float32() -> str:
+    """float32 products by its own instructions and as three in TF32, compiled by `just kernels-report`."""
+    result = read(RESULTS / "kernels_report.json")
+    of = {(row["kernel"], row["rank"], row["precision"]): row for row in result["float32"]}
+    lines = [
+        "Kernels of float32 tokens (M = 8192, K = N = 4096) for an H100: products by float32's own instructions / as "
+        "three in TF32 on tensor cores. Registers and instructions are compiled; the least times of products and of "
+        f"bytes are calculated from the data sheet. Nothing here is timed. `{command_of(result)}`",
+        "",
+        "| kernel | r | bytes, µs | products, µs | multiplying instructions | registers |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for kernel, rank in dict.fromkeys((kernel, rank) for kernel, rank, _ in of):
+        own, three = of[kernel, rank, "ieee"], of[kernel, rank, "tf32x3"]
+        cells = [
+            kernel,
+            str(rank),
+            f"{1e6 * own['byte_seconds']:.0f}",
+            " / ".join(f"{1e6 * each['product_seconds']:.0f}" for each in (own, three)),
+            f"{own['fmas']} / {three['dots']}",
+            f"{own['registers']} / {three['registers']}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def mixtures() -> str:
     """LoRA on a mixture's experts: CPU time and memory beside PEFT's, from `just bench-adapters`, and counted bytes."""
     result, m = read(RESULTS / "mixtures.json"), read(RESULTS / "kernel_traffic.json")["mixture"]
@@ -331,6 +357,7 @@ TABLES = {
     "traffic": traffic,
     "host": host,
     "device_model": device_model,
+    "float32": float32,
     "mixtures": mixtures,
 }
 
