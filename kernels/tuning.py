@@ -55,6 +55,38 @@ class Config:
 
 Rows = tuple[Config, ...]
 
+# Of NVIDIA's data-centre devices, whose shared memory has stages enough to keep in flight what a multiprocessor's share
+# of the bandwidth takes: 24 KiB on Hopper.
+_DEEP: dict[str, dict[int, Rows]] = {
+    "shrink": {
+        64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
+        128: (Config(32, 128, 4, 3),),
+        256: (Config(64, 64, 8, 3),),
+    },
+    # Above r = 64 without dh, which `shrink` computes.
+    "expand_backward": {
+        16: (Config(32, 512, 16),),
+        32: (Config(32, 512, 8), Config(32, 256, 8)),
+        64: (Config(32, 256, 8), Config(32, 128, 8)),
+        128: (Config(32, 128, 8, 3),),
+        256: (Config(64, 64, 8, 3),),
+    },
+    "expand_backward_rescale": {
+        32: (Config(32, 256, 8),),
+        64: (Config(32, 128, 8), Config(16, 256, 8)),
+        256: (Config(32, 64, 8, 3),),
+    },
+    "shrink_backward": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 64, 8, 3),)},
+    "shrink_expand_backward": {
+        16: (Config(64, 64, 8), Config(64, 128, 8)),
+        128: (Config(32, 64, 8, 3),),
+        256: (Config(32, 32, 8, 6),),
+    },
+    "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
+    "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
+    "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
+}
+
 # (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows; the first is the one to take
 # untimed. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it has none of its own.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
@@ -124,35 +156,25 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     },
-    # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh, and the shared memory for stages
-    # enough to keep the 24 KiB in flight that a multiprocessor's share of the bandwidth takes.
+    ("sm_100", 2): _DEEP,
+    ("sm_80", 2): {
+        **_DEEP,
+        "shrink_expand_backward": {**_DEEP["shrink_expand_backward"], 256: (Config(32, 32, 8, 5),)},
+        "row_norm": {**_DEEP["row_norm"], 128: (Config(64, 32, 8, 3),)},
+    },
+    # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh.
     ("sm_90", 2): {
-        "shrink": {
-            64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
-            128: (Config(32, 128, 4, 3),),
-            256: (Config(64, 64, 8, 3),),
-        },
-        # Above r = 64 without dh, which `shrink` computes.
+        **_DEEP,
         "expand_backward": {
             32: (Config(32, 512, 8), Config(32, 256, 8)),
             64: (Config(32, 512, 16, 1), Config(32, 256, 8)),
-            128: (Config(32, 128, 8, 3),),
-            256: (Config(64, 64, 8, 3),),
+            **{ranks: _DEEP["expand_backward"][ranks] for ranks in (128, 256)},
         },
         "expand_backward_rescale": {
+            **_DEEP["expand_backward_rescale"],
             32: (Config(32, 256, 8), Config(32, 128, 8)),
-            64: (Config(32, 128, 8), Config(16, 256, 8)),
-            256: (Config(32, 64, 8, 3),),
         },
-        "shrink_backward": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 64, 8, 3),)},
-        "shrink_expand_backward": {
-            16: (Config(64, 64, 8), Config(64, 128, 8)),
-            128: (Config(32, 64, 8, 3),),
-            256: (Config(32, 32, 8, 6),),
-        },
-        "row_norm": {64: (Config(64, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
-        "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
-        "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
+        "row_norm": {**_DEEP["row_norm"], 64: (Config(64, 64, 8, 3),)},
     },
     # A float32 product is three in TF32, of large and small parts that lie in registers: short inner dimensions.
     ("nvidia", 4): {
@@ -203,7 +225,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             128: (Config(32, 64, 8, 1),),  # with 64 rows ranks that 16 does not divide spill
             256: (Config(32, 32, 8, 1),),
         },
-        "row_norm": {128: (Config(16, 64, 8, 1),)},
+        "row_norm": {128: (Config(64, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
@@ -217,8 +239,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
         "shrink_backward_dropout": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
         "shrink_expand_backward": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
-        "row_norm": {128: (Config(16, 64, 8, 1),)},
-        "row_norm_int8": {128: (Config(16, 64, 8, 1),)},
+        "row_norm": {128: (Config(64, 64, 8, 1),)},
+        "row_norm_int8": {128: (Config(64, 64, 8, 1),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},

@@ -102,10 +102,10 @@ def shrink(
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
     rows, dtype = _rows(x), product_dtype(x.device, x.dtype)
-    if dropout:
-        return x, of_segments.shrink(nn.functional.dropout(rows, dropout), A, segments, dtype)[1]
-    rows, h = of_segments.shrink(rows, A, segments, dtype)
-    return rows.view(x.shape), h
+    kept = nn.functional.dropout(rows, dropout) if dropout else rows
+    with without_autocast(x.device):
+        same, h = of_segments.shrink(kept, A, segments, dtype)
+    return x if dropout else same.view(x.shape), h
 
 
 def sharing(
@@ -229,7 +229,8 @@ def expand_add(
     """y + scale · h Bᵀ."""
     dtype = product_dtype(y.device, y.dtype)
     if segments is not None:
-        return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments, dtype).view(y.shape)
+        with without_autocast(y.device):
+            return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments, dtype).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
     return torch.addmm(_rows(y).to(dtype), _rows(h).to(dtype), Bt, alpha=scale).view(y.shape).to(y.dtype)

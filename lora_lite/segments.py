@@ -243,7 +243,7 @@ class _InBlocks:
     def _matrices(self, stack: Float[Tensor, "G P Q"]) -> Float[Tensor, "n P Q"]:
         if self.which is None:
             return stack
-        if not stack.is_contiguous():
+        if not stack.is_contiguous() and stack.mT.is_contiguous():
             return self._matrices(stack.mT).mT
         return torch.cat([stack, torch.zeros_like(stack[:1])]).index_select(0, self.which)
 
