@@ -125,19 +125,18 @@ def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
 def full_precision(t: Tensor) -> str:
     """How `tl.dot` multiplies float32 exactly on t's device. AMD's matrix cores take float32 itself; on NVIDIA's it is
     three TF32 products. These cores truncate what they add, but Triton adds each tile's sum outside of them, so that a
-    long sum is nearer than one in float32's own instructions (tests/kernels/test_tensor_cores.py)."""
+    sum of many tiles is nearer than one in float32's own instructions (tests/kernels/test_tensor_cores.py)."""
     return "ieee" if architecture(t).startswith("gfx") else "tf32x3"
 
 
-def precision(t: Tensor, dtype: torch.dtype, fits: bool = True) -> str:
+def precision(t: Tensor, dtype: torch.dtype, many_tiles: bool = True) -> str:
     """How `tl.dot` multiplies on t's device: in TF32 only where PyTorch's own float32 products may, and the device can.
-    Where a thread's registers do not hold the large and the small parts of its operands (not `fits`), float32 takes its
-    own instructions."""
+    Where its sums are not of many tiles, float32 takes its own instructions."""
     if dtype != torch.float32:
         return "ieee"
     if allows_tf32() and has_tf32(t):
         return "tf32"
-    return full_precision(t) if fits else "ieee"
+    return full_precision(t) if many_tiles else "ieee"
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -163,14 +163,15 @@ def launch_expand(
     (M, N), R = y.shape, B.shape[-1]
     B = B if MOST_RANKS_UNCAST["expand"] >= R else small(B, h.dtype)
     h = _rows_apart(h)
-    inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where FMA units keep them in registers
+    inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where they lie in registers
     if M == 0:
         return out
 
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
         numbers = (float(scale), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
-        constants = (precision(y, h.dtype), rows, config.cols, block_of(R, inner))
+        how = precision(y, h.dtype, many_tiles=2 * inner < R)
+        constants = (how, rows, config.cols, block_of(R, inner))
         grid = (blocks * cdiv(N, config.cols),)
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out

@@ -59,9 +59,6 @@ MOST_LAYERS = 3  # whose results, of one x, a launch takes
 MOST_RANKS_APART = {2: 64, 4: 32}
 MOST_RANKS_MASKED = {2: 64, 4: 0}
 
-# Up to these ranks registers hold a float32 backward's operands as large and small parts, for tensor cores.
-MOST_RANKS_IN_PARTS = 64
-
 # Up to these A is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond them
 # blocks of 32 rows would read more of A than of x.
 MOST_RANKS_UNCAST = 16
@@ -310,7 +307,7 @@ def launch_shrink_backward(
         count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         numbers = (M, K, R, R_1, R_2, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
-        how = precision(x, dhs[0].dtype, R <= MOST_RANKS_IN_PARTS)
+        how = precision(x, dhs[0].dtype, many_tiles=False)  # dx is a sum over the ranks, in one
         constants = (how, config.rows, config.cols, block_of(R), len(dhs))
         of_layers = [*bases, *[None] * (3 - len(bases)), *dhs, *[None] * (3 - len(dhs))]
         tensors = (x, *of_layers, h, A, dx, dAs, dBs, table, seeds)

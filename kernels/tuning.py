@@ -176,22 +176,15 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "row_norm": {**_DEEP["row_norm"], 64: (Config(64, 64, 8, 3),)},
     },
-    # A float32 product is three in TF32, of large and small parts that lie in registers: short inner dimensions.
+    # A float32 product's operands lie in registers, whole or as large and small parts: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
         "expand": {256: (Config(32, 64, 8), Config(32, 32, 4))},
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
-        "shrink_backward": {16: (Config(32, 32, 8, 1),), 64: (Config(32, 16, 8, 1),), 256: (Config(16, 16, 8),)},
-        "shrink_backward_together": {
-            16: (Config(32, 32, 8, 1),),
-            32: (Config(16, 32, 8, 1),),
-            64: (Config(32, 16, 8, 1),),
-            256: (Config(16, 16, 8),),
-        },
+        "shrink_backward": {64: (Config(32, 32, 8, 1),), 256: (Config(16, 16, 8),)},
         "shrink_backward_dropout": {
-            16: (Config(32, 32, 8),),
-            64: (Config(32, 16, 8, 1),),
+            64: (Config(32, 32, 8),),
             128: (Config(16, 16, 8, 1),),
             256: (Config(16, 16, 8),),
         },

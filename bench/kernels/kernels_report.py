@@ -297,7 +297,7 @@ def examine(job: Job, unaligned: bool = False) -> dict[str, Any]:
 
 
 # Of float32 tokens, 8,192 of 4,096: products with R ranks, and passes over the tokens.
-PRODUCTS = {"shrink": (1, 1), "expand": (1, 2), "expand_backward": (2, 1), "shrink_backward": (2, 3)}
+PRODUCTS = {"shrink": (1, 1), "expand": (1, 2), "expand_backward": (2, 1)}
 # An H100's, from its data sheet (SXM5, dense): float32 products a second, by its own instructions and as three in TF32.
 RATES, BANDWIDTH = {"ieee": 66.9e12, "tf32x3": 494.7e12 / 3}, 3.35e12
 
@@ -319,9 +319,7 @@ def compared(job: tuple[str, int, str]) -> dict[str, Any]:
 
 def comparison() -> Iterator[dict[str, Any]]:
     """Both precisions of each kernel that has a choice."""
-    of_kernels = [
-        (k, r) for k in PRODUCTS for r in (16, 64, 128) if k != "shrink_backward" or r <= shrink.MOST_RANKS_IN_PARTS
-    ]
+    of_kernels = list(itertools.product(PRODUCTS, (64, 128)))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(compared, [(*of, how) for of in of_kernels for how in RATES])
 
@@ -344,7 +342,7 @@ def is_bad(row: dict[str, Any]) -> bool:
 
 def fingerprint() -> str:
     """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
-    parts = [repr(tuning.TABLE), repr(shrink.MOST_RANKS_IN_PARTS)]
+    parts = [repr(tuning.TABLE)]
     for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums, rotate):
         for _, kernel in sorted(vars(module).items()):
             if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:

@@ -67,15 +67,17 @@ def test_row_norm(dtype: torch.dtype, K: int, N: int, R: int) -> None:
     assert_within(operations.errors_of(operations.row_norm, Case(dtype, 0, K, N, R, LAYOUTS[(K + R) % 4])))
 
 
+@pytest.mark.parametrize(("R", "reads"), [(5, 1), (200, 2)])
 @pytest.mark.parametrize("programs", [1, 7, 132])
-def test_row_norm_in_parts(programs: int) -> None:
-    """Columns are shared out until the programs fill the device; W is read once all the same."""
-    W, A, B = torch.randn(70, 900), torch.randn(5, 900), torch.randn(70, 5)
+def test_row_norm_in_parts(programs: int, R: int, reads: int) -> None:
+    """Columns are shared out until the programs fill the device; W is read once all the same, or once for every 128
+    ranks."""
+    W, A, B = torch.randn(70, 900), torch.randn(R, 900), torch.randn(70, R)
     with tuning.force(programs=programs), launches.watch() as seen:
         got = ops.row_norm(W, A, B, 0.7, W.double().square().sum(1).float())
     assert operations.error(got, (W.double() + 0.7 * B.double() @ A.double()).norm(dim=1)) < 1e-7
     assert [launch.kernel for launch in seen] == ["_row_norm_kernel", "_root_kernel"][: 1 + (programs > 1)]
-    assert seen[0].passes()["W"] == (1, 0)
+    assert seen[0].passes()["W"] == (reads, 0)
     assert seen[0].programs >= min(programs, 20)
 
 

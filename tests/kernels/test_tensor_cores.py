@@ -70,6 +70,16 @@ def test_a_long_sum_is_nearer(at_once: int, extra_bits: int, positive: bool) -> 
     assert untiled > own, "left to the tensor cores alone, a long sum loses more"
 
 
+@pytest.mark.parametrize(("at_once", "extra_bits"), [(4, 1), (8, 2)])
+def test_a_sum_over_ranks_takes_many_tiles(at_once: int, extra_bits: int) -> None:
+    """In `expand`'s tiles of 16 from r = 64 on; where one tile is all, float32's own instructions are nearer."""
+    rng = np.random.default_rng(0)
+    for ranks, tile, nearer in ((64, 16, True), (256, 16, True), (16, 16, False), (64, 64, False)):
+        h, B = (rng.standard_normal((60, ranks)).astype(np.float32).astype(np.float64) for _ in range(2))
+        own = error(fused_multiply_add(h, B), h @ B.T)
+        assert (error(three_products(h, B, tile, at_once, extra_bits), h @ B.T) < own) == nearer
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_tiles_are_added_outside_of_the_cores(architecture: str) -> None:
     """In the loops over the columns and over the tokens: each product of large parts takes a sum of this tile alone,
@@ -77,14 +87,14 @@ def test_tiles_are_added_outside_of_the_cores(architecture: str) -> None:
     of_kernels = compiled_value(f"""
 import json, re, kernels_report as k
 found = []
-for name in ("shrink", "shrink_backward", "expand_backward"):
+for name in ("shrink", "expand", "expand_backward"):
     config = k.rows_of(name, "{architecture}", "float32", 64)[0]
     with k.tuning.force(config=config, architecture="{architecture}"):
         launch, *_ = k.record(k.kernel_calls(k.torch.float32, 8192, 4096, 4096, 64)[name])
     code = k.compiled(launch, k.ARCHITECTURES["{architecture}"].target).asm["ttgir"]
     of_loops = [name for names in re.findall(r"iter_args\\((.*?)\\)", code) for name in re.findall(r"(%\\w+) =", names)]
     starts = re.findall(r"(?:tt.dot|warp_group_dot) %\\S+ %\\S+ (%[^\\s,]+)", code)
-    sums = [name for pair in re.findall(r"arith.addf (%\\w+), (%\\w+)", code) for name in pair]
+    sums = [name for pair in re.findall(r"arith.addf (%[\\w#]+), (%[\\w#]+)", code) for name in pair]
     found.append([len(starts), sorted(set(starts) & set(of_loops)), sorted(set(sums) & set(of_loops))])
 print(json.dumps(found))""")
     for dots, goes_on, added_to in of_kernels:
