@@ -203,19 +203,18 @@ class _InBlocks:
     def of(cls, segments: Segments, M: int, G: int) -> "_InBlocks":
         """For M rows and G matrices."""
         runs = list(segments.runs(M))
-        start, end = (
-            torch.tensor([(rows.start, rows.stop) for _, rows in runs], dtype=torch.int64).view(-1, 2).unbind(1)
-        )
-        length = _block_length((end - start).tolist())
-        blocks = (end - start + length - 1) // length
-        slots = blocks * length
-        ahead = slots.cumsum(0) - slots - start  # by how much a run's first slot is ahead of its first row
-        row_of_slot = torch.arange(int(slots.sum())) - ahead.repeat_interleave(slots)
-        row_of_slot = row_of_slot.minimum((end - 1).repeat_interleave(slots))
-        slot_of_row = torch.arange(M) + ahead.repeat_interleave(end - start)
-        matrix = torch.tensor([G if matrix is None else matrix for matrix, _ in runs], dtype=torch.int64)
-        which = matrix.repeat_interleave(blocks)
-        return cls(length, row_of_slot, slot_of_row, None if torch.equal(which, torch.arange(G)) else which)
+        length = _block_length([rows.stop - rows.start for _, rows in runs])
+        blocks = [
+            (G if matrix is None else matrix, first, min(length, rows.stop - first))
+            for matrix, rows in runs
+            for first in range(rows.start, rows.stop, length)
+        ]
+        which, start, size = torch.tensor(blocks, dtype=torch.int64).view(-1, 3).unbind(1)
+        row_of_slot = start[:, None] + torch.arange(length).minimum(size[:, None] - 1)
+        ahead = length * torch.arange(len(blocks)) - start  # by how much a block's first slot is ahead of its first row
+        slot_of_row = torch.arange(M) + ahead.repeat_interleave(size)
+        plain = torch.equal(which, torch.arange(G))
+        return cls(length, row_of_slot.view(-1), slot_of_row, None if plain else which)
 
     def cut(self, t: Float[Tensor, "M D"]) -> Float[Tensor, "n length D"]:
         return t.index_select(0, self.row_of_slot).view(-1, self.length, t.shape[1])
@@ -252,12 +251,11 @@ def _block_length(sizes: list[int]) -> int:
     """What costs least: slots that fill up, or blocks, of which each takes a copy of its matrix and gives a part of
     that one's gradient, as dear as some 8 slots. In eights, so that few shapes come up."""
     longest = -(-max(sizes, default=1) // 8) * 8
-    best, least = longest, longest * len(sizes)
+    cost = {longest: longest * len(sizes)}
     for length in (8, 16, 32, 64, 128, 256):
-        cost = (length + 8) * sum(-(-size // length) for size in sizes)
-        if length < longest and cost < least:
-            best, least = length, cost
-    return best
+        if length < longest:
+            cost[length] = (length + 8) * sum(-(-size // length) for size in sizes)
+    return min(cost, key=cost.__getitem__)
 
 
 # ---- all at once -----------------------------------------------------------------------------------------------------
