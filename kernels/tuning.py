@@ -55,19 +55,81 @@ class Config:
 
 Rows = tuple[Config, ...]
 
-# Of NVIDIA's data-centre devices, whose shared memory has stages enough to keep in flight what a multiprocessor's share
-# of the bandwidth takes: 24 KiB on Hopper.
-_DEEP: dict[str, dict[int, Rows]] = {
+# Of any NVIDIA device, products in 16 bits.
+_NVIDIA: dict[str, dict[int, Rows]] = {
+    # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
     "shrink": {
         64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
         128: (Config(32, 128, 4, 3),),
-        256: (Config(64, 64, 8, 3),),
+        256: (Config(64, 64, 8, 2),),
     },
-    # Above r = 64 without dh, which `shrink` computes.
+    # No loop over tokens, so nothing to pipeline: warps hide the latency.
+    "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
+    # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
+    # accumulator of dB allows.
     "expand_backward": {
         16: (Config(32, 512, 16),),
         32: (Config(32, 512, 8), Config(32, 256, 8)),
         64: (Config(32, 256, 8), Config(32, 128, 8)),
+        128: (Config(32, 128, 8),),
+        256: (Config(32, 64, 8),),
+    },
+    # As above with a second token-sized read and a write in flight.
+    "expand_backward_rescale": {
+        32: (Config(32, 256, 8),),
+        64: (Config(32, 128, 8), Config(16, 256, 8)),
+        128: (Config(32, 64, 8),),
+        256: (Config(32, 64, 8, 1),),
+    },
+    "shrink_backward": {
+        64: (Config(64, 64, 8), Config(64, 128, 8)),
+        256: (Config(32, 64, 8, 1),),
+    },
+    # The mask takes registers too.
+    "shrink_dropout": {32: (Config(32, 128, 8, 2),), 128: (Config(32, 128, 8, 3),), 256: (Config(64, 64, 8, 2),)},
+    "shrink_backward_dropout": {
+        64: (Config(64, 64, 8),),
+        128: (Config(32, 64, 8, 1),),
+        256: (Config(32, 32, 8, 1),),
+    },
+    # A table of shares takes a few registers more.
+    "shrink_grouped": {128: (Config(32, 128, 4, 3),), 256: (Config(64, 64, 8, 2),)},
+    "expand_backward_grouped": {
+        32: (Config(32, 512, 8),),
+        64: (Config(32, 256, 8), Config(32, 128, 8)),
+        128: (Config(32, 128, 8),),
+        256: (Config(32, 64, 8),),
+    },
+    "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
+    # Of layers that read the same x: up to three dx_bases in flight.
+    "shrink_together_dropout": {16: (Config(32, 64, 8, 1),), 64: (Config(32, 64, 8, 2),)},
+    "shrink_backward_together_dropout": {64: (Config(32, 32, 4, 1),)},
+    "shrink_backward_together": {
+        128: (Config(32, 64, 8),),
+        256: (Config(32, 64, 8, 1),),
+    },
+    # As "shrink_backward" with a second accumulator of K × R.
+    "shrink_expand_backward": {
+        16: (Config(64, 64, 8), Config(64, 128, 8)),
+        64: (Config(32, 64, 8),),
+        128: (Config(32, 64, 8),),
+        256: (Config(32, 32, 8, 1),),
+    },
+    # A is in float32, and read again for every block of rows: as many as registers allow.
+    "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
+    "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+    "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+    "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
+    "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
+}
+
+# Of NVIDIA's data-centre devices, whose shared memory has stages enough to keep in flight what a multiprocessor's share
+# of the bandwidth takes: 24 KiB on Hopper.
+_DEEP: dict[str, dict[int, Rows]] = {
+    "shrink": {**_NVIDIA["shrink"], 256: (Config(64, 64, 8, 3),)},
+    # Above r = 64 without dh, which `shrink` computes.
+    "expand_backward": {
+        **_NVIDIA["expand_backward"],
         128: (Config(32, 128, 8, 3),),
         256: (Config(64, 64, 8, 3),),
     },
@@ -76,13 +138,13 @@ _DEEP: dict[str, dict[int, Rows]] = {
         64: (Config(32, 128, 8), Config(16, 256, 8)),
         256: (Config(32, 64, 8, 3),),
     },
-    "shrink_backward": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 64, 8, 3),)},
+    "shrink_backward": {**_NVIDIA["shrink_backward"], 256: (Config(32, 64, 8, 3),)},
     "shrink_expand_backward": {
         16: (Config(64, 64, 8), Config(64, 128, 8)),
         128: (Config(32, 64, 8, 3),),
         256: (Config(32, 32, 8, 6),),
     },
-    "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
+    "row_norm": {**_NVIDIA["row_norm"], 128: (Config(64, 32, 8, 6),)},
     "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
 }
@@ -90,72 +152,7 @@ _DEEP: dict[str, dict[int, Rows]] = {
 # (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows; the first is the one to take
 # untimed. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it has none of its own.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
-    ("nvidia", 2): {
-        # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
-        "shrink": {
-            64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
-            128: (Config(32, 128, 4, 3),),
-            256: (Config(64, 64, 8, 2),),
-        },
-        # No loop over tokens, so nothing to pipeline: warps hide the latency.
-        "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
-        # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
-        # accumulator of dB allows.
-        "expand_backward": {
-            16: (Config(32, 512, 16),),
-            32: (Config(32, 512, 8), Config(32, 256, 8)),
-            64: (Config(32, 256, 8), Config(32, 128, 8)),
-            128: (Config(32, 128, 8),),
-            256: (Config(32, 64, 8),),
-        },
-        # As above with a second token-sized read and a write in flight.
-        "expand_backward_rescale": {
-            32: (Config(32, 256, 8),),
-            64: (Config(32, 128, 8), Config(16, 256, 8)),
-            128: (Config(32, 64, 8),),
-            256: (Config(32, 64, 8, 1),),
-        },
-        "shrink_backward": {
-            64: (Config(64, 64, 8), Config(64, 128, 8)),
-            256: (Config(32, 64, 8, 1),),
-        },
-        # The mask takes registers too.
-        "shrink_dropout": {32: (Config(32, 128, 8, 2),), 128: (Config(32, 128, 8, 3),), 256: (Config(64, 64, 8, 2),)},
-        "shrink_backward_dropout": {
-            64: (Config(64, 64, 8),),
-            128: (Config(32, 64, 8, 1),),
-            256: (Config(32, 32, 8, 1),),
-        },
-        # A table of shares takes a few registers more.
-        "shrink_grouped": {128: (Config(32, 128, 4, 3),), 256: (Config(64, 64, 8, 2),)},
-        "expand_backward_grouped": {
-            32: (Config(32, 512, 8),),
-            64: (Config(32, 256, 8), Config(32, 128, 8)),
-            128: (Config(32, 128, 8),),
-            256: (Config(32, 64, 8),),
-        },
-        "shrink_backward_grouped": {64: (Config(64, 64, 8), Config(64, 128, 8)), 256: (Config(32, 32, 8, 1),)},
-        # Of layers that read the same x: up to three dx_bases in flight.
-        "shrink_together_dropout": {16: (Config(32, 64, 8, 1),), 64: (Config(32, 64, 8, 2),)},
-        "shrink_backward_together_dropout": {64: (Config(32, 32, 4, 1),)},
-        "shrink_backward_together": {
-            128: (Config(32, 64, 8),),
-            256: (Config(32, 64, 8, 1),),
-        },
-        # As "shrink_backward" with a second accumulator of K × R.
-        "shrink_expand_backward": {
-            16: (Config(64, 64, 8), Config(64, 128, 8)),
-            64: (Config(32, 64, 8),),
-            128: (Config(32, 64, 8),),
-            256: (Config(32, 32, 8, 1),),
-        },
-        # A is in float32, and read again for every block of rows: as many as registers allow.
-        "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
-        "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
-        "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
-        "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
-        "rotate_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
-    },
+    ("nvidia", 2): _NVIDIA,
     ("sm_100", 2): _DEEP,
     ("sm_80", 2): {
         **_DEEP,

@@ -58,7 +58,7 @@ class GPU:
 
 
 GPUS = {
-    "H100": GPU("sm_90", 3.35e12, 132),
+    "H100": GPU("sm_90", kernels_report.H100_BANDWIDTH, 132),
     "H200": GPU("sm_90", 4.8e12, 132),
     "A100": GPU("sm_80", 2.039e12, 108),
     "B200": GPU("sm_100", 8.0e12, 148),

@@ -299,7 +299,7 @@ def examine(job: Job, unaligned: bool = False) -> dict[str, Any]:
 # Of float32 tokens, 8,192 of 4,096: products with R ranks, and passes over the tokens.
 PRODUCTS = {"shrink": (1, 1), "expand": (1, 2), "expand_backward": (2, 1)}
 # An H100's, from its data sheet (SXM5, dense): float32 products a second, by its own instructions and as three in TF32.
-RATES, BANDWIDTH = {"ieee": 66.9e12, "tf32x3": 494.7e12 / 3}, 3.35e12
+RATES, H100_BANDWIDTH = {"ieee": 66.9e12, "tf32x3": 494.7e12 / 3}, 3.35e12
 
 
 def compared(job: tuple[str, int, str]) -> dict[str, Any]:
@@ -313,7 +313,7 @@ def compared(job: tuple[str, int, str]) -> dict[str, Any]:
     return {
         "kernel": kernel, "rank": rank, "precision": how, **found,
         "product_seconds": products * 2 * 8192 * 4096 * rank / RATES[how],
-        "byte_seconds": passes * 4 * 8192 * 4096 / BANDWIDTH,
+        "byte_seconds": passes * 4 * 8192 * 4096 / H100_BANDWIDTH,
     }  # fmt: skip
 
 
