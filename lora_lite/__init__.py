@@ -30,7 +30,7 @@ from .primitives import (
     ScaleInput,
     ScaleOutput,
 )
-from .selection import disabled, use
+from .selection import disabled, unchanged, use
 from .variant import REGISTRY, Variant, register
 from .variants.antipasto import AntiPaSTOConfig
 from .variants.delora import DeLoRAConfig
@@ -102,6 +102,7 @@ __all__ = [
     "save",
     "save_merged",
     "state_dict",
+    "unchanged",
     "use",
     "verify",
 ]

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
-from .segments import Segments
+from .segments import Segments, once
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Primitive:
 
     takes_segments: ClassVar[bool] = True  # not in a subclass with its own on_input or on_output, unless it says so
     segments: Segments | None = field(default=None, kw_only=True)
+    made: dict[Any, Any] | None = field(default=None, kw_only=True)  # of weights alone, which don't change meanwhile
 
     def __init_subclass__(cls) -> None:
         if "takes_segments" not in vars(cls) and not {"on_input", "on_output"}.isdisjoint(vars(cls)):
@@ -35,7 +36,7 @@ class Primitive:
     def of(self, matrix: int) -> Self:
         """Of a stack the primitive of one matrix."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, segments=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
+        return replace(self, segments=None, made=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
 
     def on(self, segments: Segments | None) -> "Primitive":
         """This primitive, whose tensors are stacks, on these segments; one that knows none on each run by itself."""
@@ -181,8 +182,11 @@ class LowRankAddRescale(Shrinks):
 
     def _norm(self, ops: Any) -> Float[Tensor, "*G N"]:
         """The rows' norms: the last forward's, where a backward computes it again (checkpointing) and A and B are as
-        they were. No forward takes an earlier one's: what is written to `p.data` leaves no trace in a version."""
+        they were. Another forward takes it only where the user says that they are (`unchanged`): what is written to
+        `p.data` leaves no trace in a version."""
         operands = (self.W, self.A, self.B, self.scale, self.w_sq)
+        if self.made is not None:
+            return once(self.made, (ops, torch.is_inference_mode_enabled()), lambda: ops.row_norm(*operands))
         if torch.compiler.is_compiling() or type(self.A) is not torch.nn.Parameter or self.A.is_inference():
             return ops.row_norm(*operands)
         A, B, key = self.A, self.B, id(self.m)

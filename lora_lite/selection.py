@@ -1,4 +1,7 @@
-"""use, disabled: which of a model's adapters act, and on which rows. State of the model, as its training mode is."""
+"""use, disabled: which of a model's adapters act, and on which rows. State of the model, as its training mode is.
+
+unchanged: that their weights stay as they are for a while.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +9,9 @@ from typing import cast
 
 from torch import nn
 
+from .adapter import Adapter
 from .attachment import attachments, chosen, require_attachment, settle_modules, sites_of, unwrap
+from .promise import keeping
 from .rows import Rows
 from .stacks import Stack
 
@@ -93,6 +98,33 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
         for site in sites_of(model):
             site.off |= off
         settle_modules(model)
+        yield
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's weights stay as they are, and so what a method makes of them alone is made once:
+    DoRA's norm, for which each forward reads W; without gradients also rotations, solutions and whatever else stands
+    before tokens come in.
+
+        with ll.unchanged(model):                       # gradient accumulation
+            for batch in batches:
+                model(**batch).loss.backward()
+        optimizer.step()
+
+        with torch.no_grad(), ll.unchanged(model):      # generation, evaluation
+            model.generate(**inputs)
+
+    An optimiser's step and a write to an adapter's tensor within it raise. One past PyTorch's sight (to `p.data`), or
+    to a base weight, would go unnoticed: it breaks the promise. Adapters that are sharded or offloaded, and compiled
+    calls, compute as always.
+
+    Raises:
+        AttachError: nothing is attached; or later, at a call or an optimiser's step that does not keep the promise.
+    """
+    model = unwrap(model)
+    chosen(model, None)
+    with keeping({cast(Adapter, adapter): site.name for site in sites_of(model) for adapter in site.values()}):
         yield
 
 

@@ -20,6 +20,7 @@ from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive
+from .promise import primitive_of
 from .quantized import token_dtype
 from .rows import Rows
 from .segments import Segments
@@ -178,7 +179,7 @@ class Site(nn.ModuleDict):
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        primitive, dtype = adapter.primitive(layer), x.dtype
+        primitive, dtype = primitive_of(adapter, layer), x.dtype
         if is_embedding(layer):
             primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
         ops = select(adapter.backend, x.device, dtype)[0]

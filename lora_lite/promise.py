@@ -1,0 +1,82 @@
+"""Under the promise that no weight changes (`unchanged`), what adapters make of their weights alone is made once."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .adapter import Adapter
+from .errors import AttachError
+from .placement import is_managed
+from .primitives import Primitive
+from .segments import once
+
+
+@contextmanager
+def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
+    """Within this context what is made of the tensors of these alone is kept. The names are of their layers."""
+    began = {
+        adapter: Kept(adapter, name)
+        for adapter, name in adapters.items()
+        if adapter not in _kept and not (is_managed(adapter) or adapter.valueless or adapter.sharded)
+    }
+    _kept.update(began)
+    refusing = register_optimizer_step_pre_hook(_refuse)
+    try:
+        yield
+    finally:
+        refusing.remove()
+        for adapter in began:
+            _kept.pop(adapter, None)
+
+
+def primitive_of(adapter: Adapter, layer: nn.Module) -> Primitive:
+    """What the adapter computes around the layer, with what is kept of it."""
+    kept = None if torch.compiler.is_compiling() or not _kept else _kept.get(adapter)
+    return adapter.primitive(layer) if kept is None else kept.primitive(adapter, layer)
+
+
+class Kept:
+    """What has been made of an adapter's tensors, which are as they were."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.tensors = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
+        self.name, self.before, self.made = name, self._state(), {}
+
+    def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
+        """Without gradients one that was made before."""
+        if self._state() != self.before:
+            raise AttachError(
+                f"{self.name}: its adapter's tensors have changed within unchanged(model), which says that they don't; "
+                "leave the context before"
+            )
+        if torch.is_grad_enabled():
+            primitive = adapter.primitive(layer)
+        else:
+            key = (layer, adapter.training, torch.is_inference_mode_enabled())
+            primitive = copy.copy(once(self.made, key, lambda: adapter.primitive(layer)))
+        primitive.made = self.made
+        return primitive
+
+    def _state(self) -> list[tuple[int, Any]]:
+        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self.tensors.values()]
+
+
+_kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and replicas of a model are under no promise
+
+
+def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before an optimiser's step. Some write past PyTorch's sight."""
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for kept in _kept.values():
+        for name, t in kept.tensors.items():
+            if id(t) in stepped:
+                raise AttachError(
+                    f"{kept.name}: optimizer.step() within unchanged(model) would change {name}; leave the context "
+                    "before"
+                )

@@ -1,0 +1,223 @@
+"""unchanged: what is made of weights alone is made once, equals what is made each time, and is never an old one."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from models import VARIANTS, assert_close, attach, llama, logits, qwen3_moe, randomize, token_ids
+from torch import Tensor, nn
+
+import lora_lite as ll
+from lora_lite import promise, reference
+from lora_lite.adapter import Adapter
+
+
+def adapted(variant: str, **fields: Any) -> Any:
+    model = llama()
+    attach(model, variant, **fields)
+    randomize(model)
+    return model
+
+
+@contextmanager
+def counted(owner: Any, name: str) -> Iterator[mock.Mock]:
+    """The calls of a function or method, which runs as always."""
+    with mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)) as calls:
+        yield calls
+
+
+def gradients(model: Any, within: AbstractContextManager[Any], steps: int = 3) -> list[Tensor]:
+    """Accumulated over batches."""
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    with within:
+        for i in range(steps):
+            model(input_ids=token_ids(seed=i)).logits.square().mean().backward()
+    return [p.grad for p in ll.parameters(model) if p.grad is not None]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_to_the_last_bit(variant: str) -> None:
+    dropout = 0.3 if variant in ("lora", "dora") else 0.0
+    model = adapted(variant, dropout=dropout)
+    want, want_grads = logits(model), gradients(model, nullcontext())
+    with ll.unchanged(model):
+        for _ in range(2):
+            assert torch.equal(logits(model), want)
+        grads = gradients(model, nullcontext())
+        assert torch.equal(logits(model), want)
+    assert len(grads) == len(ll.parameters(model)) == len(want_grads)
+    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
+    assert torch.equal(logits(model), want)
+    assert not promise._kept
+
+
+def test_accumulation_takes_the_norm_once() -> None:
+    model = adapted("dora")
+    layers = len(ll.attachment.require_attachment(model).adapters)
+    with counted(reference, "row_norm") as norms:
+        want = gradients(model, nullcontext())
+        assert norms.call_count == 3 * layers
+        norms.reset_mock()
+        got = gradients(model, ll.unchanged(model))
+        assert norms.call_count == layers
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["dora", "hra", "antipasto"])
+def test_generation_makes_what_is_before_tokens_once(variant: str) -> None:
+    model = adapted(variant)
+    layers = len(ll.attachment.require_attachment(model).adapters)
+    how: Any = {"input_ids": token_ids(2, 5), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    want = model.generate(**how)
+    with counted(Adapter, "primitive") as made, ll.unchanged(model):
+        assert torch.equal(model.generate(**how), want)
+        assert made.call_count == layers
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("change", ["write", "tensor", "load"])
+def test_a_change_within_it_raises(within: Callable[[], Any], change: str, tmp_path: Any) -> None:
+    model = adapted("dora")
+    p = ll.parameters(model)[0]
+    ll.save(model, tmp_path / "a.safetensors")
+    file = ll.state_dict(model)
+    with ll.unchanged(model):
+        model(input_ids=token_ids())
+        with torch.no_grad():
+            if change == "write":
+                p.mul_(2.0)
+            elif change == "tensor":
+                p.data = p.data.clone()
+            else:
+                ll.load_state_dict(model, file)
+        with within(), pytest.raises(ll.AttachError, match=r"q_proj: .*unchanged\(model\).*leave the context"):
+            model(input_ids=token_ids())
+    model(input_ids=token_ids())
+
+
+class PastSight(torch.optim.SGD):
+    """Writes as bitsandbytes' optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(1.0)
+
+
+def test_an_optimizers_step_within_it_raises_before_it_changes_anything() -> None:
+    model = adapted("dora")
+    optimizer = PastSight(ll.parameters(model), lr=1.0)
+    other = PastSight([nn.Parameter(torch.zeros(2))], lr=1.0)
+    before = [p.detach().clone() for p in ll.parameters(model)]
+    with ll.unchanged(model):
+        gradients(model, nullcontext())
+        other.step()
+        with pytest.raises(ll.AttachError, match=r"q_proj: optimizer.step\(\) within unchanged\(model\)"):
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(ll.parameters(model), before, strict=True))
+    optimizer.step()
+    assert not torch.equal(ll.parameters(model)[0], before[0])
+
+
+def test_after_it_nothing_is_kept() -> None:
+    """Writes past PyTorch's sight are seen; also after an exception, and by the outer of two."""
+    model = adapted("dora")
+    other = copy.deepcopy(model)
+    with pytest.raises(KeyError), ll.unchanged(model):
+        logits(model)
+        raise KeyError
+    with ll.unchanged(model):
+        with ll.unchanged(model):
+            logits(model)
+        with counted(reference, "row_norm") as norms:
+            logits(model)
+            assert norms.call_count == 0
+    for each in (model, other):
+        for p in ll.parameters(each):
+            p.data.mul_(1.5)
+    with ll.unchanged(model):
+        assert torch.equal(logits(model), logits(other))
+
+
+def test_inference_mode_and_gradients_within_one() -> None:
+    model = adapted("dora")
+    want = gradients(model, nullcontext())
+    with ll.unchanged(model):
+        with torch.inference_mode():
+            logits(model)
+        got = gradients(model, nullcontext())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_training_and_evaluation_within_one() -> None:
+    """Dropout is of the primitive."""
+    model = adapted("lora", dropout=0.5)
+    with torch.no_grad(), ll.unchanged(model):
+        at_rest = logits(model)
+        assert not torch.equal(model.train()(input_ids=token_ids()).logits, at_rest)
+        assert torch.equal(logits(model), at_rest)
+
+
+def test_a_copy_is_under_no_promise() -> None:
+    model = adapted("dora")
+    with ll.unchanged(model):
+        want = logits(model)
+        twin = copy.deepcopy(model)
+        assert torch.equal(logits(twin), want)
+        with torch.no_grad():
+            for p in ll.parameters(twin):
+                p.data.mul_(2.0)
+        assert not torch.equal(logits(twin), want)
+        assert torch.equal(logits(model), want)
+
+
+def test_several_adapters_and_rows() -> None:
+    model = adapted("dora")
+    ll.attach(model, ll.LoRAConfig(r=3, alpha=5.0), name="second")
+    randomize(model, seed=1)
+    ways: list[tuple[Any, ...]] = [("dora", "second"), ("second",), (["dora", None],), (["second", "dora"],)]
+    names = {"dora": ll.attachment.attachments(model)[0].name, "second": "second", None: None}
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for way in ways:
+            ll.use(model, *([names[n] for n in each] if isinstance(each, list) else names[each] for each in way))
+            found.append(logits(model))
+        return found
+
+    want = outputs()
+    with ll.unchanged(model):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(outputs(), want, strict=True))
+
+
+def test_experts_get_the_rows_of_each_call() -> None:
+    model = qwen3_moe()
+    attach(model, "dora", target_names=(r"experts\.",))
+    randomize(model)
+    batches = [token_ids(length=n, seed=n) for n in (17, 3, 17)]
+    with torch.no_grad():
+        want = [model(input_ids=batch).logits for batch in batches]
+        with ll.unchanged(model):
+            got = [model(input_ids=batch).logits for batch in (*batches, *batches)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want + want, strict=True))
+
+
+def test_under_torch_compile_it_computes_as_always() -> None:
+    model, x = adapted("dora"), torch.randn(5, 32)
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad(), ll.unchanged(model):
+        want = layer(x)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert_close(compiled(x), want, 1e-6)
+
+
+def test_without_an_adapter_it_raises() -> None:
+    with pytest.raises(ll.AttachError), ll.unchanged(llama()):
+        pass
