@@ -1,7 +1,8 @@
 """CPU time that an adapted layer adds to a training step, and its launches: `just bench-host`. No GPU is needed.
 
 A step is a forward and a backward of one nn.Linear, small enough that computing takes next to nothing and what is left
-is the host's work; the bare layer's step is taken off. The kernels go all the way to the launch and not further (see
+is the host's work; the bare layer's step is taken off. Likewise a forward of one token without gradients, as in
+generation, by itself and within `unchanged`. The kernels go all the way to the launch and not further (see
 launch_path.py). Launches are counted at the size that is named, where sums of parts depend on it.
 """
 
@@ -11,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +74,34 @@ def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
     return step
 
 
+def forward_of(layer: nn.Module) -> Callable[[], None]:
+    """Of one token, without gradients."""
+    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=next(layer.parameters()).device)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return forward
+
+
 HOW = ("together", "one by one")
 CALLS = 20  # steps of a round
 
 
 def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """Small steps of the bare layer, ours, and PEFT's where it has the method."""
+    return {name: step_of(layer, TOKENS, WIDTH) for name, layer in layers_of(method, backend, device).items()}
+
+
+def layers_of(method: str, backend: str, device: str = "cpu") -> dict[str, nn.Module]:
+    """The bare layer, ours, and PEFT's where it has the method."""
     layers = {
         "base": model(WIDTH, WIDTH, device=device)["layer"],  # type: ignore[index]
         "ours": ours(method, backend, model(WIDTH, WIDTH, device=device)),
         "peft": rival(method, device),
     }
-    return {name: step_of(layer, TOKENS, WIDTH) for name, layer in layers.items() if layer is not None}
+    return {name: layer for name, layer in layers.items() if layer is not None}
 
 
 def medians(
@@ -109,6 +126,17 @@ def medians(
     return {name: statistics.median(each) for name, each in took.items()}
 
 
+def tokens(method: str, backend: str, rounds: int) -> dict[str, float]:
+    """CPU µs that each adds to a forward of one token."""
+    with ExitStack() as held:
+        forwards = {name: forward_of(layer) for name, layer in layers_of(method, backend).items()}
+        base = model(WIDTH, WIDTH)
+        forwards["unchanged"] = forward_of(ours(method, backend, base))
+        held.enter_context(ll.unchanged(base))
+        took = medians(forwards, rounds)
+    return {name: took[name] - took["base"] for name in forwards if name != "base"}
+
+
 def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
     """A method's figures beside PEFT's."""
     context = without_launching() if backend == "triton" else nullcontext({})
@@ -122,6 +150,7 @@ def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
             "backend": backend,
             "base_us": took["base"],
             "added_us": added,
+            "token_added_us": tokens(method, backend, rounds),
             "ratio": added["ours"] / added["peft"] if "peft" in added else None,
             "peft_launches": torch_launches(steps["peft"]) - base_launches if "peft" in steps else None,
         }
@@ -158,7 +187,9 @@ def main() -> None:
     for each in rows:
         added = "  ".join(f"{name} {us:7.1f} µs" for name, us in each["added_us"].items())
         ratio = "" if each["ratio"] is None else f"  ratio {each['ratio']:.2f}"
+        token = "  ".join(f"{name} {us:.1f} µs" for name, us in each["token_added_us"].items())
         print(f"{each['method']:10} {each['backend']:10} {added}{ratio}  launches {each['launches']}", flush=True)
+        print(f"{'':21} a token: {token}", flush=True)
     with without_launching() as counts:
         whole = {
             name: {how: block.launched(counts, COUNTED["M"], how == "together", METHODS[name]) for how in HOW}

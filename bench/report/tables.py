@@ -220,10 +220,12 @@ def host() -> str:
         f"CPU µs that an adapted layer adds to a training step over its bare nn.Linear (r={at['r']}, adapters in "
         "float32 on a bf16 base), one thread, medians of interleaved rounds, everything of a launch but the launch "
         f"itself; and launches a layer and step, counted for the kernels at M={at['M']}, K={at['K']}, N={at['N']}. "
-        f"{machine_of(result)}",
+        "Last, what it adds to a forward of one token without gradients, as in generation, by itself and within "
+        f"`unchanged`. {machine_of(result)}",
         "",
-        "| method | runs on | lora-lite | PEFT | lora-lite / PEFT | launches: kernels + PyTorch's | PEFT's |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| method | runs on | lora-lite | PEFT | lora-lite / PEFT | launches: kernels + PyTorch's | PEFT's "
+        "| a token | within `unchanged` | PEFT |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:
         added, launches = row["added_us"], row["launches"]
@@ -235,6 +237,8 @@ def host() -> str:
             *theirs,
             f"{launches['ours']} + {launches['torch']}",
             f"{row['peft_launches'] or '–'}",
+            *(f"{row['token_added_us'][who]:.0f}" for who in ("ours", "unchanged")),
+            f"{row['token_added_us']['peft']:.0f}" if "peft" in added else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     blocks = [
