@@ -5,6 +5,7 @@ after it. `ops` is a backend: `lora_lite.reference`, or the Triton kernels with 
 M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the method with a leading G.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -36,11 +37,14 @@ class Primitive:
     def of(self, matrix: int) -> Self:
         """Of a stack the primitive of one matrix."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        return replace(self, segments=None, made=None, **{k: t[matrix] for k, t in tensors.items() if isinstance(t, Tensor)})
+        own = {name: t[matrix] for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, segments=None, made=None, **own)
 
     def on(self, segments: Segments | None) -> "Primitive":
         """This primitive, whose tensors are stacks, on these segments; one that knows none on each run by itself."""
         primitive = self if self.takes_segments or segments is None else OfRuns(self)
+        if primitive.made is not None:
+            primitive = copy.copy(primitive)  # it is kept for other calls, in other threads too
         primitive.segments = segments
         return primitive
 

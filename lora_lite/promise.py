@@ -1,6 +1,5 @@
 """Under the promise that no weight changes (`unchanged`), what adapters make of their weights alone is made once."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,25 +45,30 @@ class Kept:
 
     def __init__(self, adapter: Adapter, name: str) -> None:
         self.tensors = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
-        self.name, self.before, self.made = name, self._state(), {}
+        self.name, self.versions, self.places, self.made = name, self._versions(), self._places(), {}
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
-        if self._state() != self.before:
+        if self._versions() != self.versions:
             raise AttachError(
                 f"{self.name}: its adapter's tensors have changed within unchanged(model), which says that they don't; "
                 "leave the context before"
             )
+        if (places := self._places()) != self.places:  # moved, or gathered anew
+            self.places, self.made = places, {}
         if torch.is_grad_enabled():
             primitive = adapter.primitive(layer)
         else:
             key = (layer, adapter.training, torch.is_inference_mode_enabled())
-            primitive = copy.copy(once(self.made, key, lambda: adapter.primitive(layer)))
+            primitive = once(self.made, key, lambda: adapter.primitive(layer))
         primitive.made = self.made
         return primitive
 
-    def _state(self) -> list[tuple[int, Any]]:
-        return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self.tensors.values()]
+    def _versions(self) -> list[int | None]:
+        return [None if t.is_inference() else t._version for t in self.tensors.values()]
+
+    def _places(self) -> list[int]:
+        return [t.data_ptr() for t in self.tensors.values()]
 
 
 _kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and replicas of a model are under no promise
@@ -73,7 +77,7 @@ _kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and repl
 def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before an optimiser's step. Some write past PyTorch's sight."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for kept in _kept.values():
+    for kept in list(_kept.values()):
         for name, t in kept.tensors.items():
             if id(t) in stepped:
                 raise AttachError(

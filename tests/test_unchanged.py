@@ -80,24 +80,34 @@ def test_generation_makes_what_is_before_tokens_once(variant: str) -> None:
 
 
 @pytest.mark.parametrize("within", [torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("change", ["write", "tensor", "load"])
-def test_a_change_within_it_raises(within: Callable[[], Any], change: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("change", ["write", "load"])
+def test_a_change_within_it_raises(within: Callable[[], Any], change: str) -> None:
     model = adapted("dora")
     p = ll.parameters(model)[0]
-    ll.save(model, tmp_path / "a.safetensors")
     file = ll.state_dict(model)
     with ll.unchanged(model):
         model(input_ids=token_ids())
         with torch.no_grad():
             if change == "write":
                 p.mul_(2.0)
-            elif change == "tensor":
-                p.data = p.data.clone()
             else:
                 ll.load_state_dict(model, file)
         with within(), pytest.raises(ll.AttachError, match=r"q_proj: .*unchanged\(model\).*leave the context"):
             model(input_ids=token_ids())
     model(input_ids=token_ids())
+
+
+@pytest.mark.parametrize("variant", ["dora", "antipasto"])
+def test_tensors_that_are_put_in_the_place_of_others_are_seen(variant: str) -> None:
+    """As sharding does, when it gathers anew."""
+    model = adapted(variant)
+    other = copy.deepcopy(model)
+    with ll.unchanged(model):
+        logits(model)
+        for each in (model, other):
+            for p in ll.parameters(each):
+                p.data = 1.5 * p.data
+        assert torch.equal(logits(model), logits(other))
 
 
 class PastSight(torch.optim.SGD):
@@ -129,9 +139,8 @@ def test_after_it_nothing_is_kept() -> None:
     """Writes past PyTorch's sight are seen; also after an exception, and by the outer of two."""
     model = adapted("dora")
     other = copy.deepcopy(model)
-    with pytest.raises(KeyError), ll.unchanged(model):
-        logits(model)
-        raise KeyError
+    with pytest.raises(RuntimeError), ll.unchanged(model):
+        model(input_ids=torch.zeros(1, 1))  # no ids
     with ll.unchanged(model):
         with ll.unchanged(model):
             logits(model)

@@ -85,3 +85,24 @@ def test_writes_that_leave_no_trace() -> None:
     got, _ = run(layer, inputs(), lambda: None, use_reentrant=False)
     want, _ = run(other, inputs(), lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_accumulation_under_a_promise_takes_the_norm_once() -> None:
+    layer = adapted()
+
+    def accumulated() -> tuple[list[Tensor], list[str]]:
+        for p in ll.parameters(layer):
+            p.grad = None
+        with launches.counted() as names:
+            for _ in range(3):
+                layer(inputs()).square().sum().backward()
+        return [p.grad for p in ll.parameters(layer) if p.grad is not None], names
+
+    want, names = accumulated()
+    assert names.count("_row_norm_kernel") == 3
+    with ll.unchanged(layer):
+        grads, names = accumulated()
+    assert names.count("_row_norm_kernel") == 1
+    assert names.count("_shrink_kernel") == 3
+    assert len(grads) == 3
+    assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
