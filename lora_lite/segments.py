@@ -198,6 +198,7 @@ class _InBlocks:
     row_of_slot: Int[Tensor, " slots"]  # in a slot that fills up: the run's last row
     slot_of_row: Int[Tensor, " M"]
     which: Int[Tensor, " n"] | None  # of the matrices, and of one of zeros behind them; None: block i takes matrix i
+    idle: Int[Tensor, " some"] | None = None  # of those the ones that no row takes, whose slots hold another's row
 
     @classmethod
     def of(cls, segments: Segments, M: int, G: int) -> "_InBlocks":
@@ -209,12 +210,17 @@ class _InBlocks:
             for matrix, rows in runs
             for first in range(rows.start, rows.stop, length)
         ]
+        taken = [matrix for matrix, *_ in blocks]
+        in_order = G not in taken and taken == sorted(set(taken)) and 2 * len(taken) >= G
+        if in_order:  # a few idle blocks cost less than a copy of all matrices
+            of_each = dict(zip(taken, blocks, strict=True))
+            blocks = [of_each.get(matrix, (matrix, 0, 0)) for matrix in range(G)]
         which, start, size = torch.tensor(blocks, dtype=torch.int64).view(-1, 3).unbind(1)
-        row_of_slot = start[:, None] + torch.arange(length).minimum(size[:, None] - 1)
+        row_of_slot = (start[:, None] + torch.arange(length).minimum(size[:, None] - 1)).clamp_min(0)
         ahead = length * torch.arange(len(blocks)) - start  # by how much a block's first slot is ahead of its first row
         slot_of_row = torch.arange(M) + ahead.repeat_interleave(size)
-        plain = torch.equal(which, torch.arange(G))
-        return cls(length, row_of_slot.view(-1), slot_of_row, None if plain else which)
+        idle = (size == 0).nonzero()[:, 0] if len(taken) < len(blocks) else None
+        return cls(length, row_of_slot.view(-1), slot_of_row, None if in_order else which, idle)
 
     def cut(self, t: Float[Tensor, "M D"]) -> Float[Tensor, "n length D"]:
         return t.index_select(0, self.row_of_slot).view(-1, self.length, t.shape[1])
@@ -231,6 +237,8 @@ class _InBlocks:
     def outer(self, h: Float[Tensor, "M P"], x: Float[Tensor, "n length Q"], G: int) -> Float[Tensor, "G P Q"]:
         slots = h.new_zeros(len(self.row_of_slot), h.shape[1]).index_copy_(0, self.slot_of_row, h)
         parts = slots.view(-1, self.length, h.shape[1]).mT @ x
+        if self.idle is not None:
+            parts.index_fill_(0, self.idle, 0.0)  # a row that is infinite or NaN comes through zeros
         if self.which is None:
             return parts
         parts = parts.float()  # each is rounded already; their sum is not to be

@@ -389,11 +389,12 @@ def test_only_the_base_multiplies_in_what_the_cpu_can_not(variant: str, dtype: t
 
 
 # Runs and their matrices: a batch's entries; one far longer than the others, one empty, rows after the last; a stack in
-# its order; no rows at all.
+# its order, with idle ones too; no rows at all.
 RUNS = {
     "entries": ([9, 9, 9, 9], [1, -1, 0, 1]),
     "uneven": ([1, 0, 300, 5, 2, 7], [0, 1, 1, 0, -1, 1]),
     "a stack": ([17, 12], None),
+    "idle ones": ([0, 9, 0, 4, 12], None),
     "no rows": ([0, 0], None),
 }
 
@@ -404,7 +405,8 @@ def test_a_group_for_each_run_on_either_cpu(dtype: torch.dtype, cpu: str, runs: 
     lengths, which = RUNS[runs]
     M = sum(lengths) + (4 if which and sum(lengths) > 99 else 0)
     x, y, dy = (torch.randn(M, size).to(dtype) for size in (24, 20, 20))
-    A, B = torch.randn(2, 3, 24) / 24**0.5, torch.randn(2, 20, 3) / 3**0.5
+    G = 2 if which else len(lengths)
+    A, B = torch.randn(G, 3, 24) / 24**0.5, torch.randn(G, 20, 3) / 3**0.5
     A, B = A.to(dtype).float(), B.to(dtype).float()  # so that adapters in either dtype are the same
     segments = Segments(torch.tensor(lengths).cumsum(0).int(), None if which is None else torch.tensor(which))
 
@@ -439,6 +441,22 @@ def test_a_group_for_each_run_on_either_cpu(dtype: torch.dtype, cpu: str, runs: 
             assert mine.isfinite().all()
             if M:
                 assert rel_error(mine, want) <= 1.5 * rel_error(theirs, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_a_row_that_is_nan_spoils_its_own_matrix_alone(dtype: torch.dtype, cpu: str) -> None:
+    lengths = [9, 0, 4, 0, 12]
+    segments = Segments(torch.tensor(lengths).cumsum(0).int())
+    x, y, dy = (torch.randn(25, size).to(dtype) for size in (24, 20, 20))
+    x[0], dy[0] = torch.nan, torch.inf
+    A, B = torch.randn(5, 3, 24, requires_grad=True), torch.randn(5, 20, 3, requires_grad=True)
+    _, h = lora_lite.reference.shrink(x, A, segments=segments)
+    out = lora_lite.reference.expand_add(y, h, B, SCALE, segments)
+    assert [bool(row.isfinite().all()) for row in out] == [False] + 24 * [True]
+    for grad in torch.autograd.grad(out, (A, B), dy):
+        assert [bool(each.isfinite().all()) for each in grad] == [False, True, True, True, True]
+        assert not grad[1].any()
+        assert not grad[3].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
