@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lora_lite as ll
+from lora_lite.attachment import attachments
 
 LINEARS = r"(q|k|v|o|gate|up|down)_proj$"
 QV = r"(q|v)_proj$"
@@ -260,11 +261,13 @@ def exact_match(model: nn.Module, tokenizer: Any, task: tasks.Task, s: Settings)
 def decoding(hf: Any) -> Iterator[None]:
     """While this is open, a model of `transformers` generates faster on a CPU."""
     before = hf.config._attn_implementation
+    weights_stay = ll.unchanged(hf) if attachments(hf) else contextlib.nullcontext()  # the base answers too
     # Plain attention, which trains faster, copies keys and values for each query head.
     hf.set_attn_implementation("sdpa")
     try:
         # Each prompt's last position is a strided view, for which matmul would copy the head's weight once a prompt.
-        with hf.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
+        last = hf.get_output_embeddings()
+        with weights_stay, last.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])):
             yield
     finally:
         hf.set_attn_implementation(before)
