@@ -77,6 +77,7 @@ def main(kind: str, variant: str, name: str, folder: Path) -> None:
         if step == 0:
             grads = [whole(p.grad) for p in ll.parameters(model) if p.grad is not None]
         optimizer.step()
+    assert_unchanged_changes_nothing(wrapped, ids)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     for name, p in model.named_parameters():
         assert p.requires_grad or torch.equal(whole(p), before[name]), name
@@ -85,6 +86,22 @@ def main(kind: str, variant: str, name: str, folder: Path) -> None:
     assert (folder / "adapter.safetensors").exists()  # on every process, once save returns
     if rank == 0:
         torch.save({"losses": torch.stack(losses), "grads": grads}, folder / "seen.pt")
+
+
+def assert_unchanged_changes_nothing(model: Any, ids: torch.Tensor) -> None:
+    """Whether what it keeps is there, gathered or sharded."""
+
+    def outcome() -> list[torch.Tensor]:
+        model.zero_grad()
+        with torch.no_grad():
+            outputs = [model(input_ids=ids).logits for _ in range(2)]
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+        return [*outputs, *(whole(p.grad) for p in ll.parameters(model) if p.grad is not None)]
+
+    want = outcome()
+    with ll.unchanged(model):
+        assert all(torch.equal(a, b) for a, b in zip(outcome(), want, strict=True))
 
 
 def attached(model: Any, variant: str, **fields: Any) -> None:
