@@ -36,7 +36,8 @@ def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
 
 def primitive_of(adapter: Adapter, layer: nn.Module) -> Primitive:
     """What the adapter computes around the layer, with what is kept of it."""
-    kept = None if torch.compiler.is_compiling() or not _kept else _kept.get(adapter)
+    as_always = torch.compiler.is_compiling() or not _kept or is_managed(layer)  # whose weight would be held
+    kept = None if as_always else _kept.get(adapter)
     return adapter.primitive(layer) if kept is None else kept.primitive(adapter, layer)
 
 

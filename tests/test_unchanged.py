@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
+import accelerate
 import pytest
 import torch
 from models import VARIANTS, assert_close, attach, llama, logits, qwen3_moe, randomize, token_ids
@@ -216,6 +217,19 @@ def test_experts_get_the_rows_of_each_call() -> None:
         with ll.unchanged(model):
             got = [model(input_ids=batch).logits for batch in (*batches, *batches)]
     assert all(torch.equal(a, b) for a, b in zip(got, want + want, strict=True))
+
+
+def test_offloaded_weights_are_not_held() -> None:
+    model = llama()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    attach(model, "dora")
+    randomize(model)
+    want = logits(model)
+    with ll.unchanged(model):
+        for _ in range(2):
+            assert torch.equal(logits(model), want)
+        assert promise._kept
+        assert not any(kept.made for kept in promise._kept.values())
 
 
 def test_under_torch_compile_it_computes_as_always() -> None:
