@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapter import Adapter
@@ -22,7 +22,7 @@ def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
     began = {
         adapter: Kept(adapter, name)
         for adapter, name in adapters.items()
-        if adapter not in _kept and not (is_managed(adapter) or adapter.valueless or adapter.sharded)
+        if not (adapter in _kept or is_managed(adapter) or adapter.valueless or adapter.sharded or adapter._modules)
     }
     _kept.update(began)
     refusing = register_optimizer_step_pre_hook(_refuse)
@@ -45,11 +45,13 @@ class Kept:
     """What has been made of an adapter's tensors, which are as they were."""
 
     def __init__(self, adapter: Adapter, name: str) -> None:
-        self.tensors = {**dict(adapter.named_parameters()), **dict(adapter.named_buffers())}
-        self.name, self.versions, self.places, self.made = name, self._versions(), self._places(), {}
+        self.name, self.tensors, self.made = name, _tensors(adapter), {}
+        self.versions, self.places = self._versions(), self._places()
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
+        if [id(t) for t in _tensors(adapter)] != [id(t) for t in self.tensors]:
+            return adapter.primitive(layer)  # others stand in for them: torch.func.functional_call
         if self._versions() != self.versions:
             raise AttachError(
                 f"{self.name}: its adapter's tensors have changed within unchanged(model), which says that they don't; "
@@ -66,10 +68,14 @@ class Kept:
         return primitive
 
     def _versions(self) -> list[int | None]:
-        return [None if t.is_inference() else t._version for t in self.tensors.values()]
+        return [None if t.is_inference() else t._version for t in self.tensors]
 
     def _places(self) -> list[int]:
-        return [t.data_ptr() for t in self.tensors.values()]
+        return [t.data_ptr() for t in self.tensors]
+
+
+def _tensors(adapter: Adapter) -> list[Tensor]:
+    return [t for t in (*adapter._parameters.values(), *adapter._buffers.values()) if t is not None]
 
 
 _kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and replicas of a model are under no promise
@@ -79,9 +85,8 @@ def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before an optimiser's step. Some write past PyTorch's sight."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for kept in list(_kept.values()):
-        for name, t in kept.tensors.items():
-            if id(t) in stepped:
-                raise AttachError(
-                    f"{kept.name}: optimizer.step() within unchanged(model) would change {name}; leave the context "
-                    "before"
-                )
+        if any(id(t) in stepped for t in kept.tensors):
+            raise AttachError(
+                f"{kept.name}: optimizer.step() within unchanged(model) would change its adapter; leave the context "
+                "before"
+            )

@@ -111,6 +111,20 @@ def test_tensors_that_are_put_in_the_place_of_others_are_seen(variant: str) -> N
         assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.parametrize("variant", ["dora", "antipasto"])
+def test_a_call_with_other_parameters_computes_with_them(variant: str) -> None:
+    model = adapted(variant)
+    others = {name: 1.5 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    inputs = (token_ids(),)
+    with torch.no_grad():
+        want = torch.func.functional_call(model, others, inputs).logits
+        with ll.unchanged(model):
+            before = logits(model)
+            assert torch.equal(torch.func.functional_call(model, others, inputs).logits, want)
+            assert torch.equal(logits(model), before)
+    assert not torch.equal(before, want)
+
+
 class PastSight(torch.optim.SGD):
     """Writes as bitsandbytes' optimizers do."""
 
