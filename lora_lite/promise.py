@@ -46,11 +46,11 @@ class Kept:
 
     def __init__(self, adapter: Adapter, name: str) -> None:
         self.name, self.tensors, self.made = name, _tensors(adapter), {}
-        self.versions, self.places = self._versions(), self._places()
+        self.ids, self.versions, self.places = _ids(self.tensors), self._versions(), self._places()
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
-        if [id(t) for t in _tensors(adapter)] != [id(t) for t in self.tensors]:
+        if _ids(_tensors(adapter)) != self.ids:
             return adapter.primitive(layer)  # others stand in for them: torch.func.functional_call
         if self._versions() != self.versions:
             raise AttachError(
@@ -78,6 +78,10 @@ def _tensors(adapter: Adapter) -> list[Tensor]:
     return [t for t in (*adapter._parameters.values(), *adapter._buffers.values()) if t is not None]
 
 
+def _ids(tensors: list[Tensor]) -> list[int]:
+    return [id(t) for t in tensors]
+
+
 _kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and replicas of a model are under no promise
 
 
@@ -85,7 +89,7 @@ def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before an optimiser's step. Some write past PyTorch's sight."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for kept in list(_kept.values()):
-        if any(id(t) in stepped for t in kept.tensors):
+        if not stepped.isdisjoint(kept.ids):
             raise AttachError(
                 f"{kept.name}: optimizer.step() within unchanged(model) would change its adapter; leave the context "
                 "before"

@@ -9,7 +9,7 @@ from unittest import mock
 import accelerate
 import pytest
 import torch
-from models import VARIANTS, assert_close, attach, llama, logits, qwen3_moe, randomize, token_ids
+from models import VARIANTS, assert_close, attach, config, llama, logits, qwen3_moe, randomize, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -202,16 +202,15 @@ def test_a_copy_is_under_no_promise() -> None:
 
 
 def test_several_adapters_and_rows() -> None:
-    model = adapted("dora")
-    ll.attach(model, ll.LoRAConfig(r=3, alpha=5.0), name="second")
-    randomize(model, seed=1)
-    ways: list[tuple[Any, ...]] = [("dora", "second"), ("second",), (["dora", None],), (["second", "dora"],)]
-    names = {"dora": ll.attachment.attachments(model)[0].name, "second": "second", None: None}
+    model = llama()
+    ll.attach(model, {"dora": config("dora"), "lora": config("lora", r=3)})
+    randomize(model)
+    ways: list[tuple[Any, ...]] = [("dora", "lora"), ("lora",), (["dora", None],), (["lora", "dora"],)]
 
     def outputs() -> list[Tensor]:
         found = []
         for way in ways:
-            ll.use(model, *([names[n] for n in each] if isinstance(each, list) else names[each] for each in way))
+            ll.use(model, *way)
             found.append(logits(model))
         return found
 
