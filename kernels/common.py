@@ -5,6 +5,7 @@ any token-sized tensor where it does not matter which it is.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -107,12 +108,13 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
 
 
 @cache
-def full_waves(processors: int, blocks: int, size: int, block: int) -> int:
-    """Into how many parts to share `size` for `blocks` × parts programs, so that none of the `processors` has much more
-    to do than the others: the fewest that leave the busiest at most 10 % above its share, or else the best there are.
+def full_waves(processors: int, blocks: int, size: int, block: int, most: int = sys.maxsize) -> int:
+    """Into how many parts, `most` at the most, to share `size` for `blocks` × parts programs, so that none of the
+    `processors` has much more to do than the others: the fewest that leave the busiest at most 10 % above its share, or
+    else the best there are.
     """
     best, wanted = math.inf, 1
-    for parts in range(1, min(4 * -(-processors // blocks), -(-size // block)) + 1):
+    for parts in range(1, min(4 * -(-processors // blocks), -(-size // block), most) + 1):
         count, each = split(size, block, parts)
         busiest = -(-blocks * count // processors) * each * processors / (blocks * size)
         if busiest < best:

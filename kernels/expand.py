@@ -39,11 +39,12 @@ from .common import (
 from .dropout import kept, rescale
 from .launching import launch, replayed
 from .segments import Runs, blocks_of, own, own_vector, parts_of, run_of_rows, share_of_rows
-from .sums import parts_like, sum_parts
-from .tuning import Config, cdiv, programs, tuned
+from .sums import most_parts, parts_like, sum_parts
+from .tuning import Config, cdiv, of_idle, of_parts, of_reads, programs, tuned
 
 # Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
-# once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts.
+# once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts. Where parts would
+# take too much memory, as of very long batches, it is `shrink` too.
 MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 
 # Up to these ranks B is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond
@@ -176,7 +177,11 @@ def launch_expand(
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out
 
-    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R)
+    def moves(config: Config) -> float:
+        blocks, of_cols = blocks_of(M, config, runs)[0], cdiv(N, config.cols)
+        return of_reads(of_cols, h) + of_reads(blocks, B) + of_idle(blocks * of_cols, programs(y), y)
+
+    return tuned(named("expand", runs, seed), run, y, h.dtype, M, N, R, moves=moves)
 
 
 def launch_expand_backward(
@@ -200,29 +205,40 @@ def launch_expand_backward(
     B, h = B.contiguous(), _rows_apart(h)
     narrow = B if MOST_RANKS_UNCAST["expand_backward"] >= R else small(B, h.dtype)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
-    in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R
-    dh = h.new_empty((M, R)) if in_parts else None
     dB = torch.empty_like(B) if needs_dB or g is not None else None
     dg = None if g is None else torch.empty_like(g)
     if M == 0:
         zeros = [None if t is None else t.zero_() for t in (dB, dg)]
         return h.new_empty((M, R)) if needs_dh else None, zeros[0], dy_base, zeros[1]
 
-    def run(config: Config) -> None:
+    def shares(config: Config) -> tuple[int, bool, tuple[int, int, Tensor | None]]:
+        """(blocks of columns, whether each is to have a part of dh, shares of the rows)."""
         blocks = cdiv(N, config.cols)
-        count, each, table = parts_of(M, config.rows, full_waves(programs(dy), blocks, M, config.rows), runs)
+        in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R and blocks <= most_parts(M * R)
+        wanted = full_waves(programs(dy), blocks, M, config.rows, most_parts(N * R))
+        return blocks, in_parts, parts_of(M, config.rows, wanted, runs)
+
+    def moves(config: Config) -> float:
+        blocks, in_parts, (count, *_) = shares(config)
+        of_dh = of_parts(blocks, M * R) if in_parts else dy.nbytes
+        return of_dh + of_parts(count, N * R) + of_reads(blocks, h)
+
+    def run(config: Config) -> Tensor | None:
+        blocks, in_parts, (count, each, table) = shares(config)
+        dh = h.new_empty((M, R)) if in_parts else None
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
         constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
         wide_B = None if y is None else B
         tensors = (dy, h, narrow, dhs, dBs, y, g, bias, dy_base, dgs, wide_B, table)
-        launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
-        sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
+        if in_parts or dB is not None:
+            launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
+            sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
+        if needs_dh and not in_parts:
+            dh = shrink.launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
+        return dh
 
-    if in_parts or dB is not None:
-        tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R)
-    if needs_dh and not in_parts:
-        dh = shrink.launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
+    dh = tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R, moves=moves)
     return dh, dB, dy_base, dg
 
 

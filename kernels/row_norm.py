@@ -39,6 +39,18 @@ def _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale):
 
 
 @triton.jit
+def _add_product(W, A, acc, PRECISION: tl.constexpr):
+    """acc + W Aᵀ. "tf32x2": W, of 16 bits or fewer, is a TF32 number as it is, and A the sum of two."""
+    if PRECISION == "tf32x2":
+        large = (A.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+        # Not onto acc: tensor cores truncate what they add.
+        product = tl.dot(W, tl.trans(A - large), input_precision="tf32")
+        return acc + tl.dot(W, tl.trans(large), product, input_precision="tf32")
+    else:
+        return tl.dot(W, tl.trans(A), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _root(norm_sq):
     return tl.sqrt(tl.maximum(norm_sq, 1e-12))
 
@@ -79,7 +91,7 @@ def _row_norm_kernel(
             cols = start + tl.arange(0, BLOCK_K)
             W_tile = tl.load(tile(W, rows, cols, stride_wn, stride_wk), mask=inside(rows, cols, N, end), other=0)
             A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, end), other=0.0)
-            cross = tl.dot(W_tile.to(tl.float32), tl.trans(A_tile), cross, input_precision=PRECISION)
+            cross = _add_product(W_tile.to(tl.float32), A_tile, cross, PRECISION)
         if factor is not None:
             cross *= tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
         beyond += _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale)
@@ -122,12 +134,18 @@ def _row_norm_4bit_kernel(
             real = inside(ranks, pairs, R, end)  # zeros here cancel whatever the weights beyond W's edge are
             even = tl.load(tile(A, ranks, 2 * pairs, K, 1), mask=real, other=0.0)
             odd = tl.load(tile(A, ranks, 2 * pairs + 1, K, 1), mask=real, other=0.0)
-            cross = tl.dot(high, tl.trans(even), cross, input_precision=PRECISION)
-            cross = tl.dot(low, tl.trans(odd), cross, input_precision=PRECISION)
+            cross = _add_product(high, even, cross, PRECISION)
+            cross = _add_product(low, odd, cross, PRECISION)
         beyond += _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale)
     if WHOLE:
         beyond = _root(tl.load(w_sq + rows, mask=rows < N, other=0.0) + beyond)
     tl.store(norm + rows, beyond, mask=rows < N)
+
+
+def _precision(W: Tensor, dtype: torch.dtype) -> str:
+    """Of the products with W's numbers, which are exactly those of this dtype."""
+    how = full_precision(W)
+    return "tf32x2" if how == "tf32x3" and dtype.itemsize < 4 else how
 
 
 def _shared_out(norm: Tensor, copies: int, width: int, config: Config) -> tuple[int, int, int, Tensor]:
@@ -163,7 +181,7 @@ def launch_row_norm(
     def run(config: Config) -> Tensor:
         blocks, count, each, parts = _shared_out(norm, copies, K, config)
         numbers = (float(scale), N, K, R, each, stride, *W.stride()[-2:])
-        constants = (full_precision(W), count == 1, config.rows, config.cols, block_of(R, _RANKS))
+        constants = (_precision(W, W.dtype), count == 1, config.rows, config.cols, block_of(R, _RANKS))
         tensors = (W, factor, A, B, BG, w_sq, parts)
         launch(_row_norm_kernel, (blocks, count, copies), tensors, numbers, constants, config)
         return _rooted(parts, w_sq, norm)
@@ -197,7 +215,7 @@ def launch_row_norm_4bit(
         of_rows, count, each, parts = _shared_out(norm, 1, K // 2, config)
         tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, parts)
         of_blocks = (count == 1, config.rows, config.cols, block_of(R, _RANKS))
-        constants = (DTYPES[dtype], *blocks, full_precision(A), *of_blocks)
+        constants = (DTYPES[dtype], *blocks, _precision(packed, dtype), *of_blocks)
         launch(_row_norm_4bit_kernel, (of_rows, count), tensors, (float(scale), N, K, R, each), constants, config)
         return _rooted(parts, w_sq, norm)
 

@@ -41,7 +41,6 @@ from .common import (
     or_empty,
     precision,
     rows_of,
-    side_by_side,
     small,
     split,
     tile,
@@ -49,8 +48,8 @@ from .common import (
 from .dropout import kept, new_seed, rescale, threshold
 from .launching import launch, replayed
 from .segments import Runs, blocks_of, own, parts_of, run_of_rows, share_of_rows
-from .sums import parts_like, sum_parts
-from .tuning import Config, cdiv, programs, tuned
+from .sums import most_parts, parts_like, sum_parts
+from .tuning import Config, cdiv, of_idle, of_parts, of_reads, programs, tuned
 
 MOST_LAYERS = 3  # whose results, of one x, a launch takes
 
@@ -256,9 +255,17 @@ def launch_shrink(
     if M == 0:
         return h
 
+    def shares(config: Config) -> tuple[int, int]:
+        most = programs(x) // blocks_of(M, config, runs)[0]
+        return split(K, config.cols, min(most, K // (4 * config.cols)))
+
+    def moves(config: Config) -> float:
+        blocks, count = blocks_of(M, config, runs)[0], shares(config)[0]
+        return of_parts(count, M * R) + of_reads(blocks, A) + of_idle(blocks * count, programs(x), x)
+
     def run(config: Config) -> Tensor:
         blocks, table, rows = blocks_of(M, config, runs)
-        count, each = split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
+        count, each = shares(config)
         parts = parts_like(h, count)
         numbers = (M, K, R, R_1, R_2, *x.stride(), each)
         constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype])
@@ -266,7 +273,8 @@ def launch_shrink(
         sum_parts((parts, h, None))
         return h
 
-    return tuned(named("shrink", runs, seeds, together=len(of.ends) > 1), run, x, dtype, M, K, R)
+    kernel = named("shrink", runs, seeds, together=len(of.ends) > 1)
+    return tuned(kernel, run, x, dtype, M, K, R, moves=moves)
 
 
 def launch_shrink_backward(
@@ -281,15 +289,15 @@ def launch_shrink_backward(
     seeds: Int[Tensor, " L"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h also dx_baseᵀ h, where dh are the dhs of all layers side by
-    side. What is not needed is None. `dtype`: of dA; without it, A's."""
+    """(dx, dA, dB): Σ dx_bases + dh A, dhᵀ x, and with h, of ranks that one launch takes, also dx_baseᵀ h, where dh are
+    the dhs of all layers side by side. What is not needed is None. `dtype`: of dA; without it, A's."""
     M, R, size = x.numel() // x.shape[-1], A.shape[-2], dhs[0].element_size()
     if seeds is None and len(dhs) > 1 and (len(dhs) > MOST_LAYERS or MOST_RANKS_APART[size] < R):
         dhs = [torch.cat(list(dhs), 1)]
     layers = MOST_LAYERS if seeds is None or MOST_RANKS_MASKED[size] >= R else 1
     launches = _launches_of(R, tuple(itertools.accumulate(dh.shape[1] for dh in dhs)), layers)
     if len(launches) > 1:
-        return _shrink_backward_by_ranks(dx_bases, dhs, x, A, needs_dx, needs_dA, h, runs, seeds, dtype)
+        return *_shrink_backward_by_ranks(dx_bases, dhs, x, A, needs_dx, needs_dA, runs, seeds, dtype), None
     (of,), K = launches, x.shape[-1]
     R, R_1, R_2 = of.numbers
     dx = x.new_empty(x.shape) if needs_dx else None
@@ -302,9 +310,18 @@ def launch_shrink_backward(
         zeros = [None if t is None else t.zero_() for t in (dA, dB)]
         return dx, zeros[0], zeros[1]
 
-    def run(config: Config) -> None:
+    def shares(config: Config) -> tuple[int, tuple[int, int, Tensor | None]]:
         blocks = cdiv(K, config.cols)
-        count, each, table = parts_of(M, config.rows, full_waves(programs(x), blocks, M, config.rows), runs)
+        wanted = full_waves(programs(x), blocks, M, config.rows, most_parts(K * R))
+        return blocks, parts_of(M, config.rows, wanted, runs)
+
+    def moves(config: Config) -> float:
+        blocks, (count, *_) = shares(config)
+        of_h = 0 if h is None else of_parts(count, K * R) + of_reads(blocks, h)
+        return of_parts(count, K * R) + sum(of_reads(blocks, dh) for dh in dhs) + of_h
+
+    def run(config: Config) -> None:
+        blocks, (count, each, table) = shares(config)
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         numbers = (M, K, R, R_1, R_2, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
         how = precision(x, dhs[0].dtype, many_tiles=False)  # dx is a sum over the ranks, in one
@@ -315,7 +332,7 @@ def launch_shrink_backward(
         sum_parts((dAs, dA, runs), (dBs, dB, runs))
 
     kernel = named("shrink_backward", runs, seeds, together=max(len(dhs), len(bases)) > 1)
-    tuned(kernel if h is None else "shrink_expand_backward", run, x, dhs[0].dtype, M, K, R)
+    tuned(kernel if h is None else "shrink_expand_backward", run, x, dhs[0].dtype, M, K, R, moves=moves)
     return dx, dA, dB
 
 
@@ -326,11 +343,10 @@ def _shrink_backward_by_ranks(
     A: Tensor,
     needs_dx: bool,
     needs_dA: bool,
-    h: Tensor | None,
     runs: Runs | None,
     seeds: Tensor | None,
     dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """As above, of more ranks or layers than a launch takes: dx of each layer's dh A by itself."""
     dh, ends = torch.cat(list(dhs), 1) if len(dhs) > 1 else dhs[0], itertools.accumulate(each.shape[1] for each in dhs)
     seeds_of = [None] * len(dhs) if seeds is None else seeds.split(1)
@@ -339,16 +355,14 @@ def _shrink_backward_by_ranks(
         dx = sum(dx_bases[1:], dx_bases[0]) if dx_bases else torch.zeros_like(x)
         for each, rows, seed in zip(dhs, A.split([each.shape[1] for each in dhs], -2), seeds_of, strict=True):
             dx = expand.launch_expand(dx, each, rows.mT, 1.0, None, None, runs, seed)
-    dAs, dBs = [], []
+    if not needs_dA:
+        return dx, None
+    dAs = []
     for of in _launches_of(A.shape[-2], tuple(ends), 1):
-        part = None if h is None else h[:, of.ranks]
-        seed, read = seeds_of[of.layers.start], [] if h is None else dx_bases
-        _, dA, dB = launch_shrink_backward(
-            read, [dh[:, of.ranks]], x, A[..., of.ranks, :], False, needs_dA, part, runs, seed, dtype
-        )
+        rows, seed = A[..., of.ranks, :], seeds_of[of.layers.start]
+        _, dA, _ = launch_shrink_backward([], [dh[:, of.ranks]], x, rows, False, True, None, runs, seed, dtype)
         dAs.append(dA)
-        dBs.append(dB)
-    return dx, torch.cat(dAs, -2) if needs_dA else None, side_by_side(dBs)
+    return dx, torch.cat(dAs, -2)
 
 
 def _as_few(bases: Sequence[Float[Tensor, "*M K"]], most: int) -> list[Float[Tensor, "M K"]]:

@@ -15,6 +15,13 @@ from .tuning import cdiv
 
 _SUMMED = 1024  # elements of a program
 
+MOST_BYTES = 96 << 20  # of the parts of a sum, for as long as a step of a layer takes
+
+
+def most_parts(size: int) -> int:
+    """How many parts of a sum of so many numbers there may be."""
+    return max(MOST_BYTES // max(4 * size, 1), 1)
+
 
 @triton.jit
 def _sum_block(parts, out, order, starts, P, size, block, BLOCK: tl.constexpr):

@@ -1,9 +1,11 @@
 """Block shapes: one table a vendor, with an architecture's exceptions, and the choice among a table's rows by timing.
 
 A launch is written as `run(config)`; `tuned` calls it with a row of the table. On a GPU the rows are timed once for
-each (kernel, dtypes, widths, rank, bucket of M) and the fastest is kept for the process. The first row is taken untimed
-under LORA_LITE_AUTOTUNE=0, under `torch.use_deterministic_algorithms`, in the interpreter, and where a CUDA graph is
-captured. A shape keeps its row, and so its bits, for as long as the process lives.
+each (kernel, dtypes, widths, rank, bucket of M) and the fastest is kept for the process: a shape keeps its row, and so
+its bits, for as long as the process lives. Untimed, under LORA_LITE_AUTOTUNE=0, under
+`torch.use_deterministic_algorithms`, in the interpreter, and where a CUDA graph is captured, it is the row that moves
+least: short batches want square blocks, since few rows a program make many parts of a sum over tokens, and long ones
+with many ranks large blocks, since what has R columns is read again for each.
 
 Every row compiles without spilling for every architecture of its vendor (`just kernels-report` shows it, a test asks
 for it); where 16 does not divide the widths or the rank some spill, and the report says how much. What bounds them: 255
@@ -57,20 +59,25 @@ Rows = tuple[Config, ...]
 
 # Of any NVIDIA device, products in 16 bits.
 _NVIDIA: dict[str, dict[int, Rows]] = {
-    # Bound by the read of x: long rows of it in flight. With many ranks the accumulator leaves room for fewer.
+    # Bound by the read of x: long rows of it in flight. A is read again for each block of rows. A batch too short for a
+    # block of 32 on each multiprocessor takes blocks of 16 rather than parts of the columns.
     "shrink": {
-        64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3)),
-        128: (Config(32, 128, 4, 3),),
+        32: (Config(32, 128, 4, 3), Config(16, 256, 4, 3), Config(64, 128, 4, 3)),
+        64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3), Config(128, 64, 8, 3)),
+        128: (Config(32, 128, 4, 3), Config(128, 64, 8, 3)),
         256: (Config(64, 64, 8, 2),),
     },
-    # No loop over tokens, so nothing to pipeline: warps hide the latency.
-    "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
+    # No loop over tokens, so nothing to pipeline: warps hide the latency. h and B are read again for each block.
+    "expand": {
+        64: (Config(64, 128, 8), Config(64, 128, 4)),
+        256: (Config(64, 128, 8), Config(128, 128, 8)),
+    },
     # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
-    # accumulator of dB allows.
+    # accumulator of dB allows, unless the batch is short.
     "expand_backward": {
-        16: (Config(32, 512, 16),),
-        32: (Config(32, 512, 8), Config(32, 256, 8)),
-        64: (Config(32, 256, 8), Config(32, 128, 8)),
+        16: (Config(32, 512, 16), Config(64, 128, 8)),
+        32: (Config(32, 512, 8), Config(32, 256, 8), Config(64, 128, 8)),
+        64: (Config(32, 256, 8), Config(64, 128, 8)),
         128: (Config(32, 128, 8),),
         256: (Config(32, 64, 8),),
     },
@@ -113,7 +120,6 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
         16: (Config(64, 64, 8), Config(64, 128, 8)),
         64: (Config(32, 64, 8),),
         128: (Config(32, 64, 8),),
-        256: (Config(32, 32, 8, 1),),
     },
     # A is in float32, and read again for every block of rows: as many as registers allow.
     "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
@@ -126,12 +132,16 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
 # Of NVIDIA's data-centre devices, whose shared memory has stages enough to keep in flight what a multiprocessor's share
 # of the bandwidth takes: 24 KiB on Hopper.
 _DEEP: dict[str, dict[int, Rows]] = {
-    "shrink": {**_NVIDIA["shrink"], 256: (Config(64, 64, 8, 3),)},
+    "shrink": {
+        **_NVIDIA["shrink"],
+        128: (Config(32, 128, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        256: (Config(64, 64, 8, 3), Config(128, 32, 8, 4)),
+    },
     # Above r = 64 without dh, which `shrink` computes.
     "expand_backward": {
         **_NVIDIA["expand_backward"],
-        128: (Config(32, 128, 8, 3),),
-        256: (Config(64, 64, 8, 3),),
+        128: (Config(32, 128, 8, 3), Config(64, 64, 8, 3)),
+        256: (Config(64, 64, 8, 3), Config(64, 128, 16, 3)),
     },
     "expand_backward_rescale": {
         32: (Config(32, 256, 8),),
@@ -142,30 +152,28 @@ _DEEP: dict[str, dict[int, Rows]] = {
     "shrink_expand_backward": {
         16: (Config(64, 64, 8), Config(64, 128, 8)),
         128: (Config(32, 64, 8, 3),),
-        256: (Config(32, 32, 8, 6),),
     },
     "row_norm": {**_NVIDIA["row_norm"], 128: (Config(64, 32, 8, 6),)},
     "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
 }
 
-# (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows; the first is the one to take
-# untimed. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it has none of its own.
+# (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows, of which the first goes before
+# others that move as little. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it
+# has none of its own.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("nvidia", 2): _NVIDIA,
     ("sm_100", 2): _DEEP,
     ("sm_80", 2): {
         **_DEEP,
-        "shrink_expand_backward": {**_DEEP["shrink_expand_backward"], 256: (Config(32, 32, 8, 5),)},
         "row_norm": {**_DEEP["row_norm"], 128: (Config(64, 32, 8, 3),)},
     },
     # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh.
     ("sm_90", 2): {
         **_DEEP,
         "expand_backward": {
-            32: (Config(32, 512, 8), Config(32, 256, 8)),
-            64: (Config(32, 512, 16, 1), Config(32, 256, 8)),
-            **{ranks: _DEEP["expand_backward"][ranks] for ranks in (128, 256)},
+            **{ranks: rows for ranks, rows in _DEEP["expand_backward"].items() if ranks != 16},
+            64: (Config(32, 512, 16, 1), Config(32, 256, 8), Config(64, 128, 8)),
         },
         "expand_backward_rescale": {
             **_DEEP["expand_backward_rescale"],
@@ -187,7 +195,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "expand_grouped": {256: (Config(32, 32, 4),)},
         "expand_backward_grouped": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
-        "shrink_expand_backward": {64: (Config(16, 32, 8),), 256: (Config(16, 16, 8, 1),)},
+        "shrink_expand_backward": {64: (Config(16, 32, 8),), 128: (Config(16, 16, 8, 1),)},
         "row_norm": {32: (Config(16, 64, 8),), 64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),)},
         "row_norm_int8": {128: (Config(16, 64, 8, 1),)},
         "row_norm_4bit": {16: (Config(16, 32, 8, 1),), 64: (Config(16, 32, 4, 1),), 128: (Config(16, 32, 8, 1),)},
@@ -198,9 +206,12 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     },
     # 64 lanes a warp and 64 KiB of shared memory: small tiles, and no pipelining through shared memory.
     ("amd", 2): {
-        "shrink": {256: (Config(64, 64, 8),)},
-        "expand": {256: (Config(64, 128, 8), Config(64, 128, 4))},
-        "expand_backward": {256: (Config(64, 64, 8, 1),)},
+        "shrink": {128: (Config(64, 64, 8), Config(128, 64, 8)), 256: (Config(64, 64, 8), Config(128, 32, 8))},
+        "expand": {64: (Config(64, 128, 8), Config(64, 128, 4)), 256: (Config(64, 128, 8), Config(128, 128, 8))},
+        "expand_backward": {
+            32: (Config(64, 64, 8, 1), Config(64, 128, 8, 1), Config(64, 256, 8, 1)),
+            256: (Config(64, 64, 8, 1), Config(64, 128, 8, 1)),
+        },
         "expand_backward_rescale": {32: (Config(32, 64, 8, 1),), 256: (Config(64, 64, 8, 1),)},
         "shrink_backward_together": {
             64: (Config(32, 128, 8, 1),),
@@ -209,11 +220,14 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         },
         "shrink_together_dropout": {64: (Config(32, 64, 4),)},
         "shrink_backward_together_dropout": {32: (Config(32, 32, 8, 1),), 64: (Config(32, 32, 4, 1),)},
-        "shrink_backward": {128: (Config(64, 64, 8, 1),), 256: (Config(32, 64, 4, 1),)},
+        "shrink_backward": {
+            64: (Config(64, 64, 8, 1), Config(64, 128, 8, 1)),
+            128: (Config(64, 64, 8, 1),),
+            256: (Config(32, 64, 4, 1),),
+        },
         "shrink_expand_backward": {
             64: (Config(64, 64, 8, 1),),
             128: (Config(32, 64, 8, 1),),  # with 64 rows ranks that 16 does not divide spill
-            256: (Config(32, 32, 8, 1),),
         },
         "row_norm": {128: (Config(64, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
@@ -228,7 +242,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
         "shrink_backward_dropout": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
-        "shrink_expand_backward": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
+        "shrink_expand_backward": {128: (Config(16, 16, 8, 1),)},
         "row_norm": {128: (Config(64, 64, 8, 1),)},
         "row_norm_int8": {128: (Config(64, 64, 8, 1),)},
         "row_norm_4bit": {128: (Config(16, 32, 8, 1),)},
@@ -329,12 +343,44 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     return (replace(first, cols=max(first.cols // less, 16), num_warps=warps, num_stages=1),)
 
 
-def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype, M: int, *shape: int) -> T:
+# Estimates: caches' bandwidth as a multiple of the memory's, and the bytes that memory moves while a launch starts.
+_CACHE, _LAUNCH = 2, 6 << 20
+
+
+def of_parts(count: int, size: int) -> float:
+    """Bytes that a sum of `size` numbers in `count` parts moves: they are written, and read by another launch."""
+    return 8 * count * size + _LAUNCH if count > 1 else 0
+
+
+def of_reads(times: int, t: Tensor) -> float:
+    """Bytes that a matrix moves (one of a stack of them) that is read so often, from cache."""
+    return times * t.shape[-2] * t.shape[-1] * t.element_size() / _CACHE
+
+
+def of_idle(count: int, processors: int, t: Tensor) -> float:
+    """Bytes of a tensor that could have moved while processors wait for the last of `count` programs."""
+    return t.nbytes * (-(-count // processors) * processors / count - 1)
+
+
+def _nothing(config: Config) -> float:
+    return 0
+
+
+def tuned(
+    kernel: str,
+    run: Callable[[Config], T],
+    x: Tensor,
+    dtype: torch.dtype,
+    M: int,
+    *shape: int,
+    moves: Callable[[Config], float] = _nothing,
+) -> T:
     """run(config) with the fastest row of the table for this kernel, for x (M × …), and for its launch's shape.
 
-    `dtype` is that of the products; `shape` is the widths, then the rank (1 where there is none). Operators are
-    functional, so that timing one by running it is safe. A row that does not compile or fit the device is left out with
-    a warning; where no row is left, its error is raised.
+    `dtype` is that of the products; `shape` is the widths, then the rank (1 where there is none). `moves` gives the
+    bytes by which rows differ, of which untimed the least are taken. Operators are functional, so that timing one by
+    running it is safe. A row that does not compile or fit the device is left out with a warning; where no row is left,
+    its error is raised.
     """
     if "config" in _forced:
         return run(_forced["config"])
@@ -342,12 +388,14 @@ def tuned(kernel: str, run: Callable[[Config], T], x: Tensor, dtype: torch.dtype
     if len(rows) == 1:
         return run(rows[0])
     by_time = x.is_cuda and not torch.are_deterministic_algorithms_enabled()
-    by_time = by_time and os.environ.get("LORA_LITE_AUTOTUNE") != "0"
-    key = (by_time, kernel, architecture(x), x.device.index, x.dtype, dtype, *shape, power_of_2(M))
+    if not by_time or os.environ.get("LORA_LITE_AUTOTUNE") == "0":
+        fit = [row for row in rows if (kernel, row) not in _left_out] or rows
+        return _first_fit(kernel, sorted(fit, key=moves), run)[1]
+    key = (kernel, architecture(x), x.device.index, x.dtype, dtype, *shape, power_of_2(M))
     if key in _chosen:
         return run(_chosen[key])
-    if by_time and not torch.cuda.is_current_stream_capturing():  # a graph's capture can't be timed, and keeps its row
-        rows = sorted(rows, key=lambda config: _time(kernel, config, run))
+    capturing = torch.cuda.is_current_stream_capturing()  # which can't be timed, and keeps its row
+    rows = sorted(rows, key=moves if capturing else lambda config: _time(kernel, config, run))
     _chosen[key], result = _first_fit(kernel, rows, run)
     return result
 

@@ -7,12 +7,17 @@ the longest of
     bytes / bandwidth
     bytes of the busiest multiprocessor / its share of the bandwidth
     bytes / (bytes in flight on a multiprocessor × multiprocessors / latency)
+    bytes that multiprocessors read and write, from cache or memory / the cache's bandwidth
+    products / the tensor cores' rate
     2 µs
 
 Assumptions, all of them:
 - Every tensor argument of a launch moves once through memory (tests/kernels/test_passes.py counts it): its tiles are
   read or written once, and what is read again comes from cache. But DoRA's W moves once for every 128 ranks.
-- A product takes no time: no kernel here comes near the tensor cores' rate in bf16.
+- What is read again are tensors with R columns or rows, a tile of them for each token-sized tile. The cache has CACHE
+  times the memory's bandwidth (an H100's L2, by public measurements: 1.7 to 2.7).
+- Tensor cores reach REACHED of the data sheet's dense rate, in TF32 of half of it and in float32 on AMD of an eighth.
+  Blocks of ranks are powers of two, of at least 16.
 - Programs have equal work and go to multiprocessors in turn; a multiprocessor can't use another's bandwidth.
 - A launch costs at least LAUNCH seconds on the device; memory answers after LATENCY seconds under load.
 - In flight are, of every resident program, the tiles of token-sized tensors that it reads: one in a kernel without a
@@ -41,28 +46,33 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lora_lite.kernels import common, expand, rotate, row_norm, scale, shrink, tuning
+from lora_lite.kernels import common, expand, rotate, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels.tuning import cdiv
 
 LAUNCH = 2e-6
 LATENCY = 0.9e-6
+CACHE = 2.0
+REACHED = 0.5
 SCALE = 2.0
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Bandwidth in bytes a second and the number of multiprocessors (AMD: compute units), from data sheets."""
+    """From data sheets: bytes a second, multiprocessors (AMD: compute units), products in bf16 a second (two operations
+    each, dense)."""
 
     architecture: str
     bandwidth: float
     processors: int
+    products: float
 
 
 GPUS = {
-    "H100": GPU("sm_90", kernels_report.H100_BANDWIDTH, 132),
-    "H200": GPU("sm_90", 4.8e12, 132),
-    "A100": GPU("sm_80", 2.039e12, 108),
-    "B200": GPU("sm_100", 8.0e12, 148),
-    "MI300X": GPU("gfx942", 5.3e12, 304),
+    "H100": GPU("sm_90", kernels_report.H100_BANDWIDTH, 132, 989.4e12 / 2),
+    "H200": GPU("sm_90", 4.8e12, 132, 989.4e12 / 2),
+    "A100": GPU("sm_80", 2.039e12, 108, 312e12 / 2),
+    "B200": GPU("sm_100", 8.0e12, 148, 2250e12 / 2),
+    "MI300X": GPU("gfx942", 5.3e12, 304, 1307.4e12 / 2),
 }
 RANKS = (8, 16, 32, 64, 128, 256)
 TOKENS = (512, 2048, 8192, 16384)
@@ -75,6 +85,30 @@ READS = {
     "shrink_expand_backward": 2, "row_norm": 1, "scale": 1, "scale_backward": 2,
     "rotate": 1, "rotate_backward": 2,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A kernel goes through the tiles of a token-sized tensor (or W). With each it reads R numbers of every row, and of
+    every column, and multiplies to add to its results; what a launch does not have is None."""
+
+    tensor: str
+    of_rows: tuple[str, ...]
+    of_cols: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+TILES = {
+    "shrink": Tiles("x", (), ("A",), ("h",)),
+    "expand": Tiles("y", ("h",), ("B",), ("out",)),
+    "expand_backward": Tiles("dy", ("h",), (), ("dh", "dB")),
+    "expand_backward_rescale": Tiles("dy", ("h",), (), ("dh", "dB")),
+    "shrink_backward": Tiles("x", ("dh",), (), ("dx", "dA")),
+    "shrink_expand_backward": Tiles("x", ("dh", "h"), (), ("dx", "dA", "dB")),
+    "row_norm": Tiles("W", (), ("A",), ("norm",)),
+}
+# How many times as long as in bf16 a product takes in this precision; in float32 on AMD.
+TIMES_BF16, ON_AMD = {"ieee": 1, "tf32x2": 4, "tf32x3": 6}, 8
 OF_PARTS = ("_sum_parts_kernel", "_root_kernel")  # they put parts together
 NO_PIPELINE = (
     "expand",
@@ -87,7 +121,8 @@ NO_PIPELINE = (
 
 @dataclass(frozen=True)
 class Modelled:
-    """One launch: its bytes, how far the busiest multiprocessor is above its share, bytes in flight, seconds."""
+    """One launch: its bytes, how far the busiest multiprocessor is above its share, bytes in flight, seconds and what
+    takes them."""
 
     kernel: str
     bytes: int
@@ -95,6 +130,7 @@ class Modelled:
     busiest: float
     in_flight: float
     seconds: float
+    bound: str
 
 
 @dataclass(frozen=True)
@@ -118,7 +154,7 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
         name, config = ("sum_parts", None) if self.fn.__name__ in OF_PARTS else current[-1]
         launches.append(Recorded(name, config, kernels_report.Launch(self, arguments, grid, {})))
 
-    def tuned(kernel: str, run: Any, *rest: Any) -> Any:
+    def tuned(kernel: str, run: Any, *rest: Any, **moves: Any) -> Any:
         def marked(config: tuning.Config) -> Any:
             current.append((kernel, config))
             try:
@@ -126,7 +162,7 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
             finally:
                 current.pop()
 
-        return tuning.tuned(kernel, marked, *rest)
+        return tuning.tuned(kernel, marked, *rest, **moves)
 
     def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
         if t.dtype != dtype or not t.is_contiguous():
@@ -163,8 +199,7 @@ def step(variant: str, M: int, K: int, N: int, R: int) -> None:
     shrink.launch_shrink(x, A, x.dtype)
     if variant == "hra":
         expand.launch_expand(x, h, B, 1.0)
-        shrink.launch_shrink(x, B.t(), x.dtype)
-        shrink.launch_shrink_backward([x], [h], x, A, True, True, h)
+        shrink_expand.launch_shrink_expand_backward(x, x, h, A, B, True)
         return
     of_dora = (y, g) if variant == "dora" else ()
     if of_dora:
@@ -198,6 +233,7 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
     busiest = -(-programs // gpu.processors) * gpu.processors / programs
     in_flight = math.inf
     parts = max((t.nbytes for name, t in tensors.items() if name.startswith("parts")), default=0)
+    takes = {"launch": LAUNCH, "memory": moved * busiest / gpu.bandwidth}
     if of.config is not None:
         c = of.config
         of_rank = 16 if of.kernel.startswith(kernels_report.RANKLESS) else max(rank, 16)
@@ -205,9 +241,31 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
         stages = 1 if of.kernel in NO_PIPELINE else c.num_stages
         here = min(most, -(-programs // gpu.processors))
         in_flight = here * stages * READS[of.kernel] * c.rows * c.cols * 2
-    by_latency = moved / (in_flight * min(gpu.processors, programs) / LATENCY)
-    seconds = max(moved * busiest / gpu.bandwidth, by_latency, LAUNCH)
-    return Modelled(of.kernel, moved, parts, busiest, in_flight, seconds)
+        takes["latency"] = moved / (in_flight * min(gpu.processors, programs) / LATENCY)
+        if of.kernel in TILES:
+            again, products = with_tiles(of, rank)
+            takes["cache"] = (moved + again) * busiest / (CACHE * gpu.bandwidth)
+            takes["products"] = products * times_bf16(of, gpu) * busiest / (REACHED * gpu.products)
+    bound = max(takes, key=takes.__getitem__)
+    return Modelled(of.kernel, moved, parts, busiest, in_flight, takes[bound], bound)
+
+
+def times_bf16(of: Recorded, gpu: GPU) -> int:
+    """How many times as long as in bf16 its products take."""
+    on_amd = gpu.architecture.startswith("gfx") and of.kernel == "row_norm"
+    return ON_AMD if on_amd else TIMES_BF16[of.launch.arguments["PRECISION"]]
+
+
+def with_tiles(of: Recorded, rank: int) -> tuple[int, int]:
+    """(bytes that come from cache with the tiles of a launch, its products)."""
+    arguments, tiles, c = of.launch.arguments, TILES[of.kernel], of.config
+    assert c is not None
+    height, width = arguments[tiles.tensor].shape
+    of_rows = rank * height * sum(arguments[name].element_size() for name in tiles.of_rows)
+    of_cols = rank * width * sum(arguments[name].element_size() for name in tiles.of_cols)
+    again = cdiv(width, c.cols) * of_rows + cdiv(height, c.rows) * of_cols
+    products = sum(arguments[name] is not None for name in tiles.results)
+    return again, products * height * width * common.block_of(rank)
 
 
 def row(name: str, variant: str, M: int, K: int, R: int, resident: Resources) -> dict[str, Any]:
@@ -227,8 +285,11 @@ def row(name: str, variant: str, M: int, K: int, R: int, resident: Resources) ->
         "parts": round(2 * max(launch.parts for launch in found) / (2 * M * K), 3),
         "parts_mib": round(max(launch.parts for launch in found) / 2**20, 1),
         "in_flight_kib": round(min(launch.in_flight for launch in own) / 2**10, 1),
-        "by_kernel": {  # bytes, busiest, KiB in flight, µs
-            one.kernel: [one.bytes, round(one.busiest, 3), one.in_flight / 2**10, round(1e6 * one.seconds, 2)]
+        "by_kernel": {
+            one.kernel: {
+                "bytes": one.bytes, "busiest": round(one.busiest, 3), "in_flight_kib": one.in_flight / 2**10,
+                "us": round(1e6 * one.seconds, 2), "bound": one.bound,
+            }
             for one in own
         },
     }  # fmt: skip

@@ -38,6 +38,7 @@ from triton.backends.compiler import GPUTarget
 
 from lora_lite.kernels import common, dropout, expand, rotate, row_norm, scale, segments, shrink, sums, tuning
 from lora_lite.kernels.segments import Runs
+from lora_lite.kernels.shrink_expand import MOST_RANKS_FUSED
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,8 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
             if (kernel.startswith(RANKLESS) and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
                 continue
             if kernel.endswith(WIDE) and dtype == "float32":
+                continue
+            if kernel.startswith("shrink_expand_backward") and rank > MOST_RANKS_FUSED:
                 continue
             if "together_dropout" in kernel and rank > shrink.MOST_RANKS_MASKED[getattr(torch, dtype).itemsize]:
                 continue

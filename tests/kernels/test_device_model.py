@@ -14,7 +14,7 @@ def rows() -> dict[str, Any]:
         "import json, device_model as d\n"
         "resident = d.compiled_resources()\n"
         "row = lambda v, R: d.row('H100', v, 8192, 4096, R, resident)\n"
-        "cases = (('lora', 16), ('lora', 128), ('dora', 64), ('ia3', 1), ('road', 1))\n"
+        "cases = (('lora', 16), ('lora', 128), ('lora', 256), ('dora', 64), ('dora', 128), ('ia3', 1), ('road', 1))\n"
         "print(json.dumps({f'{v}:{R}': row(v, R) for v, R in cases}))"
     )
     return compiled_value(code)
@@ -26,10 +26,23 @@ def test_never_below_the_bound(rows: dict[str, Any]) -> None:
 
 
 def test_bytes_are_of_the_tensors(rows: dict[str, Any]) -> None:
-    moved, busiest, _, us = rows["ia3:1"]["by_kernel"]["scale"]
-    assert moved == 2 * 2 * 8192 * 4096 + 4 * 4096
-    assert rows["road:1"]["by_kernel"]["rotate"][0] == moved + 4 * 4096
-    assert us >= 1e6 * moved * busiest / 3.35e12 - 0.01
+    found = rows["ia3:1"]["by_kernel"]["scale"]
+    assert found["bytes"] == 2 * 2 * 8192 * 4096 + 4 * 4096
+    assert rows["road:1"]["by_kernel"]["rotate"]["bytes"] == found["bytes"] + 4 * 4096
+    assert found["us"] == pytest.approx(1e6 * found["bytes"] * found["busiest"] / 3.35e12, rel=1e-3)
+    assert found["bound"] == "memory"
+
+
+def test_many_ranks_come_from_cache_and_take_products(rows: dict[str, Any]) -> None:
+    """expand: h for each block of 128 columns, B for each of 128 rows. The norm: two TF32 products, of twice bf16's."""
+    found = rows["lora:256"]["by_kernel"]["expand"]
+    again = (4096 // 128 * 8192 + 8192 // 128 * 4096) * 256 * 2
+    us = 1e6 * (found["bytes"] + again) * found["busiest"] / 2 / 3.35e12
+    assert (found["bound"], found["us"]) == ("cache", pytest.approx(us, rel=1e-3))
+    found = rows["dora:128"]["by_kernel"]["row_norm"]
+    us = 1e6 * 4 * 4096 * 4096 * 128 * found["busiest"] / (989.4e12 / 4)
+    assert (found["bound"], found["us"]) == ("products", pytest.approx(us, rel=1e-3))
+    assert rows["lora:16"]["by_kernel"]["expand"]["bound"] == "memory"
 
 
 def test_parts_of_dh_stay_small(rows: dict[str, Any]) -> None:

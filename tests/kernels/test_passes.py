@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, sums, tuning
 
 M, K, N, R = 200, 260, 300, 20
 SMALL = tuning.Config(32, 64)
@@ -67,12 +67,39 @@ def test_many_ranks_take_one_more_look_at_dy() -> None:
     assert passes(by_name["_shrink_kernel"], "x") == {"x": (1, 0)}
 
 
+def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where parts of dh would take more, as of a long batch, dh is of another look at dy; dB and dA have fewer."""
+    dy, h, B, most = tensor(M, N), tensor(M, R), tensor(N, R), 3 * 4 * N * R
+    for bound, looks in ((sums.MOST_BYTES, 1), (most, 2)):
+        monkeypatch.setattr(sums, "MOST_BYTES", bound)
+        with launches.watch() as seen:
+            expand.launch_expand_backward(dy, h, B, 0.7, True, True)
+            shrink.launch_shrink_backward([dy], [h], dy, B.mT, True, True)
+        of_dh = [launch.kernel for launch in launches.main(seen) if launch.kernel == "_shrink_kernel"]
+        assert len(of_dh) == looks - 1
+        parts = [t.nbytes for launch in seen for name, t in launch.tensors.items() if name.startswith("parts")]
+        assert (max(parts) > most) == (looks == 1), "each test of a bound has to be able to fail"
+
+
 def test_shrink_expand() -> None:
     """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
     dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)
     backward = main_launch(lambda: shrink.launch_shrink_backward([dy], [h], x, A, True, True, h))
     names = ("x", "dx_base", "dx", "dA", "dB")
     assert passes(backward, *names) == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1), "dB": (0, 1)}
+
+
+def test_many_ranks_turn_with_one_more_look() -> None:
+    """HRA's dB is of a launch of its own where registers hold too few columns of dA and dB at once."""
+    dy, x, h, A, B = tensor(M, K), tensor(M, K), tensor(M, 140), tensor(140, K), tensor(K, 140)
+    with launches.watch() as seen:
+        shrink_expand.launch_shrink_expand_backward(dy, x, h, A, B, True)
+    by_name = {launch.kernel: launch for launch in launches.main(seen)}
+    assert set(by_name) == {"_expand_backward_kernel", "_shrink_kernel", "_shrink_backward_kernel"}
+    assert passes(by_name["_expand_backward_kernel"], "dy", "dB") == {"dy": (1, 0), "dB": (0, 1)}
+    assert passes(by_name["_shrink_kernel"], "x") == {"x": (1, 0)}
+    names = {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
+    assert passes(by_name["_shrink_backward_kernel"], *names) == names
 
 
 def test_dora() -> None:

@@ -43,6 +43,18 @@ def three_products(a: Array, b: Array, tile: int, at_once: int, extra_bits: int)
     return total
 
 
+def two_products(a: Array, b: Array, tile: int, at_once: int, extra_bits: int) -> Array:
+    """As DoRA's row norm has it where a is of TF32 numbers: b's larger part is cut off, not rounded."""
+    b_large, total = np.float32(b).view(np.int32) & -(1 << 13), np.zeros((len(a), len(b)), np.float32)
+    large = b_large.view(np.float32).astype(np.float64)
+    for k in range(0, a.shape[1], tile):
+        of, mine = slice(k, k + tile), np.zeros(total.shape)
+        for right in (tf32(b - large), large):
+            mine = tensor_core(a[:, of], right[:, of], mine, at_once, extra_bits)
+        total += mine.astype(np.float32)
+    return total
+
+
 def fused_multiply_add(a: Array, b: Array) -> Array:
     """a bᵀ by float32's own instruction, one product after another."""
     total = np.zeros((len(a), len(b)), np.float32)
@@ -70,6 +82,19 @@ def test_a_long_sum_is_nearer(at_once: int, extra_bits: int, positive: bool) -> 
     assert untiled > own, "left to the tensor cores alone, a long sum loses more"
 
 
+@pytest.mark.parametrize("bits", [8, 11])
+@pytest.mark.parametrize(("at_once", "extra_bits"), [(4, 1), (8, 2)])
+def test_two_products_are_as_near_where_one_side_is_short(at_once: int, extra_bits: int, bits: int) -> None:
+    """W in bf16 or fp16 beside A in float32, in the tiles of the row norm."""
+    rng = np.random.default_rng(0)
+    W, A = (rng.standard_normal((12, 2048)).astype(np.float32).astype(np.float64) for _ in range(2))
+    fraction, exponent = np.frexp(W)
+    W = np.ldexp(np.round(fraction * 2.0**bits) / 2.0**bits, exponent)
+    own = error(fused_multiply_add(W, A), W @ A.T)
+    for tile in (32, 64):
+        assert error(two_products(W, A, tile, at_once, extra_bits), W @ A.T) < own
+
+
 @pytest.mark.parametrize(("at_once", "extra_bits"), [(4, 1), (8, 2)])
 def test_a_sum_over_ranks_takes_many_tiles(at_once: int, extra_bits: int) -> None:
     """In `expand`'s tiles of 16 from r = 64 on; where one tile is all, float32's own instructions are nearer."""
@@ -83,21 +108,22 @@ def test_a_sum_over_ranks_takes_many_tiles(at_once: int, extra_bits: int) -> Non
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_tiles_are_added_outside_of_the_cores(architecture: str) -> None:
     """In the loops over the columns and over the tokens: each product of large parts takes a sum of this tile alone,
-    and what it gives is added to a variable of the loop."""
+    and what it gives is added to a variable of the loop. Beside 16-bit weights there are two."""
     of_kernels = compiled_value(f"""
 import json, re, kernels_report as k
 found = []
-for name in ("shrink", "expand", "expand_backward"):
-    config = k.rows_of(name, "{architecture}", "float32", 64)[0]
+of = dict.fromkeys(("shrink", "expand", "expand_backward"), "float32")
+for name, dtype in (of | dict(row_norm="bfloat16", row_norm_int8="float32", row_norm_4bit="float32")).items():
+    config = k.rows_of(name, "{architecture}", dtype, 64)[0]
     with k.tuning.force(config=config, architecture="{architecture}"):
-        launch, *_ = k.record(k.kernel_calls(k.torch.float32, 8192, 4096, 4096, 64)[name])
+        launch, *_ = k.record(k.kernel_calls(getattr(k.torch, dtype), 8192, 4096, 4096, 64)[name])
     code = k.compiled(launch, k.ARCHITECTURES["{architecture}"].target).asm["ttgir"]
     of_loops = [name for names in re.findall(r"iter_args\\((.*?)\\)", code) for name in re.findall(r"(%\\w+) =", names)]
     starts = re.findall(r"(?:tt.dot|warp_group_dot) %\\S+ %\\S+ (%[^\\s,]+)", code)
     sums = [name for pair in re.findall(r"arith.addf (%[\\w#]+), (%[\\w#]+)", code) for name in pair]
-    found.append([len(starts), sorted(set(starts) & set(of_loops)), sorted(set(sums) & set(of_loops))])
+    found.append([name, len(starts), sorted(set(starts) & set(of_loops)), sorted(set(sums) & set(of_loops))])
 print(json.dumps(found))""")
-    for dots, goes_on, added_to in of_kernels:
-        assert dots % 3 == 0 < dots
-        assert goes_on == []
-        assert added_to
+    for name, dots, goes_on, added_to in of_kernels:
+        assert dots % (2 if name.startswith("row_norm") else 3) == 0 < dots, name
+        assert goes_on == [], name
+        assert added_to, name

@@ -15,15 +15,15 @@ from triton.runtime.errors import OutOfResources
 
 from lora_lite.kernels import common, expand, ops, shrink, tuning
 
-SLOW, FAST = tuning.TABLE["nvidia", 2]["expand"][256]  # the first is taken untimed
+SLOW, FAST = tuning.TABLE["nvidia", 2]["expand"][64]  # the first is taken untimed
 MILLISECONDS = {SLOW: 2.0, FAST: 1.0}
 Run = Callable[[tuning.Config], tuning.Config]
 
 
-def on_gpu(run: Run, M: int = 64, tokens: torch.dtype = torch.bfloat16) -> tuning.Config:
+def on_gpu(run: Run, M: int = 64, tokens: torch.dtype = torch.bfloat16, **moves: Any) -> tuning.Config:
     """What `tuned` gives for products in bf16 on a GPU."""
     x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=tokens)
-    return tuning.tuned("expand", run, x, torch.bfloat16, M, 4096, 16)
+    return tuning.tuned("expand", run, x, torch.bfloat16, M, 4096, 16, **moves)
 
 
 def itself(config: tuning.Config) -> tuning.Config:
@@ -63,6 +63,60 @@ def test_untimed_where_it_is_switched_off(timed: list[tuning.Config], monkeypatc
     assert on_gpu(itself) == SLOW
     assert on_gpu(itself, tokens=torch.float32) == replace(SLOW, cols=SLOW.cols // 2, num_stages=1)
     assert not timed
+
+
+# ---- untimed: what moves least ----
+
+
+def test_untimed_what_moves_least(timed: list[tuning.Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before; among equals the table's first. A graph's capture takes it too."""
+    bytes_of = {SLOW: 10.0, FAST: 9.0}
+    with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+        assert on_gpu(itself, M=5, moves=bytes_of.__getitem__) == FAST
+    monkeypatch.setenv("LORA_LITE_AUTOTUNE", "0")
+    assert on_gpu(itself, moves=bytes_of.__getitem__) == FAST
+    bytes_of[FAST] = 11.0
+    assert on_gpu(itself, moves=bytes_of.__getitem__) == SLOW
+    bytes_of[FAST] = 10.0
+    assert on_gpu(itself, moves=bytes_of.__getitem__) == SLOW
+    assert not timed
+
+
+def taken_rows(M: int, R: int, width: int = 1024) -> dict[str, tuple[int, int]]:
+    """rows × cols that a layer's step takes untimed on an H100, whose launches are not started."""
+    found = {}
+
+    def note(kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, config: tuning.Config) -> None:
+        found[kernel.fn.__name__.strip("_").removesuffix("_kernel")] = (config.rows, config.cols)
+
+    x = torch.empty(1, dtype=torch.bfloat16).expand(M, width)
+    h, A = torch.empty(M, R, dtype=x.dtype), torch.empty(R, width)
+    with (
+        tuning.force(architecture="sm_90", programs=132),
+        mock.patch.object(shrink, "launch", note),
+        mock.patch.object(shrink, "sum_parts"),
+        mock.patch.object(expand, "launch", note),
+        mock.patch.object(expand, "sum_parts"),
+    ):
+        shrink.launch_shrink(x, A, x.dtype)
+        expand.launch_expand(x, h, A.mT, 0.5)
+        expand.launch_expand_backward(x, h, A.mT.contiguous(), 0.5, True, True)
+    return found
+
+
+def test_a_short_batch_takes_square_blocks() -> None:
+    """Few rows a program would make many parts of dB, and blocks of 32 too few programs."""
+    assert taken_rows(800, 16)["expand_backward"] == (64, 128)
+    assert taken_rows(16384, 16)["expand_backward"] == (32, 512)
+    assert taken_rows(800, 16)["shrink"] == (16, 256)
+    assert taken_rows(16384, 16, 4096)["shrink"][0] >= 32
+
+
+def test_many_ranks_take_large_blocks() -> None:
+    """A, h and B are read again for each."""
+    few, many = taken_rows(16384, 16, 4096), taken_rows(16384, 256, 4096)
+    assert (few["shrink"][0] <= 64, many["shrink"][0]) == (True, 128)
+    assert (few["expand"], many["expand"]) == ((64, 128), (128, 128))
 
 
 # ---- determinism ----
@@ -222,9 +276,9 @@ def taken(call: Callable[[], Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]
     """(dtype of the tokens, dtype of the product) by which each kernel's row is chosen."""
     found = {}
 
-    def note(kernel: str, run: Any, x: Tensor, dtype: torch.dtype, *shape: int) -> Any:
+    def note(kernel: str, run: Any, x: Tensor, dtype: torch.dtype, *shape: int, **moves: Any) -> Any:
         found[kernel] = (x.dtype, dtype)
-        return tuning.tuned(kernel, run, x, dtype, *shape)
+        return tuning.tuned(kernel, run, x, dtype, *shape, **moves)
 
     with mock.patch.object(shrink, "tuned", note), mock.patch.object(expand, "tuned", note):
         call()
