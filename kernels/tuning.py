@@ -344,7 +344,7 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
 
 
 # Estimates: caches' bandwidth as a multiple of the memory's, and the bytes that memory moves while a launch starts.
-_CACHE, _LAUNCH = 2, 6 << 20
+_CACHE, _LAUNCH = 2.5, 6 << 20
 
 
 def of_parts(count: int, size: int) -> float:
@@ -359,7 +359,7 @@ def of_reads(times: int, t: Tensor) -> float:
 
 def of_idle(count: int, processors: int, t: Tensor) -> float:
     """Bytes of a tensor that could have moved while processors wait for the last of `count` programs."""
-    return t.nbytes * (-(-count // processors) * processors / count - 1)
+    return t.nbytes * (-(-count // processors) * processors / max(count, 1) - 1)
 
 
 def _nothing(config: Config) -> float:
