@@ -255,17 +255,17 @@ def launch_shrink(
     if M == 0:
         return h
 
-    def shares(config: Config) -> tuple[int, int]:
-        most = programs(x) // blocks_of(M, config, runs)[0]
-        return split(K, config.cols, min(most, K // (4 * config.cols)))
+    def shares(config: Config) -> tuple[int, Tensor | None, int, int, int]:
+        """(blocks of rows, table of their shares, rows of a block, parts of the columns, columns of a part)."""
+        blocks, table, rows = blocks_of(M, config, runs)
+        return blocks, table, rows, *split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
 
     def moves(config: Config) -> float:
-        blocks, count = blocks_of(M, config, runs)[0], shares(config)[0]
+        blocks, _, _, count, _ = shares(config)
         return of_parts(count, M * R) + of_reads(blocks, A) + of_idle(blocks * count, programs(x), x)
 
     def run(config: Config) -> Tensor:
-        blocks, table, rows = blocks_of(M, config, runs)
-        count, each = shares(config)
+        blocks, table, rows, count, each = shares(config)
         parts = parts_like(h, count)
         numbers = (M, K, R, R_1, R_2, *x.stride(), each)
         constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype])

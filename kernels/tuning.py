@@ -359,7 +359,7 @@ def of_reads(times: int, t: Tensor) -> float:
 
 def of_idle(count: int, processors: int, t: Tensor) -> float:
     """Bytes of a tensor that could have moved while processors wait for the last of `count` programs."""
-    return t.nbytes * (-(-count // processors) * processors / max(count, 1) - 1)
+    return t.nbytes * (cdiv(count, processors) * processors / max(count, 1) - 1)
 
 
 def _nothing(config: Config) -> float:

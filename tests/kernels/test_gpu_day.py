@@ -104,6 +104,14 @@ def test_the_second_row_of_a_table_is_taken() -> None:
     assert seen == list(gpu_parts.tuning.candidates("scale", "sm_90", 2, 1))
 
 
+def test_every_row_of_every_table_is_checked() -> None:
+    """The kernels of `lowrank_add` and `shrink_expand` with three, the others with two."""
+    for table in gpu_parts.tuning.TABLE.values():
+        for kernel, of_ranks in table.items():
+            most = max(len(rows) for rows in of_ranks.values())
+            assert most <= (gpu_parts.MOST_ROWS if kernel in ("shrink", "expand_backward") else 2), kernel
+
+
 def test_verify(found: dict[str, Found]) -> None:
     (row,) = found["verify"].rows
     assert row["layers"] == 7
