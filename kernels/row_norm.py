@@ -40,14 +40,23 @@ def _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale):
 
 @triton.jit
 def _add_product(W, A, acc, PRECISION: tl.constexpr):
-    """acc + W Aᵀ. "tf32x2": W, of 16 bits or fewer, is a TF32 number as it is, and A the sum of two."""
-    if PRECISION == "tf32x2":
-        large = (A.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+    """acc + W Aᵀ, as near as in float32: W is of bfloat16 or TF32 numbers as it is, and A the sum of three or two."""
+    if PRECISION == "bf16x3":
+        W = W.to(tl.float32).to(tl.bfloat16)
+        large = A.to(tl.bfloat16)
+        rest = A - large.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        small = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         # Not onto acc: tensor cores truncate what they add.
-        product = tl.dot(W, tl.trans(A - large), input_precision="tf32")
+        product = tl.dot(W, tl.trans(middle), tl.dot(W, tl.trans(small)))
+        return acc + tl.dot(W, tl.trans(large), product)
+    elif PRECISION == "tf32x2":
+        W = W.to(tl.float32)
+        large = (A.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+        product = tl.dot(W, tl.trans(A - large), input_precision="tf32")  # nor here
         return acc + tl.dot(W, tl.trans(large), product, input_precision="tf32")
     else:
-        return tl.dot(W, tl.trans(A), acc, input_precision=PRECISION)
+        return tl.dot(W.to(tl.float32), tl.trans(A), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -91,7 +100,7 @@ def _row_norm_kernel(
             cols = start + tl.arange(0, BLOCK_K)
             W_tile = tl.load(tile(W, rows, cols, stride_wn, stride_wk), mask=inside(rows, cols, N, end), other=0)
             A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, R, end), other=0.0)
-            cross = _add_product(W_tile.to(tl.float32), A_tile, cross, PRECISION)
+            cross = _add_product(W_tile, A_tile, cross, PRECISION)
         if factor is not None:
             cross *= tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
         beyond += _beyond_w(cross, B, BG, rows, ranks, N, N_once, R, scale)
@@ -142,10 +151,13 @@ def _row_norm_4bit_kernel(
     tl.store(norm + rows, beyond, mask=rows < N)
 
 
-def _precision(W: Tensor, dtype: torch.dtype) -> str:
-    """Of the products with W's numbers, which are exactly those of this dtype."""
+def _products(kernel: str, W: Tensor, dtype: torch.dtype) -> tuple[str, str]:
+    """(the kernel's name in the block tables, how it multiplies) where W's numbers are exactly those of this dtype:
+    bfloat16 holds an int8 too, and TF32 a float16."""
+    if dtype in (torch.bfloat16, torch.int8):
+        return kernel, "bf16x3"
     how = full_precision(W)
-    return "tf32x2" if how == "tf32x3" and dtype.itemsize < 4 else how
+    return f"{kernel}_float32", "tf32x2" if how == "tf32x3" and dtype == torch.float16 else how
 
 
 def _shared_out(norm: Tensor, copies: int, width: int, config: Config) -> tuple[int, int, int, Tensor]:
@@ -177,18 +189,18 @@ def launch_row_norm(
     (N, K), R = W.shape[-2:], A.shape[-2]
     copies, stride = (1, 0) if W.ndim == 2 else (len(W), W.stride(0))
     norm = torch.empty_like(w_sq)
+    kernel, how = _products("row_norm" if factor is None else "row_norm_int8", W, W.dtype)
 
     def run(config: Config) -> Tensor:
         blocks, count, each, parts = _shared_out(norm, copies, K, config)
         numbers = (float(scale), N, K, R, each, stride, *W.stride()[-2:])
-        constants = (_precision(W, W.dtype), count == 1, config.rows, config.cols, block_of(R, _RANKS))
+        constants = (how, count == 1, config.rows, config.cols, block_of(R, _RANKS))
         tensors = (W, factor, A, B, BG, w_sq, parts)
         launch(_row_norm_kernel, (blocks, count, copies), tensors, numbers, constants, config)
         return _rooted(parts, w_sq, norm)
 
-    if factor is None:
-        return tuned("row_norm", run, W, W.dtype, N, K, R)
-    return tuned("row_norm_int8", run, A, A.dtype, N, K, R)
+    read = W if factor is None else A
+    return tuned(kernel, run, read, read.dtype, N, K, R)
 
 
 @replayed
@@ -210,16 +222,17 @@ def launch_row_norm_4bit(
     N, (R, K) = len(w_sq), A.shape
     absmax_code, absmax_absmax, absmax_offset = nested or (None, None, None)
     norm = torch.empty_like(w_sq)
+    kernel, how = _products("row_norm_4bit", packed, dtype)
 
     def run(config: Config) -> Tensor:
         of_rows, count, each, parts = _shared_out(norm, 1, K // 2, config)
         tensors = (packed, code, absmax, absmax_code, absmax_absmax, absmax_offset, A, B, BG, w_sq, parts)
         of_blocks = (count == 1, config.rows, config.cols, block_of(R, _RANKS))
-        constants = (DTYPES[dtype], *blocks, _precision(packed, dtype), *of_blocks)
+        constants = (DTYPES[dtype], *blocks, how, *of_blocks)
         launch(_row_norm_4bit_kernel, (of_rows, count), tensors, (float(scale), N, K, R, each), constants, config)
         return _rooted(parts, w_sq, norm)
 
-    return tuned("row_norm_4bit", run, A, A.dtype, N, K, R)
+    return tuned(kernel, run, A, A.dtype, N, K, R)
 
 
 def _small_operands(A: Tensor, B: Tensor, w_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -121,8 +121,10 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
         64: (Config(32, 64, 8),),
         128: (Config(32, 64, 8),),
     },
-    # A is in float32, and read again for every block of rows: as many as registers allow.
-    "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
+    # A is in float32, and read again for every block of rows: as many as registers allow. Beside W in float16 its parts
+    # are in TF32, of twice the size.
+    "row_norm": {128: (Config(64, 32, 8, 3),)},
+    "row_norm_float32": {32: (Config(64, 64, 8, 3),), 64: (Config(32, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
     "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
     "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
     "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
@@ -153,7 +155,8 @@ _DEEP: dict[str, dict[int, Rows]] = {
         16: (Config(64, 64, 8), Config(64, 128, 8)),
         128: (Config(32, 64, 8, 3),),
     },
-    "row_norm": {**_NVIDIA["row_norm"], 128: (Config(64, 32, 8, 6),)},
+    "row_norm": {32: (Config(64, 64, 8, 3),), 64: (Config(128, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
+    "row_norm_float32": {**_NVIDIA["row_norm_float32"], 128: (Config(64, 32, 8, 6),)},
     "scale_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
     "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
 }
@@ -166,7 +169,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("sm_100", 2): _DEEP,
     ("sm_80", 2): {
         **_DEEP,
-        "row_norm": {**_DEEP["row_norm"], 128: (Config(64, 32, 8, 3),)},
+        "row_norm": {32: (Config(64, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
+        "row_norm_float32": _NVIDIA["row_norm_float32"],
     },
     # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh.
     ("sm_90", 2): {
@@ -179,7 +183,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             **_DEEP["expand_backward_rescale"],
             32: (Config(32, 256, 8), Config(32, 128, 8)),
         },
-        "row_norm": {**_DEEP["row_norm"], 64: (Config(64, 64, 8, 3),)},
+        "row_norm_float32": {**_DEEP["row_norm_float32"], 64: (Config(64, 64, 8, 3),)},
     },
     # A float32 product's operands lie in registers, whole or as large and small parts: short inner dimensions.
     ("nvidia", 4): {
@@ -196,9 +200,10 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "expand_grouped": {256: (Config(32, 32, 4),)},
         "expand_backward_grouped": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},
         "shrink_expand_backward": {64: (Config(16, 32, 8),), 128: (Config(16, 16, 8, 1),)},
-        "row_norm": {32: (Config(16, 64, 8),), 64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),)},
-        "row_norm_int8": {128: (Config(16, 64, 8, 1),)},
-        "row_norm_4bit": {16: (Config(16, 32, 8, 1),), 64: (Config(16, 32, 4, 1),), 128: (Config(16, 32, 8, 1),)},
+        "row_norm_float32": {32: (Config(16, 64, 8),), 64: (Config(16, 64, 4),), 128: (Config(16, 64, 8, 1),)},
+        "row_norm_int8": {32: (Config(128, 32, 8, 3),), 128: (Config(64, 32, 8, 3),)},
+        "row_norm_4bit": {32: (Config(64, 32, 8, 1),), 128: (Config(32, 32, 8, 1),)},
+        "row_norm_4bit_float32": {64: (Config(16, 32, 4, 1),), 128: (Config(16, 32, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "rotate": {256: (Config(16, 256, 4), Config(32, 128, 4))},
@@ -229,7 +234,8 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
             64: (Config(64, 64, 8, 1),),
             128: (Config(32, 64, 8, 1),),  # with 64 rows ranks that 16 does not divide spill
         },
-        "row_norm": {128: (Config(64, 64, 8, 1),)},
+        "row_norm": {16: (Config(64, 64, 8, 1),), 128: (Config(64, 32, 8, 1),)},
+        "row_norm_float32": {128: (Config(64, 64, 8, 1),)},
         "scale": {256: (Config(32, 256, 4), Config(16, 256, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "rotate": {256: (Config(32, 256, 4), Config(16, 256, 4))},
@@ -243,9 +249,10 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "shrink_backward": {256: (Config(16, 16, 8, 1),)},
         "shrink_backward_dropout": {128: (Config(16, 16, 8, 1),), 256: (Config(16, 16, 4, 1),)},
         "shrink_expand_backward": {128: (Config(16, 16, 8, 1),)},
-        "row_norm": {128: (Config(64, 64, 8, 1),)},
-        "row_norm_int8": {128: (Config(64, 64, 8, 1),)},
-        "row_norm_4bit": {128: (Config(16, 32, 8, 1),)},
+        "row_norm_float32": {128: (Config(64, 64, 8, 1),)},
+        "row_norm_int8": {16: (Config(64, 64, 8, 1),), 128: (Config(64, 32, 8, 1),)},
+        "row_norm_4bit": {32: (Config(64, 32, 8, 1),), 128: (Config(64, 16, 8, 1),)},
+        "row_norm_4bit_float32": {128: (Config(16, 32, 8, 1),)},
         "scale": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "scale_backward": {256: (Config(16, 256, 4), Config(32, 128, 4))},
         "rotate": {256: (Config(16, 256, 4), Config(32, 128, 4))},

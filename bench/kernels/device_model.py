@@ -16,8 +16,8 @@ Assumptions, all of them:
   read or written once, and what is read again comes from cache. But DoRA's W moves once for every 128 ranks.
 - What is read again are tensors with R columns or rows, a tile of them for each token-sized tile. The cache has CACHE
   times the memory's bandwidth (an H100's L2, by public measurements: 1.7 to 2.7).
-- Tensor cores reach REACHED of the data sheet's dense rate, in TF32 of half of it and in float32 on AMD of an eighth.
-  Blocks of ranks are powers of two, of at least 16.
+- Tensor cores reach REACHED of the data sheet's dense rate. Blocks of ranks are powers of two, of at least 16;
+  the row norm of bf16 weights takes three products.
 - Programs have equal work and go to multiprocessors in turn; a multiprocessor can't use another's bandwidth.
 - A launch costs at least LAUNCH seconds on the device; memory answers after LATENCY seconds under load.
 - In flight are, of every resident program, the tiles of token-sized tensors that it reads: one in a kernel without a
@@ -107,8 +107,8 @@ TILES = {
     "shrink_expand_backward": Tiles("x", ("dh", "h"), (), ("dx", "dA", "dB")),
     "row_norm": Tiles("W", (), ("A",), ("norm",)),
 }
-# How many times as long as in bf16 a product takes in this precision; in float32 on AMD.
-TIMES_BF16, ON_AMD = {"ieee": 1, "tf32x2": 4, "tf32x3": 6}, 8
+# How many times as long as in bf16 a product takes in this precision.
+TIMES_BF16 = {"ieee": 1, "bf16x3": 3}
 OF_PARTS = ("_sum_parts_kernel", "_root_kernel")  # they put parts together
 NO_PIPELINE = (
     "expand",
@@ -245,15 +245,10 @@ def modelled(of: Recorded, gpu: GPU, rank: int, resident: Resources) -> Modelled
         if of.kernel in TILES:
             again, products = with_tiles(of, rank)
             takes["cache"] = (moved + again) * busiest / (CACHE * gpu.bandwidth)
-            takes["products"] = products * times_bf16(of, gpu) * busiest / (REACHED * gpu.products)
+            products *= TIMES_BF16[of.launch.arguments["PRECISION"]]
+            takes["products"] = products * busiest / (REACHED * gpu.products)
     bound = max(takes, key=takes.__getitem__)
     return Modelled(of.kernel, moved, parts, busiest, in_flight, takes[bound], bound)
-
-
-def times_bf16(of: Recorded, gpu: GPU) -> int:
-    """How many times as long as in bf16 its products take."""
-    on_amd = gpu.architecture.startswith("gfx") and of.kernel == "row_norm"
-    return ON_AMD if on_amd else TIMES_BF16[of.launch.arguments["PRECISION"]]
 
 
 def with_tiles(of: Recorded, rank: int) -> tuple[int, int]:

@@ -128,17 +128,25 @@ def _calls_with_rank(dtype: torch.dtype, M: int, K: int, N: int, R: int, tokens:
 
 
 def _norm_calls(dtype: torch.dtype, K: int, N: int, R: int, empty: Empty) -> Calls:
-    W, A, B, g = empty(N, K, dtype=dtype), *(empty(*shape, dtype=torch.float32) for shape in ((R, K), (N, R), (N,)))
-    W_int8 = empty(N, K, dtype=torch.int8)
+    """Of weights in bfloat16, and for what takes products in float32, of 16 bits those in float16."""
+    f32 = torch.float32
+    A, B, g = (empty(*shape, dtype=f32) for shape in ((R, K), (N, R), (N,)))
+    W, W_int8 = empty(N, K, dtype=torch.bfloat16), empty(N, K, dtype=torch.int8)
+    W_float32 = empty(N, K, dtype=f32 if dtype == f32 else torch.float16)
     packed, code8 = empty(N * K // 2, dtype=torch.uint8), empty(N * K // 64, dtype=torch.uint8)
-    code = empty(256, dtype=torch.float32)
+    code = empty(256, dtype=f32)
+
+    def of_4bit(weights: torch.dtype) -> Any:
+        nested = (code, code, g[:1])
+        return row_norm.launch_row_norm_4bit(packed, code, code8, nested, (64, 256), weights, A, B, B, 0.5, g)
+
     return {
         "row_norm": lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.5, g),
+        "row_norm_float32": lambda: row_norm.launch_row_norm(W_float32, None, A, B, B, 0.5, g),
         "row_norm_int8": lambda: row_norm.launch_row_norm(W_int8, g, A, B, B, 0.5, g),
-        "row_norm_4bit": lambda: row_norm.launch_row_norm_4bit(
-            packed, code, code8, (code, code, g[:1]), (64, 256), torch.bfloat16, A, B, B, 0.5, g
-        ),
-    }  # fmt: skip
+        "row_norm_4bit": lambda: of_4bit(torch.bfloat16),
+        "row_norm_4bit_float32": lambda: of_4bit(f32),
+    }
 
 
 def _calls_without_rank(M: int, N: int, tokens: torch.dtype, empty: Empty) -> Calls:
@@ -160,7 +168,8 @@ def _calls_without_rank(M: int, N: int, tokens: torch.dtype, empty: Empty) -> Ca
     }  # fmt: skip
 
 
-QUANTISED = ("row_norm_int8", "row_norm_4bit")  # they know no dtype but float32, that of A
+# They know no dtype but float32, that of A.
+QUANTISED = ("row_norm_int8", "row_norm_4bit", "row_norm_4bit_float32")
 RANKLESS = ("scale", "rotate")  # they multiply no matrices: no rank, and one dtype
 KERNELS = tuple(kernel_calls(torch.float32, 16, 16, 16, 16))
 WIDE = "_wide"  # the suffix of a kernel whose tokens are in float32 and whose products are in 16 bits
@@ -265,6 +274,8 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
     for name, dtype, rank in itertools.product(architectures, dtypes, ranks):
         for kernel in kernels:
             if (kernel.startswith(RANKLESS) and rank != ranks[0]) or (kernel in QUANTISED and dtype != "float32"):
+                continue
+            if kernel == "row_norm" and dtype == "float32":
                 continue
             if kernel.endswith(WIDE) and dtype == "float32":
                 continue

@@ -61,14 +61,14 @@ def norms(linear: Any, R: int) -> tuple[Tensor, Tensor, Tensor, tuple[Any, ...]]
 
 
 @pytest.mark.parametrize("R", [1, 4, 16, 64, 100, 256, 300])
-@pytest.mark.parametrize(("N", "K"), [(67, 62), (48, 128), (101, 258)])
+@pytest.mark.parametrize(("N", "K", "dtype"), [(67, 62, "bfloat16"), (48, 128, "float32"), (101, 258, "bfloat16")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_accurate_as_pytorch(kind: str, N: int, K: int, R: int) -> None:
+def test_as_accurate_as_pytorch(kind: str, N: int, K: int, R: int, dtype: str) -> None:
     """K·n is no multiple of a block of 64 weights, so that blocks run over rows' ends."""
     draws = []
     with launches.watch() as seen:
         for _ in range(3):
-            draws.append(norms(layer(kind, N, K), R)[:3])
+            draws.append(norms(layer(kind, N, K, DTYPES[dtype]), R)[:3])
     assert len(launches.main(seen)) == 3
     want, plain, got = (torch.stack([draw[i] for draw in draws]) for i in range(3))
     bar = max(1.5 * rel_error(plain, want), torch.finfo(torch.float32).eps / 2)
