@@ -45,7 +45,7 @@ GPUS = {
     "MI300X": (5.3, 1307.4, "AMD Instinct MI300X accelerator data sheet, 2023"),
 }
 
-BY_KERNEL = tuple(name for name in tuning.TABLE["nvidia", 2] if not name.endswith(("_dropout", "_grouped")))
+BY_KERNEL = tuple(name for name in tuning.TABLE["nvidia", 2] if not name.endswith(("_dropout", "_grouped", "_float32")))
 
 # Passes over a token-sized tensor that a post-hook adapter can't avoid; W once for DoRA's norm.
 BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5, "road": 5}
