@@ -40,11 +40,11 @@ from .dropout import kept, rescale
 from .launching import launch, replayed
 from .segments import Runs, blocks_of, own, own_vector, parts_of, run_of_rows, share_of_rows
 from .sums import most_parts, parts_like, sum_parts
-from .tuning import Config, cdiv, of_idle, of_parts, of_reads, programs, tuned
+from .tuning import LAUNCH, Config, cdiv, of_idle, of_parts, of_reads, programs, tuned
 
 # Float32 parts of dh, a part a block of columns, are written and read: 4·R/columns passes over dy, where reading dy
 # once more in `shrink` is one. Beyond these ranks the blocks of columns are too narrow for parts. Where parts would
-# take too much memory, as of very long batches, it is `shrink` too.
+# move more than that, or take too much memory, as of very long batches, it is `shrink` too.
 MOST_RANKS_IN_PARTS = {"expand_backward": 64, "expand_backward_rescale": 32}
 
 # Up to these ranks B is read as the parameter is, in float32, and converted in registers, which saves a launch. Beyond
@@ -211,16 +211,19 @@ def launch_expand_backward(
         zeros = [None if t is None else t.zero_() for t in (dB, dg)]
         return h.new_empty((M, R)) if needs_dh else None, zeros[0], dy_base, zeros[1]
 
+    of_shrink = dy.nbytes + 4 * LAUNCH  # B scaled and cast, the product and its sum
+
     def shares(config: Config) -> tuple[int, bool, tuple[int, int, Tensor | None]]:
         """(blocks of columns, whether each is to have a part of dh, shares of the rows)."""
         blocks = cdiv(N, config.cols)
-        in_parts = needs_dh and MOST_RANKS_IN_PARTS[kernel] >= R and blocks <= most_parts(M * R)
+        few = MOST_RANKS_IN_PARTS[kernel] >= R and blocks <= most_parts(M * R)
+        in_parts = needs_dh and few and of_parts(blocks, M * R) <= of_shrink
         wanted = full_waves(programs(dy), blocks, M, config.rows, most_parts(N * R))
         return blocks, in_parts, parts_of(M, config.rows, wanted, runs)
 
     def moves(config: Config) -> float:
         blocks, in_parts, (count, *_) = shares(config)
-        of_dh = of_parts(blocks, M * R) if in_parts else dy.nbytes
+        of_dh = of_parts(blocks, M * R) if in_parts else of_shrink
         return of_dh + of_parts(count, N * R) + of_reads(blocks, h)
 
     def run(config: Config) -> Tensor | None:

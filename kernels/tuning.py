@@ -351,12 +351,12 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
 
 
 # Estimates: caches' bandwidth as a multiple of the memory's, and the bytes that memory moves while a launch starts.
-_CACHE, _LAUNCH = 2.5, 6 << 20
+_CACHE, LAUNCH = 2.5, 6 << 20
 
 
 def of_parts(count: int, size: int) -> float:
     """Bytes that a sum of `size` numbers in `count` parts moves: they are written, and read by another launch."""
-    return 8 * count * size + _LAUNCH if count > 1 else 0
+    return 8 * count * size + LAUNCH if count > 1 else 0
 
 
 def of_reads(times: int, t: Tensor) -> float:
