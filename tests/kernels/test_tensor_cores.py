@@ -5,7 +5,7 @@ No GPU is needed: the cores' arithmetic is imitated as it was measured (Fasi, Hi
 truncated to the place of the largest), and the compiled code is read for where the sums of tiles are added.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from compiling import compiled_value
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-Product = Callable[[Array, Array, int, int, int], Array]
+Product = Callable[..., Array]
 
 
 def tf32(x: Array) -> Array:
@@ -34,28 +34,30 @@ def tensor_core(a: Array, b: Array, c: Array, at_once: int, extra_bits: int) -> 
     return c
 
 
-def three_products(a: Array, b: Array, tile: int, at_once: int, extra_bits: int) -> Array:
-    """a bᵀ as Triton's "tf32x3" has it: the small parts first, and a tile's sum added to the others' in float32."""
-    (a_large, b_large), total = (tf32(a), tf32(b)), np.zeros((len(a), len(b)), np.float32)
-    a_small, b_small = tf32(a - a_large), tf32(b - b_large)
-    for k in range(0, a.shape[1], tile):
+def by_tiles(pairs: Sequence[tuple[Array, Array]], tile: int, at_once: int, extra_bits: int) -> Array:
+    """Σ left rightᵀ over the pairs, the small parts first, and a tile's sum added to the others' in float32."""
+    left, right = pairs[0]
+    total = np.zeros((len(left), len(right)), np.float32)
+    for k in range(0, left.shape[1], tile):
         of, mine = slice(k, k + tile), np.zeros(total.shape)
-        for left, right in ((a_small, b_large), (a_large, b_small), (a_large, b_large)):
+        for left, right in pairs:
             mine = tensor_core(left[:, of], right[:, of], mine, at_once, extra_bits)
         total += mine.astype(np.float32)
     return total
 
 
-def two_products(a: Array, b: Array, tile: int, at_once: int, extra_bits: int) -> Array:
+def three_products(a: Array, b: Array, *how: int) -> Array:
+    """a bᵀ as Triton's "tf32x3" has it."""
+    a_large, b_large = tf32(a), tf32(b)
+    a_small, b_small = tf32(a - a_large), tf32(b - b_large)
+    return by_tiles([(a_small, b_large), (a_large, b_small), (a_large, b_large)], *how)
+
+
+def two_products(a: Array, b: Array, *how: int) -> Array:
     """As DoRA's row norm has it where a is of TF32 numbers: b's larger part is cut off, not rounded."""
-    b_large, total = np.float32(b).view(np.int32) & -(1 << 13), np.zeros((len(a), len(b)), np.float32)
+    b_large = np.float32(b).view(np.int32) & -(1 << 13)
     large = b_large.view(np.float32).astype(np.float64)
-    for k in range(0, a.shape[1], tile):
-        of, mine = slice(k, k + tile), np.zeros(total.shape)
-        for right in (tf32(b - large), large):
-            mine = tensor_core(a[:, of], right[:, of], mine, at_once, extra_bits)
-        total += mine.astype(np.float32)
-    return total
+    return by_tiles([(a, tf32(b - large)), (a, large)], *how)
 
 
 def bf16(x: Array) -> Array:
@@ -64,17 +66,11 @@ def bf16(x: Array) -> Array:
     return np.ldexp(np.round(fraction * 2.0**8) / 2.0**8, exponent)
 
 
-def three_parts(a: Array, b: Array, tile: int, at_once: int, extra_bits: int) -> Array:
+def three_parts(a: Array, b: Array, *how: int) -> Array:
     """As DoRA's row norm has it where a is of bfloat16 numbers: b is the sum of three."""
     large = bf16(b)
     middle = bf16(b - large)
-    parts, total = (bf16(b - large - middle), middle, large), np.zeros((len(a), len(b)), np.float32)
-    for k in range(0, a.shape[1], tile):
-        of, mine = slice(k, k + tile), np.zeros(total.shape)
-        for right in parts:
-            mine = tensor_core(a[:, of], right[:, of], mine, at_once, extra_bits)
-        total += mine.astype(np.float32)
-    return total
+    return by_tiles([(a, bf16(b - large - middle)), (a, middle), (a, large)], *how)
 
 
 def fused_multiply_add(a: Array, b: Array) -> Array:
