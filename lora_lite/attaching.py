@@ -21,6 +21,7 @@ from .attachment import (
     naming,
     record,
     settle_modules,
+    sites_of,
     unwrap,
 )
 from .backend import check_backend
@@ -368,7 +369,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         AttachError: nothing is attached, or nothing of that name.
     """
     model = unwrap(model)
-    for attachment in chosen(model, name):
+    gone = chosen(model, name)
+    of_entries = {each for site in sites_of(model) if site.rows for each in site.rows.names}
+    for attachment in gone:
         settle([(each.whole, each.acts and each is not attachment) for each in attachments(model)])
         attachment.watch.stop()
         for target in attachment.targets:
@@ -382,5 +385,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         warnings.warn(
             f"detach: what is left ({', '.join(each.name for each in left)}) does not act, since `use` named only what "
             "was detached; call use(model, name)",
+            stacklevel=2,
+        )
+    elif left and (of_gone := [each.name for each in gone if each.name in of_entries]):
+        warnings.warn(
+            f"detach: the entries of a batch that use(model, [...]) gave to {', '.join(of_gone)} have no adapter now; "
+            "call use again",
             stacklevel=2,
         )

@@ -987,6 +987,20 @@ def test_detach_of_the_only_one_that_acted() -> None:
         ll.detach(model, "a")
 
 
+def test_detach_of_what_entries_of_a_batch_take() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b", "c"):
+        ll.attach(model, L(r=2), name=name)
+    ll.use(model, ["a", "b", None])
+    with pytest.warns(UserWarning, match=r"gave to b have no adapter now; call use again"):
+        ll.detach(model, "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.detach(model, "c")  # which no entry took
+        ll.use(model, "a")
+        ll.detach(model)
+
+
 def test_a_weight_that_is_a_buffer_is_left_out_aloud() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Inference())
     weight = model[1].weight.data

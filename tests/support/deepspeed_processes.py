@@ -4,6 +4,7 @@ Argument: a folder with cases.json, a list of [how the model is adapted, a varia
 adapter is saved by `ll.save`, or by the Trainer of the last case: accelerate takes DeepSpeed's plugin once a process.
 """
 
+import contextlib
 import json
 import sys
 import warnings
@@ -14,7 +15,7 @@ import deepspeed  # type: ignore[import-not-found]
 import environment  # noqa: F401  (before models, which imports transformers)
 import torch
 import torch.distributed as dist
-from models import attach, llama, randomize, token_ids
+from models import attach, llama, load_tests, randomize, token_ids
 from transformers import Trainer, TrainingArguments
 
 import lora_lite as ll
@@ -37,6 +38,9 @@ def config(stage: int) -> dict[str, Any]:
 
 def main(kind: str, variant: str, stage: int, folder: Path) -> None:
     model: Any = llama()
+    if kind == "recipe":
+        run_recipe(model, stage, folder)
+        return
     if "partitioned, then" in kind:
         deepspeed.zero.Init(module=model, config_dict_or_path=config(stage))
     if "loaded" in kind:
@@ -47,28 +51,38 @@ def main(kind: str, variant: str, stage: int, folder: Path) -> None:
         attach(model, variant)
     if kind in ("attached", "trainer"):
         randomize(model, by=0.2)
-    ids = token_ids(4, 12)
     if kind == "trainer":
-        train_by_trainer(model, stage, folder, ids)
+        train_by_trainer(model, stage, folder)
         return
     optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage))
-    mine = ids[2 * dist.get_rank() :][:2]
-    for _ in range(2):
-        engine.backward(engine(input_ids=mine, labels=mine).loss)
-        engine.step()
+    train(engine)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="save: ")  # shards of the base have not changed
         ll.save(engine, folder / "adapter.safetensors")
     assert (folder / "adapter.safetensors").exists()
 
 
-def train_by_trainer(model: Any, stage: int, folder: Path, ids: torch.Tensor) -> None:
+def train(engine: Any) -> None:
+    mine = token_ids(4, 12)[2 * dist.get_rank() :][:2]
+    for _ in range(2):
+        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        engine.step()
+
+
+def run_recipe(model: Any, stage: int, folder: Path) -> None:
+    """That of docs/integrations.md."""
+    given = {"ll": ll, "torch": torch, "deepspeed": deepspeed, "model": model, "config": config(stage), "train": train}
+    with contextlib.chdir(folder):
+        exec(load_tests("test_recipes").recipes()["DeepSpeed"], given)
+
+
+def train_by_trainer(model: Any, stage: int, folder: Path) -> None:
     arguments = TrainingArguments(
         str(folder), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[], save_strategy="steps",
         save_steps=2, disable_tqdm=True, seed=0, max_grad_norm=0.0, deepspeed=config(stage),
     )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in ids]
+    data = [{"input_ids": row, "labels": row} for row in token_ids(4, 12)]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[AdapterCallback()])
     trainer.train()
     ll.save(trainer.model, folder / "adapter.safetensors")
