@@ -63,10 +63,11 @@ def joined(As: Sequence[Float[Tensor, "R K"]], dtype: torch.dtype) -> Float[Tens
     return out
 
 
-def named(kernel: str, runs: Any, seeds: Tensor | None = None, together: bool = False) -> str:
-    """The kernel's name in the block tables: of layers that read the same x, with dropout, or in runs."""
+def named(kernel: str, runs: Any, seeds: Tensor | None = None, together: bool = False, across: bool = False) -> str:
+    """The kernel's name in the block tables: of layers that read the same x, or with a matrix that lies across; with
+    dropout, or in runs."""
     kind = "_dropout" if seeds is not None else "_grouped" if runs is not None else ""
-    return f"{kernel}_together{kind}" if together else kernel + kind
+    return f"{kernel}{'_together' * together}{'_across' * across}{kind}"
 
 
 def side_by_side(parts: Sequence[Tensor | None]) -> Tensor | None:

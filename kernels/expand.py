@@ -203,7 +203,6 @@ def launch_expand_backward(
     dy, y = rows_of(dy), None if y is None else rows_of(y)
     (M, N), R = dy.shape, B.shape[-1]
     B, h = B.contiguous(), _rows_apart(h)
-    narrow = B if MOST_RANKS_UNCAST["expand_backward"] >= R else small(B, h.dtype)
     kernel = "expand_backward" if y is None else "expand_backward_rescale"
     dB = torch.empty_like(B) if needs_dB or g is not None else None
     dg = None if g is None else torch.empty_like(g)
@@ -211,7 +210,7 @@ def launch_expand_backward(
         zeros = [None if t is None else t.zero_() for t in (dB, dg)]
         return h.new_empty((M, R)) if needs_dh else None, zeros[0], dy_base, zeros[1]
 
-    of_shrink = dy.nbytes + 4 * LAUNCH  # B scaled and cast, the product and its sum
+    of_shrink = dy.nbytes + 2 * LAUNCH  # the product, and the sum of its parts
 
     def shares(config: Config) -> tuple[int, bool, tuple[int, int, Tensor | None]]:
         """(blocks of columns, whether each is to have a part of dh, shares of the rows)."""
@@ -233,12 +232,13 @@ def launch_expand_backward(
         numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
         constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
         wide_B = None if y is None else B
+        narrow = small(B, h.dtype) if in_parts and MOST_RANKS_UNCAST["expand_backward"] < R else B
         tensors = (dy, h, narrow, dhs, dBs, y, g, bias, dy_base, dgs, wide_B, table)
         if in_parts or dB is not None:
             launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
             sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
         if needs_dh and not in_parts:
-            dh = shrink.launch_shrink(dy, (scale * (B if g is None else g[..., None] * B)).mT, h.dtype, runs)
+            dh = shrink.launch_shrink(dy if dy_base is None else dy_base, B.mT, h.dtype, runs, scale=scale)
         return dh
 
     dh = tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R, moves=moves)

@@ -88,13 +88,14 @@ def _rescales(seeds, ranks, LAYERS: tl.constexpr, R_1, R_2):
 
 @triton.jit
 def _shrink_kernel(
-    x, A, h, table, seeds,
+    x, A, h, table, seeds, scale,
     M, K, R, R_1, R_2, stride_xm, stride_xk, k_per_program,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    LAYERS: tl.constexpr, DTYPE: tl.constexpr,
+    LAYERS: tl.constexpr, DTYPE: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, s): rows of block i, and columns of part s, multiplied in DTYPE. h holds a result a part. With seeds,
-    one for each layer whose ranks A has: the ranks of the first end at R_1, of the second at R_2."""
+    """Program (i, s): rows of block i, and columns of part s, multiplied in DTYPE. h holds a result a part. A is R × K,
+    or lies across, K × R. With seeds, one for each layer whose ranks A has: the ranks of the first end at R_1, of the
+    second at R_2."""
     top, last, matrix = share_of_rows(tl.program_id(0), M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
@@ -105,20 +106,24 @@ def _shrink_kernel(
     for start in range(first, end, BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         x_tile = tl.load(tile(x, rows, cols, stride_xm, stride_xk), mask=inside(rows, cols, last, end), other=0.0)
-        A_tile = tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0).to(DTYPE)
+        if ACROSS:
+            A_tile = tl.load(tile(A, cols, ranks, R, 1), mask=inside(cols, ranks, end, of_A), other=0.0)
+        else:
+            A_tile = tl.trans(tl.load(tile(A, ranks, cols, K, 1), mask=inside(ranks, cols, of_A, end), other=0.0))
+        A_tile = A_tile.to(DTYPE)
         if seeds is None:
-            acc = tl.dot(x_tile.to(DTYPE), tl.trans(A_tile), acc, input_precision=PRECISION)
+            acc = tl.dot(x_tile.to(DTYPE), A_tile, acc, input_precision=PRECISION)
         else:
             for i in tl.static_range(LAYERS):
                 of_layer = tl.where(kept(seeds + i, rows, start, BLOCK_M, BLOCK_K), x_tile, 0.0).to(DTYPE)
                 own_A = A_tile
                 if LAYERS > 1:
-                    own_A = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2)[:, None], A_tile, 0.0)
-                acc = tl.dot(of_layer, tl.trans(own_A), acc, input_precision=PRECISION)
+                    own_A = tl.where(_of_layer(ranks, i, LAYERS, R_1, R_2)[None, :], A_tile, 0.0)
+                acc = tl.dot(of_layer, own_A, acc, input_precision=PRECISION)
     if seeds is not None:
         acc *= _rescales(seeds, ranks, LAYERS, R_1, R_2)[None, :]
     h += tl.program_id(1).to(tl.int64) * M * R
-    tl.store(tile(h, rows, ranks, R, 1), acc, mask=inside(rows, ranks, last, R))
+    tl.store(tile(h, rows, ranks, R, 1), scale * acc, mask=inside(rows, ranks, last, R))
 
 
 @triton.jit
@@ -235,14 +240,17 @@ def launch_shrink(
     runs: Runs | None = None,
     seeds: Int[Tensor, " L"] | None = None,
     ends: Sequence[int] = (),
+    scale: float = 1.0,
 ) -> Float[Tensor, "M R"]:
-    """x Aᵀ, multiplied and returned in `dtype`; with seeds, of x after dropout. A may have the ranks of L layers, which
-    end at these: each has a seed."""
+    """scale · x Aᵀ, multiplied and returned in `dtype`; with seeds, of x after dropout. A may have the ranks of L
+    layers, which end at these: each has a seed. It may lie across, as B does in dh = dy B: A = Bᵀ."""
     layers = MOST_LAYERS if MOST_RANKS_MASKED[dtype.itemsize] >= A.shape[-2] else 1
     launches = _launches_of(A.shape[-2], ends if seeds is not None else (), layers)
     if len(launches) > 1:
         parts = [
-            launch_shrink(x, A[..., of.ranks, :], dtype, runs, None if seeds is None else seeds[of.layers], of.ends)
+            launch_shrink(
+                x, A[..., of.ranks, :], dtype, runs, None if seeds is None else seeds[of.layers], of.ends, scale
+            )
             for of in launches
         ]
         return torch.cat(parts, 1)
@@ -250,7 +258,9 @@ def launch_shrink(
     x = rows_of(x)
     M, K = x.shape
     R, R_1, R_2 = of.numbers
-    A = A.contiguous() if MOST_RANKS_UNCAST >= R else small(A, dtype)
+    across = not A.is_contiguous() and A.mT.is_contiguous()
+    as_read = A.dtype if MOST_RANKS_UNCAST >= R else dtype
+    A = small(A.mT if across else A, as_read)
     h = x.new_empty((M, R), dtype=dtype)
     if M == 0:
         return h
@@ -267,13 +277,13 @@ def launch_shrink(
     def run(config: Config) -> Tensor:
         blocks, table, rows, count, each = shares(config)
         parts = parts_like(h, count)
-        numbers = (M, K, R, R_1, R_2, *x.stride(), each)
-        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype])
+        numbers = (float(scale), M, K, R, R_1, R_2, *x.stride(), each)
+        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype], across)
         launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seeds), numbers, constants, config)
         sum_parts((parts, h, None))
         return h
 
-    kernel = named("shrink", runs, seeds, together=len(of.ends) > 1)
+    kernel = named("shrink", runs, seeds, together=len(of.ends) > 1, across=across)
     return tuned(kernel, run, x, dtype, M, K, R, moves=moves)
 
 

@@ -64,7 +64,7 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
     "shrink": {
         32: (Config(32, 128, 4, 3), Config(16, 256, 4, 3), Config(64, 128, 4, 3)),
         64: (Config(32, 128, 4, 3), Config(64, 128, 4, 3), Config(128, 64, 8, 3)),
-        128: (Config(32, 128, 4, 3), Config(128, 64, 8, 3)),
+        128: (Config(32, 128, 8, 3), Config(128, 64, 8, 3)),
         256: (Config(64, 64, 8, 2),),
     },
     # No loop over tokens, so nothing to pipeline: warps hide the latency. h and B are read again for each block.
@@ -136,7 +136,7 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
 _DEEP: dict[str, dict[int, Rows]] = {
     "shrink": {
         **_NVIDIA["shrink"],
-        128: (Config(32, 128, 4, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
+        128: (Config(32, 128, 8, 3), Config(64, 128, 8, 3), Config(128, 64, 8, 3)),
         256: (Config(64, 64, 8, 3), Config(128, 32, 8, 4)),
     },
     # Above r = 64 without dh, which `shrink` computes.
@@ -162,8 +162,8 @@ _DEEP: dict[str, dict[int, Rows]] = {
 }
 
 # (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows, of which the first goes before
-# others that move as little. With dropout or groups (`…_dropout`, `…_grouped`) a kernel takes its plain rows where it
-# has none of its own.
+# others that move as little. With dropout, groups, several layers or a matrix that lies across (`…_dropout`,
+# `…_grouped`, `…_together`, `…_across`) a kernel takes its plain rows where it has none of its own.
 TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("nvidia", 2): _NVIDIA,
     ("sm_100", 2): _DEEP,
@@ -188,6 +188,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     # A float32 product's operands lie in registers, whole or as large and small parts: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
+        "shrink_across_grouped": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8, 1),)},
         "expand": {256: (Config(32, 64, 8), Config(32, 32, 4))},
         "expand_backward": {256: (Config(16, 32, 8, 1),)},
         "expand_backward_rescale": {256: (Config(16, 32, 8, 1),)},
@@ -263,6 +264,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
 # Of float32 tokens beside 16-bit products, up to these ranks: with eight warps NVIDIA's compiler spills some registers,
 # rather than take more than half of what there are, or a thread has less than 128 bits of a tile.
 FOUR_WARPS = {
+    "shrink_across": 128,
     "shrink_together_dropout": 64,
     "shrink_backward_together": 128,
     "shrink_backward_grouped": 256,
@@ -336,8 +338,9 @@ def candidates(kernel: str, architecture: str, itemsize: int, rank: int, wide: b
     """
     vendor = "amd" if architecture.startswith("gfx") else "nvidia"
     tables = (TABLE.get((architecture, itemsize), {}), TABLE[vendor, itemsize])
-    plain = kernel.removesuffix("_dropout").removesuffix("_grouped").removesuffix("_together")
-    names = (kernel, kernel.replace("_together_dropout", "_dropout"), plain)
+    alone = kernel.replace("_together", "").replace("_across", "")
+    plain = alone.removesuffix("_dropout").removesuffix("_grouped")
+    names = (kernel, alone, plain)
     table = next(table[name] for name in names for table in tables if name in table)
     rows = table[min((most for most in table if rank <= most), default=max(table))]
     if not wide:

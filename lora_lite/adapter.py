@@ -2,24 +2,28 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
 from .backend import select
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids, require_size
 from .errors import AttachError
+from .operators import transformed
 from .params import Params
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
 from .segments import Segments
 from .shapes import copies, is_embedding, shape
-from .stacks import grouped_linear
+from .stacks import Stack, grouped_linear
 from .targets import Target
 from .variant import Variant
 
@@ -41,6 +45,7 @@ class Adapter(Params):
             )
         super().__init__(specs, cfg.dtype, execution_device(layer) or weight.device)
         self.variant, self.cfg, self.backend, self.shape = variant, cfg, backend, shape(layer)
+        self._derives = any(spec.derived for spec in specs.values())
         self._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)  # in evaluation
 
     def primitive(self, layer: nn.Module) -> Primitive:
@@ -51,8 +56,37 @@ class Adapter(Params):
         """What it computes in evaluation."""
         return self._primitive(layer, self._cfg_at_rest)
 
+    def each(self, layer: nn.Module) -> Iterator[tuple[Params, nn.Module]]:
+        """Tensors and layer as a variant sees them: a stack's are those of one expert after the other."""
+        if not isinstance(layer, Stack):
+            yield self, layer
+            return
+        for i in range(layer.num_experts):
+            yield self.of(i), layer.expert(i)
+
+    def derive(self, layer: nn.Module) -> None:
+        """What the variant derives from the base weight."""
+        for p, each in self.each(layer):
+            self.variant.derive(p, each, self.cfg)
+        _note(self, _stored(layer))
+
+    def follow(self, layer: nn.Module) -> None:
+        """Derive anew where the layer has another weight by now, or PyTorch has seen a write to it: a checkpoint that
+        was loaded, an embedding to which it was tied, a parametrisation. Not of a weight that comes and goes."""
+        if not self._derives or torch.compiler.is_compiling() or transformed():
+            return
+        weight = _stored(layer)
+        if self.valueless or weight.is_meta or is_managed(layer) or is_sharded(weight):
+            return
+        known = _derived_from.get(self)
+        if known is None:  # a copy, which has its original's
+            _note(self, weight)
+        elif known[0]() is not weight or known[1] != _version(weight) or is_parametrized(layer):
+            self.derive(layer)
+
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         require_size(self, layer)
+        self.follow(layer)
         if is_managed(self):
             if self.training and torch.is_grad_enabled() and self._a_tensor.is_meta:
                 raise AttachError(
@@ -86,13 +120,12 @@ class Adapter(Params):
 
     def by_reference(self, layer: Any, x: Tensor, dense: bool = True, segments: Segments | None = None) -> Tensor:
         """The layer's output for x with this adapter alone and without dropout, by the PyTorch reference in x's dtype
-        (for ids in float32 at least): around the dense weight or, with dense=False, around the layer as it computes by
-        itself. Rows of a stack come with their segments."""
+        (for ids in the next wider one than the layer's): around the dense weight or, with dense=False, around the
+        layer as it computes by itself. Rows of a stack come with their segments."""
         primitive = self.at_rest(layer).on(segments)
         if is_embedding(layer):
             primitive = on_ids(primitive, layer)
-            wide = torch.promote_types(token_dtype(layer), torch.float32)
-            y = looked_up(layer, x, wide) if dense else layer.forward(x)
+            y = looked_up(layer, x, wider(token_dtype(layer), x.device)) if dense else layer.forward(x)
             return primitive.on_output(y, primitive.on_input(x, reference)[1], reference)
         if dense:
             return around(primitive, layer, x)
@@ -140,6 +173,30 @@ class Adapter(Params):
 
     def extra_repr(self) -> str:
         return f"{self.variant.name}, r={self.cfg.r}"
+
+
+# Of each adapter that derives something, the weight that it did so from and how often that had been written to.
+_derived_from: WeakKeyDictionary[Adapter, tuple[ref[Tensor], int | None]] = WeakKeyDictionary()
+
+
+def _note(adapter: Adapter, weight: Tensor) -> None:
+    _derived_from[adapter] = ref(weight), _version(weight)
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+def _stored(layer: Any) -> Tensor:
+    """The tensor that holds the layer's weight."""
+    weight = getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
+    assert weight is not None  # it is a target
+    return weight
+
+
+def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which to look for the rounding errors of `dtype`."""
+    return torch.float32 if dtype.itemsize < 4 or device.type == "mps" else torch.float64  # which MPS does not have
 
 
 def around(primitive: Primitive, layer: Any, x: Tensor) -> Tensor:

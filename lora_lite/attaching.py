@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast, overload
 
@@ -33,7 +33,7 @@ from .errors import AttachError, UnfitError
 from .fitness import unfit
 from .idle import Watch
 from .left_out import left_out
-from .params import SITE, Params
+from .params import SITE
 from .placement import replicate
 from .quantized import is_dense, weight_of
 from .siblings import settle_siblings
@@ -94,10 +94,6 @@ def attach(
     check_backend(backend)
     variant = variant_of(cfg)
     check_free(model, name)
-    if torch.is_inference_mode_enabled():
-        raise AttachError(
-            "attach: tensors that are made in torch.inference_mode can't be trained; attach outside of it"
-        )
     cfg = _with_divided_ranks(model, cfg)
     targets, adapters, reasons = _built(model, variant, cfg, backend)
     if variant.calibration == "required" or (variant.calibration == "optional" and calibration_data is not None):
@@ -148,9 +144,13 @@ def _attach_all(
 
 def check_free(model: nn.Module, name: str) -> None:
     """Raise where `name` is taken or can't be a name, where a layer carries an adapter that was attached through
-    another model, or where PEFT has adapters: a second one would freeze those."""
+    another model, where PEFT has adapters (a second one would freeze those), or within torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise AttachError(
+            "tensors that are made in torch.inference_mode can't be trained; attach or load outside of it"
+        )
     try:
-        nn.ModuleDict({name: nn.Identity()})
+        Site(nn.Identity(), "")[name] = nn.Identity()
     except (KeyError, TypeError) as error:
         raise ValueError(f"name={name!r} can't be an adapter's name ({error}); use letters, digits and _") from None
     mine = attachments(model)
@@ -161,6 +161,11 @@ def check_free(model: nn.Module, name: str) -> None:
         )
     own = {id(adapter) for each in mine for adapter in each.adapters.values()}
     for path, module in model.named_modules():
+        if (site := module._modules.get(SITE)) is not None and not isinstance(site, Site):
+            raise AttachError(
+                f"{path or type(module).__name__} has a submodule named {SITE!r}, which is where adapters stand; give "
+                "it another name"
+            )
         if any(id(adapter) not in own for adapter in getattr(module, SITE, {}).values()):
             raise AttachError(
                 f"{path or type(module).__name__} carries an adapter already; call detach on the model it was attached "
@@ -248,7 +253,7 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
 
     def of(t: Target) -> None:
         with naming(t):
-            for p, layer in _each(adapters[t.name], t.layer):
+            for p, layer in adapters[t.name].each(t.layer):
                 adapters[t.name].variant.init(p, layer, adapters[t.name].cfg)
 
     threads = torch.get_num_threads()
@@ -275,28 +280,18 @@ def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     """`Variant.derive` for each layer."""
     for t in targets:
         with naming(t):
-            for p, layer in _each(adapters[t.name], t.layer):
-                adapters[t.name].variant.derive(p, layer, adapters[t.name].cfg)
-
-
-def _each(adapter: Adapter, layer: nn.Module) -> Iterator[tuple[Params, nn.Module]]:
-    """Tensors and layer as a variant sees them: a stack's are those of one expert after the other."""
-    if not isinstance(layer, Stack):
-        yield adapter, layer
-        return
-    for i in range(layer.num_experts):
-        yield adapter.of(i), layer.expert(i)
+            adapters[t.name].derive(t.layer)
 
 
 def _statistic(adapter: Adapter, layer: nn.Module) -> Statistic:
     require_inputs(adapter.variant.name, layer)
-    found = [adapter.variant.statistic(p, each, adapter.cfg) for p, each in _each(adapter, layer)]
+    found = [adapter.variant.statistic(p, each, adapter.cfg) for p, each in adapter.each(layer)]
     return OfExperts(found) if isinstance(layer, Stack) else found[0]
 
 
 def _calibrate(adapter: Adapter, layer: nn.Module, statistic: Statistic) -> None:
     found = statistic.of if isinstance(statistic, OfExperts) else [statistic]
-    for (p, _), each in zip(_each(adapter, layer), found, strict=True):
+    for (p, _), each in zip(adapter.each(layer), found, strict=True):
         adapter.variant.calibrate(p, each, adapter.cfg)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -230,6 +231,10 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that torch.compile, Fabric, DataParallel, DistributedDataParallel or DeepSpeed wraps: names don't
     depend on them."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AttachError(
+            "the model is a torch.jit.ScriptModule, which no hook reaches; adapt it before it is scripted"
+        )
     for compiled_or_fabric in ("_orig_mod", "_original_module"):
         if isinstance(inner := model._modules.get(compiled_or_fabric), nn.Module):
             return unwrap(inner)

@@ -9,10 +9,13 @@ from typing import Literal, get_args
 import torch
 
 from . import reference
+from .operators import transformed
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_IN_TRANSFORMS = "the kernels neither differentiate forward nor run within torch.func or a trace"
 
 _in_force: dict[tuple[str, torch.device, torch.dtype], tuple[ModuleType, str, str]] = {}
 _warned: set[str] = set()
@@ -43,7 +46,8 @@ def check_backend(requested: str) -> None:
 def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
     """(operations, name of the backend, reason for it).
 
-    "triton" that has to fall back warns once for each reason; "auto" falls back silently.
+    "triton" that has to fall back warns once for each reason; "auto" falls back silently. Forward-mode derivatives and
+    function transforms (torch.func) run on the reference.
 
     Raises:
         ValueError: `requested` is no backend.
@@ -55,6 +59,8 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Mo
         for each in {*KERNEL_DTYPES, dtype}:
             _in_force[requested, device, each] = _choose(requested, device, each)
         chosen = _in_force[requested, device, dtype]
+    if chosen[0] is not reference and transformed():
+        chosen = reference, "reference", _IN_TRANSFORMS
     if requested == "triton" and chosen[0] is reference and chosen[2] not in _warned:
         _warned.add(chosen[2])
         warnings.warn(f'backend="triton" runs the PyTorch reference instead: {chosen[2]}', stacklevel=3)

@@ -48,7 +48,7 @@ def unfit_embedding(layer: Any) -> str:
 def _looks_up(layer: Any) -> bool:
     """Whether its own forward gives E[ids] · embed_scale for each id, tried on rows of one random number."""
     device = execution_device(layer) or layer.weight.device
-    rows = torch.rand(layer.num_embeddings, 1, generator=torch.Generator().manual_seed(0))
+    rows = torch.rand(layer.num_embeddings, 1, generator=torch.Generator().manual_seed(0), device="cpu")
     rows = rows.to("cpu" if device.type == "meta" else device, layer.weight.dtype)
     twin = copy.copy(layer)
     twin._parameters = {**layer._parameters, "weight": nn.Parameter(rows)}

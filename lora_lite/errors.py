@@ -31,4 +31,4 @@ class CheckpointError(LoraLiteError, RuntimeError):
 
 
 class KernelMismatchError(LoraLiteError, ArithmeticError):
-    """A backend's output or gradient is further from the float32 reference than rounding explains."""
+    """A backend's output or gradient is further from the reference than rounding explains."""

@@ -28,6 +28,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     if isinstance(layer, Stack):
         return unfit_stack(layer)
     weight: Any = weight_of(layer)
+    if weight.is_complex():
+        return f"its weight is complex ({weight.dtype}), and the methods are of real numbers"
     if weight.is_meta and not is_managed(layer) and (above := _offloaded_above(model, target.name)):
         raise AttachError(
             f"accelerate offloads its weight with the whole of {above}, whose list of tensors would lack the "

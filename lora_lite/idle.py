@@ -96,6 +96,8 @@ class Watch:
         if not self._acts() or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             return None
         self.steps += 1
+        # Also those that came another way than by a backward: torch.autograd.grad, torch.func.grad.
+        self.reached |= {layer for layer, a in self.adapters.items() if any(p.grad is not None for p in a.parameters())}
         if self.steps == 1:
             self._report("after the first step", self.idle(model))
         elif self.steps >= _PATIENCE:

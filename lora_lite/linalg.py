@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .operators import transformed
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
@@ -43,7 +44,8 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
     # A Krylov space holds at most `block` vectors of a repeated singular value, so a block is no smaller than r.
     block, limit = r + 8, W.shape[0] // 2
     generator = torch.Generator().manual_seed(0)
-    newest = torch.linalg.qr(W @ torch.randn(W.shape[1], block, generator=generator).to(W)).Q
+    start = torch.randn(W.shape[1], block, generator=generator, device="cpu")
+    newest = torch.linalg.qr(W @ start.to(W)).Q
     basis, image = newest[:, :0], W[:0]  # Q and QᵀW
     # QᵀWWᵀQ: its eigenvalues are squares, hence float64; it is only as large as the basis.
     gram = torch.zeros(0, 0, dtype=torch.float64, device=W.device)
@@ -114,7 +116,16 @@ def reflections(U: Float[Tensor, "*G R K"]) -> Float[Tensor, "*G R K"]:
     The compact WY form (Schreiber & Van Loan 1989) of rows of any length: Z = −T U, T⁻¹ = stril(U Uᵀ) + ½ diag(U Uᵀ). A
     row of zeros reflects nothing.
     """
+    if transformed():
+        return _reflected(U)[1]
     return _Reflections.apply(U)[1]  # type: ignore[index]
+
+
+def _reflected(U: Tensor) -> tuple[Tensor, Tensor]:
+    """(−T, Z)."""
+    lower, least, minus = _triangles(U)
+    T = torch.linalg.solve_triangular(torch.addcmul(least, U @ U.mT, lower), minus, upper=False)
+    return T, T @ U
 
 
 class _Reflections(torch.autograd.Function):
@@ -122,9 +133,7 @@ class _Reflections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, U: Tensor) -> tuple[Tensor, Tensor]:
-        lower, least, minus = _triangles(U)
-        T = torch.linalg.solve_triangular(torch.addcmul(least, U @ U.mT, lower), minus, upper=False)
-        Z = T @ U
+        T, Z = _reflected(U)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(U, T, Z)
         return T, Z

@@ -14,13 +14,15 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
 from .attachment import chosen, unwrap
 from .checkpoint import replace_file
 from .errors import AttachError
 from .params import SITE, Params
-from .placement import brought, whole
+from .placement import brought, is_managed, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
 from .shapes import features, is_conv1d, is_embedding, shape
@@ -113,9 +115,12 @@ def save_merged(
 
 
 def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """The base's, without what adapters have put there."""
+    """The base's, without what adapters have put there, and without what the weights that they change are made of."""
+    made_of: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if not isinstance(module, Params | Site | Stack):
+        if SITE in module._modules and is_parametrized(module, "weight"):
+            made_of += (f"{path}.parametrizations.weight" if path else "parametrizations.weight",)
+        if not isinstance(module, Params | Site | Stack) and not f"{path}.".startswith(tuple(f"{p}." for p in made_of)):
             yield path, module
 
 
@@ -200,10 +205,36 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     dtype = dtype or token_dtype(layer)
     W, bias = dense_weight(layer), bias_of(layer)
     if site is not None:
+        _require_linear_map(layer, site.name, W, bias)
         W, bias = _through(_acting(site, layer), site.name, W, bias)
-    others = _own(layer, dtype) if dense else {}
+    # Of a weight that is made of others (pruning, weight_norm) there remains the weight.
+    sources = {f"{t}_{of}" for t in ("weight", "bias") for of in ("orig", "mask", "g", "v", "u")}
+    others = {name: t for name, t in _own(layer, dtype).items() if name not in sources} if dense else {}
     found = {**others, "weight": (W.t().contiguous() if is_conv1d(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
+
+
+def _require_linear_map(layer: Any, name: str, W: Float[Tensor, "N K"], bias: Tensor | None) -> None:
+    """Raise where a class of the user's computes something else than W x + b, tried on one row."""
+    weight: Any = weight_of(layer)
+    known = type(layer).forward is nn.Linear.forward or is_conv1d(layer) or not is_dense(weight)
+    if known or is_managed(layer) or W.is_meta:
+        return
+    x = torch.linspace(-1, 1, W.shape[1], device=W.device, dtype=token_dtype(layer))[None]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    try:
+        y = layer.forward(x).to(wide)
+    except Exception as error:
+        raise AttachError(
+            f"{name}: its {type(layer).__name__} can't be tried on one row ({error}), and merging is for layers that "
+            "compute W x + b"
+        ) from error
+    want = linear(x.to(wide), W.to(wide), None if bias is None else bias.to(wide))
+    if not (y - want).norm() <= 0.02 * want.norm():
+        raise AttachError(
+            f"{name}: its {type(layer).__name__} computes something else than W x + b, so that no weight is the "
+            "merged one; leave it out by exclude_names"
+        )
 
 
 def _embedding(layer: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
 from torch._C._functorch import peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 # Views are not recorded either: an output that is known for one could not be written to later.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
@@ -42,6 +43,16 @@ def watched() -> bool:
         _dispatching
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def transformed() -> bool:
+    """Whether something differentiates forward, maps or traces: what a formula of PyTorch's own operators allows, and
+    neither a kernel nor a gradient by hand."""
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )

@@ -182,7 +182,19 @@ class LowRankAddRescale(Shrinks):
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         g = self.m / self._norm(ops)
-        return ops.expand_add_rescale(y, carry, self.B, self.scale, g, self.bias, self.segments)
+        bias = None if self.bias is None else self.bias.detach()
+        y = ops.expand_add_rescale(y, carry, self.B, self.scale, g, bias, self.segments)
+        if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
+            y = y + self._share_of_bias(g.detach(), y)
+        return y
+
+    def _share_of_bias(self, g: Tensor, y: Tensor) -> Tensor:
+        """Zeros, by which a bias that trains gets the gradient of its second place in the formula: (1 − g) ∘ bias."""
+        assert self.bias is not None
+        share = (1 - g) * (self.bias - self.bias.detach())
+        if self.segments is not None:
+            share = self.segments.vectors(share, y.numel() // y.shape[-1], 0.0).view(y.shape)
+        return share.to(y.dtype)
 
     def _norm(self, ops: Any) -> Float[Tensor, "*G N"]:
         """The rows' norms: the last forward's, where a backward computes it again (checkpointing) and A and B are as

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import segments as of_segments
+from .operators import transformed
 from .segments import Segments
 
 
@@ -48,16 +49,23 @@ def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     """g ∘ (t − bias) + bias."""
     if t.dtype == g.dtype:
         return t * g if bias is None else torch.addcmul(bias, t - bias, g)
+    if transformed():
+        return _scale_low_precision(t, g, bias)
     return _ScaleLowPrecision.apply(t, g, bias)  # type: ignore[return-value]
 
 
-class _ScaleLowPrecision(torch.autograd.Function):
+def _scale_low_precision(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     """t + (t − bias)∘δ with δ = g − 1 for a t of less precision than g: rounding g itself would lose g − 1."""
+    delta = (g - 1).to(t.dtype)
+    return torch.addcmul(t if bias is None else t - bias * delta, t, delta)
+
+
+class _ScaleLowPrecision(torch.autograd.Function):
+    """Its sums over the tokens in g's precision. The bias gets no gradient."""
 
     @staticmethod
     def forward(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
-        delta = (g - 1).to(t.dtype)
-        return torch.addcmul(t if bias is None else t - bias * delta, t, delta)
+        return _scale_low_precision(t, g, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -130,7 +138,7 @@ def sharing(
         @staticmethod
         def forward(ctx: Any, x: Tensor, dtype: torch.dtype, masks: list[Tensor], *As: Tensor) -> tuple[Tensor, ...]:
             h, A = product(x, As, masks, dtype)
-            ctx.save_for_backward(x, A, *masks)
+            ctx.save_for_backward(x, A, *masks, *As)
             ctx.dtype, ctx.dtypes, ctx.ranks = dtype, [A.dtype for A in As], [len(A) for A in As]
             ctx.set_materialize_grads(False)
             aliases = [x.view_as(x) for _ in As] if ctx.needs_input_grad[0] else []
@@ -138,8 +146,11 @@ def sharing(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            x, A, *masks = ctx.saved_tensors
+            x, A, *rest = ctx.saved_tensors
             M, L = x.numel() // x.shape[-1], len(ctx.ranks)
+            masks, As = rest[:-L], rest[-L:]
+            if torch.is_grad_enabled():  # this is to be differentiated again, which leads back to the layers' own
+                A = torch.cat(As).to(A.dtype)
             bases, found = [base for base in grads[:-L] if base is not None], grads[-L:]
             parts = zip(found, ctx.ranks, strict=True)
             dhs = [x.new_zeros((M, R), dtype=ctx.dtype) if part is None else part for part, R in parts]
@@ -298,12 +309,14 @@ def rotate_pairs(
 def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     if y.dtype == c.dtype:
         return torch.addcmul(y * c, _partner(y, group_size), s)
+    if transformed():
+        return _turned(y, c, s, group_size)
     return _RotateLowPrecision.apply(y, c, s, group_size)  # type: ignore[return-value]
 
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
-    added = _partner(y, group_size).mul_(s.to(y.dtype))
+    added = _partner(y, group_size) * s.to(y.dtype)  # new, and no view: whoever gets the result may write to it
     return added.addcmul_(y, (c - 1).to(y.dtype)).add_(y)
 
 
@@ -351,6 +364,7 @@ def row_norm(
     W is N×K, or G×N×K: a tensor, or a quantised weight of `lora_lite.quantized`, which is made dense for the while.
     """
     with torch.no_grad(), without_autocast(w_sq.device):
+        A, B = A.detach(), B.detach()  # forward derivatives know no `no_grad`
         W = W if isinstance(W, Tensor) else W.dense()
         if W.ndim == 3:
             return torch.stack([_row_norm(*each, scale) for each in zip(W, A, B, w_sq, strict=True)])

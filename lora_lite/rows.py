@@ -1,15 +1,17 @@
 """Rows: which adapter each entry of a batch takes, as `use` was told, and what that means for a layer's rows."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .segments import Segments, once
+from .segments import Segments, once_for_training
+
+T = TypeVar("T")
 
 
 class Tokens(NamedTuple):
@@ -39,9 +41,9 @@ class Rows:
         which = self._which(by_row, x.device)
         if self.lengths is not None:
             self._check_tokens(x.numel() // x.shape[-1], layer)
-            return once(self._made, ("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
+            return self._once(("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
         each = self._times(x, layer) * (x[0].numel() // x.shape[-1])
-        return once(self._made, ("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
+        return self._once(("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
 
     def of_experts(self, segments: Segments, tokens: Tokens, by_row: Sequence[str], layer: str) -> Segments:
         """The runs of rows that are sorted by expert, then by token: one for each expert and entry. Expert e of the
@@ -75,7 +77,7 @@ class Rows:
             own = torch.tensor([each == name for each in self.names], device=x.device)
             return own.repeat_interleave(torch.tensor(lengths, device=x.device)).nonzero().flatten()
 
-        return once(self._made, (name, lengths[0], x.device), make)
+        return self._once((name, lengths[0], x.device), make)
 
     # ---- checks ----
 
@@ -105,13 +107,16 @@ class Rows:
 
     # ---- what is made once a device ----
 
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        return once_for_training(self._made, key, make)
+
     def _which(self, by_row: Sequence[str], device: torch.device) -> Int[Tensor, "entries"]:
         index = [by_row.index(name) if name in by_row else -1 for name in self.names]
-        return once(self._made, ("which", *by_row, device), lambda: torch.tensor(index, device=device))
+        return self._once(("which", *by_row, device), lambda: torch.tensor(index, device=device))
 
     def _ends(self, device: torch.device) -> Int[Tensor, "entries"]:
         lengths = self.lengths or ()
-        return once(self._made, ("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
+        return self._once(("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
 
 
 def _generating() -> bool:

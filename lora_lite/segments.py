@@ -32,6 +32,16 @@ def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
     return made[key]
 
 
+def once_for_training(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    """`once`, of indices: where inference makes them first, a training step is to find tensors that it can save."""
+
+    def outside() -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return make()
+
+    return once(made, key, outside if torch.is_inference_mode_enabled() else make)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Which rows take which matrices. Rows after the last run, and those of a run without a matrix, take none.
@@ -55,7 +65,7 @@ class Segments:
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` makes, made once: layers and their backwards share what follows from the segments."""
-        return once(self._made, key, make)
+        return once_for_training(self._made, key, make)
 
     def runs(self, M: int) -> Iterator[tuple[int | None, slice]]:
         """(matrix, rows) of each run that is not empty, what belongs to none at the end; no matrix: None. Asks the

@@ -24,6 +24,8 @@ def use(
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
     an entry stands for all its beams and returned sequences. An adapter that is attached later acts on all entries.
+    Activation checkpointing computes again in the backward, with the adapters that act then: go backward before the
+    next `use` or `disabled`.
 
     Args:
         model: with adapters attached.
@@ -37,6 +39,8 @@ def use(
             train in full for itself, or the adapters of entries stand on experts alone, which do not see the batch.
     """
     by_row = len(names) == 1 and not isinstance(names[0], str)
+    if by_row and not isinstance(names[0], Sequence):
+        raise ValueError(f"use: name adapters, or give one list of names; got {names[0]!r}")
     of_rows = tuple(names[0] if by_row else names)
     if not of_rows:
         raise ValueError("use: name at least one adapter; disabled(model) is a context without any")

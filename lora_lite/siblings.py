@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import peek_interpreter_stack
 
 from .calls import Call, begin, end, under_way
+from .operators import transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
 from .primitives import LowRankAdd, Shrinks
@@ -61,6 +61,7 @@ class Shared:
     """What a child of a group finds ready: its pieces, and what `on_input` of the first returns, if that was done."""
 
     pieces: "list[Piece]"
+    off: frozenset[str]  # its adapters that did not act when these were made
     x: Tensor | None = None
     h: Tensor | None = None
 
@@ -85,7 +86,7 @@ class Family:
             ((i, name) for i, group in enumerate(self.groups) for name in group if parent._modules.get(name) is layer),
             None,
         )
-        if found is None or not _groupable() or _packing() != self.packing:
+        if found is None or not _groupable(x) or _packing() != self.packing:
             return None
         i, name = found
         context = _context(x)
@@ -94,7 +95,8 @@ class Family:
         done = self.done[i]
         ready = done.ready.pop(name, None)
         if done.x is x:
-            return ready if done.context == context else None
+            as_prepared = ready is not None and done.context == context and ready.off == _off(layer)
+            return ready if as_prepared else None
         if ready is not None and not torch.compiler.is_compiling():  # and not called a second time
             self._regroup(i, name, x, context)
         return None
@@ -138,18 +140,16 @@ def _packing() -> Any:
     return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
 
 
-def _groupable() -> bool:
-    """Not where something differentiates forward, or maps."""
-    return torch.autograd.forward_ad._current_level < 0 and (
-        torch.compiler.is_compiling() or peek_interpreter_stack() is None
-    )
+def _groupable(x: Tensor) -> bool:
+    """Not where something differentiates forward, maps or traces, nor where no version tells whether x has changed."""
+    return not transformed() and (torch.compiler.is_compiling() or not x.is_inference())
 
 
 def _context(x: Tensor) -> tuple[Any, ...]:
     """What must not change between the calls of two that share: x itself, and how it is computed."""
     kind, compiling = x.device.type, torch.compiler.is_compiling()
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    version = 0 if compiling or x.is_inference() else x._version
+    version = 0 if compiling else x._version
     return (version, torch.is_grad_enabled(), autocast)
 
 
@@ -163,11 +163,11 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             continue
         acting = site.acting()
         if acting and not any(_away(adapter) for _, adapter in acting):
-            ready[name] = Shared(site.pieces(acting, layer, x))
-    by_ops: dict[int, list[Shared]] = {}
+            ready[name] = Shared(site.pieces(acting, layer, x), site.off)
+    by_ops: dict[str, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):
-            by_ops.setdefault(id(each.pieces[0].ops), []).append(each)
+            by_ops.setdefault(each.pieces[0].ops.__name__, []).append(each)
     for alike in by_ops.values():
         if len(alike) > 1:
             shrinks = [cast(Shrinks, each.pieces[0].primitive) for each in alike]
@@ -176,6 +176,10 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             for each, own_x, h in zip(alike, xs, hs, strict=True):
                 each.x, each.h = own_x, h
     return ready
+
+
+def _off(layer: nn.Module) -> frozenset[str]:
+    return cast("Site", layer._modules[SITE]).off
 
 
 def _away(adapter: nn.Module) -> bool:

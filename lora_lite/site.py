@@ -60,6 +60,7 @@ class Site(nn.ModuleDict):
         layer.add_module(SITE, self)
         self.handles.append(layer.register_forward_pre_hook(self.before, with_kwargs=True))
         self.handles.append(layer.register_forward_hook(self.after, always_call=True))
+        self.handles.append(layer.register_load_state_dict_post_hook(self.loaded))
 
     @classmethod
     def of(cls, layer: nn.Module, name: str) -> "Site":
@@ -96,9 +97,12 @@ class Site(nn.ModuleDict):
             return None
         key = None if args else input_key(site.name, kwargs)
         x: Tensor = args[0] if key is None else cast(dict[str, Any], kwargs)[key]
+        of_ids = is_embedding(layer)
+        if not isinstance(x, Tensor) or x.is_nested or not (of_ids or (x.is_floating_point() and x.ndim)):
+            raise AttachError(f"{site.name}: {_unfit_input(x)}")
         if is_managed(layer) and (device := execution_device(layer)) is not None:
             x = x.to(device)
-        if of_ids := is_embedding(layer):
+        if of_ids:
             if x.is_floating_point():
                 raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
             x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
@@ -140,6 +144,11 @@ class Site(nn.ModuleDict):
         for piece, carry in running:
             y = piece.primitive.on_output(y, carry, piece.ops)
         return y
+
+    def loaded(self, layer: nn.Module, keys: Any) -> None:
+        """Of `load_state_dict`, by which the base weight may be another."""
+        for adapter in cast(Site, layer._modules.get(SITE, self)).values():
+            cast(Adapter, adapter).follow(layer)
 
     # ---- composition ----
 
@@ -204,6 +213,16 @@ class Site(nn.ModuleDict):
             Piece(OfRows(piece.primitive, rows.entries(x, name, self.name), rows.batch_dim, packed), piece.ops)
             for name, piece in by_row.items()
         ]
+
+
+def _unfit_input(x: Any) -> str:
+    if isinstance(x, Tensor) and x.is_nested:
+        return (
+            "its adapter got a nested tensor, whose rows it can't count; nn.TransformerEncoder makes one of padded "
+            "input in evaluation unless its use_nested_tensor is False"
+        )
+    got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    return f"its adapter got {got}, and acts on rows of floating-point numbers; leave it out by exclude_names"
 
 
 def _add_up(first: Piece, second: Piece) -> bool:

@@ -1,4 +1,4 @@
-"""verify: does the backend in force compute, on a real batch, what the float32 reference computes?"""
+"""verify: does the backend in force compute, on a real batch, what the reference computes in more precision?"""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .adapter import Adapter
+from .adapter import Adapter, wider
 from .attachment import require_attachment, unwrap
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
@@ -28,7 +28,7 @@ _CEILING = 0.1  # no rounding explains a larger relative error, however wrong th
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layer's row. Errors are relative norm errors against the float32 reference, by what they are errors of:
+    """One layer's row. Errors are relative norm errors against the wider reference, by what they are errors of:
     "output", "grad_input", and each trainable tensor's gradient under its name."""
 
     layer: str
@@ -64,15 +64,16 @@ class Call(NamedTuple):
 def verify(
     model: nn.Module, batch: Any, *, rtol: float | None = None, name: str | None = None, partial: bool = False
 ) -> list[Comparison]:
-    """Run `batch` forward and backward and compare every adapted layer with the float32 reference.
+    """Run `batch` forward and backward and compare every adapted layer with the reference in float32, and of a float32
+    layer in float64.
 
     Each layer is run again by itself, without dropout, on the input and the output gradient that the batch gave it:
-    with the backend in force, with the PyTorch reference in the layer's own dtype, and with the reference in float32.
+    with the backend in force, with the PyTorch reference in the layer's own dtype, and with the wider one.
 
     Args:
         model: a model with an adapter attached. It is as it was afterwards, gradients included.
         batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
-            one (pass labels), otherwise at the mean square of its first floating-point tensor.
+            one (pass labels), otherwise at a fixed random projection of its first floating-point tensor.
         rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, at
             least four roundings (of one number alone twelve) and at most 0.1.
         name: of the adapter, where several are attached; the others don't act meanwhile.
@@ -98,7 +99,7 @@ def verify(
     if wrong:
         worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
         raise KernelMismatchError(
-            f"{len(wrong)} of {len(rows)} layers differ from the float32 reference by more than rounding; the worst: "
+            f"{len(wrong)} of {len(rows)} layers differ from the reference by more than rounding; the worst: "
             f'{worst}. attach(..., backend="reference") avoids the kernels'
         )
     return rows
@@ -179,7 +180,10 @@ def _loss(output: Any) -> Tensor:
             f"verify: the model's output, a {type(output).__name__}, has no floating-point tensor to start a backward "
             "from; pass a batch with labels, or verify the part of the model that has one"
         )
-    return found[0].float().square().mean()
+    # No sum of squares: a rotation does not change one, and its gradient would be rounding alone.
+    y = found[0].float()
+    generator = torch.Generator().manual_seed(0)
+    return (y * torch.randn(y.shape, generator=generator, device="cpu").to(y.device)).mean()
 
 
 @contextmanager
@@ -200,7 +204,7 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
     layer: Any = target.layer
     of_ids = is_embedding(layer)
     dtype = dy.dtype if of_ids else x.dtype
-    wide = x if of_ids else x.to(torch.promote_types(dtype, torch.float32))
+    wide = x if of_ids else x.to(wider(dtype, x.device))
 
     want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
     # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.

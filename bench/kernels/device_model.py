@@ -81,8 +81,8 @@ BOUND = {"lora": 7, "dora": 9, "hra": 5, "ia3": 5, "road": 5}
 
 # Token-sized tensors (for the row norm, W) that a program of each kernel reads at a time.
 READS = {
-    "shrink": 1, "expand": 1, "expand_backward": 1, "expand_backward_rescale": 2, "shrink_backward": 2,
-    "shrink_expand_backward": 2, "row_norm": 1, "scale": 1, "scale_backward": 2,
+    "shrink": 1, "shrink_across": 1, "expand": 1, "expand_backward": 1, "expand_backward_rescale": 2,
+    "shrink_backward": 2, "shrink_expand_backward": 2, "row_norm": 1, "scale": 1, "scale_backward": 2,
     "rotate": 1, "rotate_backward": 2,
 }  # fmt: skip
 
@@ -100,6 +100,7 @@ class Tiles:
 
 TILES = {
     "shrink": Tiles("x", (), ("A",), ("h",)),
+    "shrink_across": Tiles("x", (), ("A",), ("h",)),
     "expand": Tiles("y", ("h",), ("B",), ("out",)),
     "expand_backward": Tiles("dy", ("h",), (), ("dh", "dB")),
     "expand_backward_rescale": Tiles("dy", ("h",), (), ("dh", "dB")),

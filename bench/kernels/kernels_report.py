@@ -103,6 +103,8 @@ def _calls_with_rank(dtype: torch.dtype, M: int, K: int, N: int, R: int, tokens:
         "shrink": lambda: shrink.launch_shrink(x, A, dtype),
         "shrink_dropout": lambda: shrink.launch_shrink(x, A, dtype, None, seed),
         "shrink_grouped": lambda: shrink.launch_shrink(x, As, dtype, runs),
+        "shrink_across": lambda: shrink.launch_shrink(y, B.mT, dtype, scale=0.5),
+        "shrink_across_grouped": lambda: shrink.launch_shrink(y, Bs.mT, dtype, runs, scale=0.5),
         "expand": lambda: expand.launch_expand(y, h, B, 0.5),
         "expand_dropout": lambda: expand.launch_expand(y, h, B, 0.5, None, None, None, seed),
         "expand_grouped": lambda: expand.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
