@@ -210,6 +210,14 @@ def launch_expand_backward(
         zeros = [None if t is None else t.zero_() for t in (dB, dg)]
         return h.new_empty((M, R)) if needs_dh else None, zeros[0], dy_base, zeros[1]
 
+    def by_shrink() -> Tensor | None:
+        """dh by another look at dy."""
+        if not needs_dh:
+            return None
+        return shrink.launch_shrink(dy if dy_base is None else dy_base, B.mT, h.dtype, runs, scale=scale)
+
+    if dB is None and MOST_RANKS_IN_PARTS[kernel] < R:
+        return by_shrink(), None, dy_base, dg
     of_shrink = dy.nbytes + 2 * LAUNCH  # the product, and the sum of its parts
 
     def shares(config: Config) -> tuple[int, bool, tuple[int, int, Tensor | None]]:
@@ -237,9 +245,7 @@ def launch_expand_backward(
         if in_parts or dB is not None:
             launch(_expand_backward_kernel, (blocks, count), tensors, numbers, constants, config)
             sum_parts((dhs, dh, None), (dBs, dB, runs), (dgs, dg, runs))
-        if needs_dh and not in_parts:
-            dh = shrink.launch_shrink(dy if dy_base is None else dy_base, B.mT, h.dtype, runs, scale=scale)
-        return dh
+        return dh if in_parts else by_shrink()
 
     dh = tuned(named(kernel, runs if y is None else None), run, dy, h.dtype, M, N, R, moves=moves)
     return dh, dB, dy_base, dg

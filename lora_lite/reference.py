@@ -316,8 +316,8 @@ def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
-    added = _partner(y, group_size) * s.to(y.dtype)  # new, and no view: whoever gets the result may write to it
-    return added.addcmul_(y, (c - 1).to(y.dtype)).add_(y)
+    added = _partner(y, group_size).mul_(s.to(y.dtype))
+    return torch.addcmul(added, y, (c - 1).to(y.dtype)).add_(y)  # no view: whoever gets it may write to it
 
 
 class _RotateLowPrecision(torch.autograd.Function):

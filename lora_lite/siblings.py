@@ -3,16 +3,21 @@
 Their parent gets two hooks. While it runs, the first of such children to be called takes x Aᵀ for all of them from one
 read of x, and leaves each an alias of x: all gradients then come back to one function, which adds them at once
 (`shrink_together`). Which children read the same tensor shows at their calls, by its identity: one that gets another
-computes alone, and belongs from then on to those that get that one.
+computes alone, and belongs from later calls on to those that get that one: from when no checkpoint is left that will
+run an earlier call again, as it was.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.utils.checkpoint import CheckpointFunction
 
 from .calls import Call, begin, end, under_way
 from .operators import transformed
@@ -34,6 +39,8 @@ class Siblings:
 
     def __init__(self, parent: nn.Module) -> None:
         self.groups: list[list[str]] = []
+        self.regrouped: list[list[str]] | None = None  # to be in force once no call is left to be run again
+        self.to_rerun: list[ref[Any]] = []  # what lives as long as a checkpoint of a call does
         self.handles = [
             parent.register_forward_pre_hook(self.enter),
             parent.register_forward_hook(self.leave, always_call=True),
@@ -43,11 +50,43 @@ class Siblings:
     def enter(self, parent: nn.Module, args: Any) -> None:
         """Forward pre-hook of the parent."""
         under_way()
+        if not torch.compiler.is_compiling():
+            self._settle()
+            self._note_checkpoint()
         begin(parent, Family(self))
 
     def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the parent; also called where its forward raised. What nobody fetched is dropped."""
         end(parent)
+        if self.regrouped is not None and not torch.compiler.is_compiling():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Put new groups in force where nothing stands against it."""
+        self.to_rerun = [each for each in self.to_rerun if each() is not None]
+        if self.regrouped is not None and not self.to_rerun and torch._C._current_graph_task_id() == -1:
+            self.groups, self.regrouped = self.regrouped, None
+
+    def _note_checkpoint(self) -> None:
+        if (packing := _packing()) is not None and torch.is_grad_enabled():
+            self.to_rerun.append(ref(packing[1]))  # kept with each tensor that is saved
+        if self.regrouped is not None:
+            self.note_reentrant()
+
+    def note_reentrant(self) -> None:
+        """Remember the calls of reentrant checkpointing that this is in, and forget those that it runs again. To look
+        for them takes a while, and is worth it where groups are to change."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is CheckpointFunction.forward.__code__:
+                self.to_rerun.append(ref(frame.f_locals["ctx"]))
+            elif frame.f_code is CheckpointFunction.backward.__code__:
+                done = frame.f_locals["ctx"]
+                self.to_rerun = [each for each in self.to_rerun if each() is not done]
+            frame = frame.f_back
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "to_rerun": []}  # a copy has no calls to run again
 
     def remove(self, parent: nn.Module) -> None:
         """Take the hooks off."""
@@ -77,8 +116,10 @@ class Family:
     """One call of a parent: what the groups of its children share."""
 
     def __init__(self, siblings: Siblings) -> None:
-        self.groups, self.packing = siblings.groups, _packing()
+        self.siblings, self.groups, self.packing = siblings, siblings.groups, _packing()
         self.done: dict[int, _OfGroup] = {}
+        self.read: dict[str, Tensor] = {}  # what each child got
+        self.regrouped: list[list[str]] | None = None  # by what has shown in this call
 
     def share(self, parent: nn.Module, layer: nn.Module, x: Tensor) -> Shared | None:
         """What is ready for this layer, of which x is the input; None: it computes alone."""
@@ -89,6 +130,7 @@ class Family:
         if found is None or not _groupable(x) or _packing() != self.packing:
             return None
         i, name = found
+        self.read[name] = x
         context = _context(x)
         if i not in self.done:
             self.done[i] = _OfGroup(x, context, _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {})
@@ -98,18 +140,22 @@ class Family:
             as_prepared = ready is not None and done.context == context and ready.off == _off(layer)
             return ready if as_prepared else None
         if ready is not None and not torch.compiler.is_compiling():  # and not called a second time
-            self._regroup(i, name, x, context)
+            self._regroup(name, x)
         return None
 
-    def _regroup(self, i: int, name: str, x: Tensor, context: tuple[Any, ...]) -> None:
+    def _regroup(self, name: str, x: Tensor) -> None:
         """The child leaves its group, for that of the children that got its x in this call, if there is one."""
-        self.groups[i] = [other for other in self.groups[i] if other != name]
-        for j, done in self.done.items():
-            if done.x is x:
-                self.groups[j].append(name)
-                return
-        self.done[len(self.groups)] = _OfGroup(x, context)
-        self.groups.append([name])
+        if self.siblings.regrouped is None:
+            self.siblings.note_reentrant()
+        before = self.regrouped or self.groups
+        alike = {other for other, its in self.read.items() if its is x} - {name}
+        groups = [[other for other in group if other != name] for group in before]
+        joined = next((group for group in groups if not alike.isdisjoint(group)), None)
+        if joined is None:
+            groups.append([name])
+        else:
+            joined.append(name)
+        self.regrouped = self.siblings.regrouped = [group for group in groups if group]
 
 
 def share(parent: Call, layer: nn.Module, x: Tensor) -> Shared | None:
@@ -129,7 +175,8 @@ def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
         groups = [names for names in by_width.values() if len(names) > 1]
         standing = cast("Siblings | None", vars(parent).get(SIBLINGS))
         if groups:
-            (standing or Siblings(parent)).groups[:] = groups
+            standing = standing or Siblings(parent)
+            standing.groups, standing.regrouped = groups, None
         elif standing is not None:
             standing.remove(parent)
 

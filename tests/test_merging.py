@@ -26,6 +26,7 @@ from models import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 import lora_lite as ll
 
@@ -175,6 +176,33 @@ def test_any_module(tmp_path: Path) -> None:
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x = torch.randn(5, 6)
     assert_close(plain(x), model(x), 1e-6)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight * 0.25, self.bias)
+
+
+def test_a_layer_that_is_not_its_weight() -> None:
+    model = nn.Sequential(Scaled(6, 6), nn.Linear(6, 6))
+    ll.attach(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.AttachError, match=r"0: its Scaled computes something else than W x \+ b"):
+        ll.merged_state_dict(model)
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=2, exclude_names=("0",)))
+    assert torch.equal(ll.merged_state_dict(model)["0.weight"], model[0].weight)
+
+
+@pytest.mark.parametrize("of", [lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.weight_norm])
+def test_weights_that_are_made_of_others(of: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    of(model[0])
+    ll.attach(model, ll.LoRAConfig(r=2))
+    randomize(model)
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    plain.load_state_dict(ll.merged_state_dict(model))
+    x = torch.randn(5, 6)
+    assert_close(plain(x), model(x), 1e-5)
 
 
 def test_refuses() -> None:

@@ -29,6 +29,7 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from zoo import ZOO
 
 import lora_lite as ll
@@ -1020,3 +1021,201 @@ def test_a_warning_that_is_an_error_leaves_the_model_alone(monkeypatch: pytest.M
         with pytest.raises(UserWarning, match="reference instead"):
             ll.attach(model, L(r=2), backend="triton")
     assert_same(model, before)
+
+
+# ---- weights that change under an adapter ----
+
+
+def _loaded(model: Any) -> None:
+    model.load_state_dict(_perturbed(1).state_dict())
+
+
+def _assigned(model: Any) -> None:
+    model.load_state_dict(_perturbed(1).state_dict(), assign=True)
+
+
+def _tied(model: Any) -> None:
+    model[1].weight = model[0].weight
+
+
+def _written(model: Any) -> None:
+    with torch.no_grad():
+        model[1].weight.mul_(3)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "load_state_dict": _loaded,
+    "load_state_dict(assign=True)": _assigned,
+    "tied": _tied,
+    "written to": _written,
+    "pruned": lambda model: prune.l1_unstructured(model[1], "weight", 0.5),
+    "weight_norm": lambda model: nn.utils.parametrizations.weight_norm(model[1]),
+    "spectral_norm": lambda model: nn.utils.parametrizations.spectral_norm(model[1].eval()),
+}
+
+
+def _perturbed(seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ll.attach(model, ll.DoRAConfig(r=2, target_roles=()))
+    randomize(model, by=0.3)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_dora_normalises_by_the_weight_that_is_there(change: str, compiled: bool) -> None:
+    """Its norm takes ‖W‖² from before; here W is another afterwards."""
+    if compiled and not change.startswith("load_state_dict"):
+        pytest.skip("a graph can't ask whether a weight has been written to: docs/silent_failures.md")
+    model, x = _perturbed(0), torch.randn(5, 8)
+    model(x)
+    CHANGES[change](model)
+    if compiled:
+        torch._dynamo.reset()
+        got = torch.compile(model, backend="eager")(x)
+    else:
+        got = model(x)
+    want = x.double()
+    for layer in (model[0], model[1]):
+        p, W = layer.lora_lite["default"], layer.weight.double()
+        V = W + 1.0 * p.lora_B.double() @ p.lora_A.double() * layer.lora_lite["default"].cfg.scale
+        want = want @ (p.lora_m.double()[:, None] * V / V.norm(dim=1, keepdim=True)).mT + layer.bias.double()
+    assert rel_error(got.double(), want) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_trains_beside_dora(dtype: torch.dtype) -> None:
+    """It stands in the formula twice: y = g ∘ (Wx + b − b + …) + b."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    ll.attach(model, ll.DoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    model.to(dtype)
+    model.bias.requires_grad_(True)
+    dy = torch.randn(50, 8, dtype=dtype)
+    (got,) = torch.autograd.grad(model(torch.randn(50, 8, dtype=dtype)), model.bias, dy)
+    assert rel_error(got.double(), dy.double().sum(0)) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+# ---- modes of PyTorch ----
+
+
+@EACH_VARIANT
+def test_under_a_default_device(variant: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    want = model(x := torch.randn(3, 8))
+    batches = [torch.randn(30, 8)] if variant in ("eva", "antipasto") else None
+    own = {"antipasto": {"block_size": 2}, "road": {"group_size": 4}}.get(variant, {})
+    with torch.device("meta"):
+        attach(model, variant, batches, r=2, target_names=(), target_roles=(), **own)
+    assert rel_error(model(x), want) < start_tolerance(variant, 1e-5)
+
+
+def test_load_in_inference_mode(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, L(r=2))
+    ll.save(model, tmp_path / "a")
+    ll.detach(model)
+    before = snapshot(model)
+    with torch.inference_mode(), pytest.raises(ll.AttachError, match=r"can't be trained; attach or load outside of it"):
+        ll.load(model, tmp_path / "a")
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("how", ["autograd.grad", "functional_call", "assign"])
+def test_gradients_that_come_another_way_are_seen(how: str) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+    if how == "assign":
+        model.load_state_dict(model.state_dict(), assign=True)
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(params.values(), 0.1)
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    if how == "autograd.grad":
+        for p, g in zip(params.values(), torch.autograd.grad(model(x).sum(), list(params.values())), strict=True):
+            p.grad = g
+    elif how == "functional_call":
+        grads = torch.func.grad(loss)({name: p.detach() for name, p in params.items()})
+        for name, p in params.items():
+            p.grad = grads[name]
+    else:
+        model(x).sum().backward()
+    assert not warned(optimizer.step)
+
+
+@EACH_VARIANT
+def test_an_output_may_be_written_to(variant: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LeakyReLU(0.1, inplace=True)).to(torch.bfloat16)
+    batches = [torch.randn(30, 8, dtype=torch.bfloat16)] if variant in ("eva", "antipasto") else None
+    own = {"antipasto": {"block_size": 2}, "road": {"group_size": 4}}.get(variant, {})
+    attach(model, variant, batches, r=2, target_names=(), target_roles=(), **own)
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    model[0](x).add_(1).sum().backward()
+    y = model(x)
+    y.sum().backward()
+
+
+def test_evaluated_in_inference_mode_and_then_trained() -> None:
+    """Entries with adapters of their own, whose places are found once."""
+    for kinds, options in (
+        ((L, ll.DoRAConfig), {}),
+        ((L, L), {}),
+        ((L, L), {"lengths": [2, 3]}),
+        ((L, ll.DoRAConfig), {"lengths": [2, 3]}),
+        ((L, L), {"batch_dim": 1}),
+    ):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        for name, kind in zip("ab", kinds, strict=True):
+            ll.attach(model, kind(r=2, target_roles=()), name=name)
+        ll.use(model, ["a", "b"], **options)
+        x = torch.randn(1, 5, 8) if "lengths" in options else torch.randn(2, 2, 8)
+        with torch.inference_mode():
+            model(x)
+        model(x).sum().backward()
+
+
+# ---- inputs that no adapter takes ----
+
+
+class Jagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+
+
+def test_nested_tensors() -> None:
+    model = Jagged().eval()
+    ll.attach(model, L(r=2, target_names=("linear1", "linear2")))
+    with torch.no_grad(), pytest.raises(ll.AttachError, match=r"linear1: .*nested tensor.*use_nested_tensor is False"):
+        model(torch.randn(2, 5, 8))
+    model.encoder.use_nested_tensor = False
+    with torch.no_grad():
+        model(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("x", [None, [1.0], torch.tensor(1.0), torch.ones(2, 8, dtype=torch.bool)], ids=repr)
+def test_what_is_no_row_of_numbers(x: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, L(r=2))
+    with pytest.raises(ll.AttachError, match=r"^0: its adapter got .*floating-point"):
+        model(x)
+
+
+def test_complex_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8))
+    refused(model, L(r=2, target_names=("0",)), "its weight is complex")
+    attachment = ll.attach(model, L(r=2))
+    assert list(attachment.adapters) == ["1"]
+
+
+def test_a_script_and_a_submodule_of_our_name() -> None:
+    with pytest.raises(ll.AttachError, match="ScriptModule"):
+        ll.attach(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), L(r=2))
+    refused(nn.ModuleDict({"a": nn.ModuleDict({"lora_lite": nn.Linear(8, 8)})}), L(r=2), "^a has a submodule named")

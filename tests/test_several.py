@@ -208,7 +208,7 @@ def test_names() -> None:
     before = snapshot(model)
     with pytest.raises(ll.AttachError, match=r"named 'a' is attached to this model already.*another name"):
         ll.attach(model, config("lora"), name="a")
-    for name in ("", "a.b", "keys", 3):
+    for name in ("", "a.b", "keys", "before", "rows", "off", "name", 3):
         with pytest.raises(ValueError, match="can't be an adapter's name"):
             ll.attach(model, config("lora"), name=name)  # type: ignore[call-overload]
     assert_same(model, before)
@@ -222,6 +222,8 @@ def test_names() -> None:
             wrong()
     with pytest.raises(ValueError, match="name at least one"):
         ll.use(model)
+    with pytest.raises(ValueError, match="got None"):
+        ll.use(model, None)  # type: ignore[arg-type]
 
 
 # ---- a different adapter for each entry of a batch -------------------------------------------------------------------

@@ -14,7 +14,7 @@ import launches
 import pytest
 import torch
 from models import VARIANTS, assert_close, attach, calibration_batches, load_tests, randomize, token_ids
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lite as ll
 
@@ -87,6 +87,53 @@ def test_a_mixture_of_experts(variant: str) -> None:
     randomize(model)
     rows = ll.verify(model, {"input_ids": token_ids(), "labels": token_ids()})
     assert [row.backend for row in rows] == ["triton", "triton"]
+
+
+class Attention(nn.Module):
+    """Projections of one x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q_proj(x)) * self.k_proj(x) + self.v_proj(x)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_layers_that_share_x_compile(variant: str) -> None:
+    """Without a graph break, and in one launch: also where a call before has chosen the backend."""
+    torch._dynamo.reset()
+    model = Attention()
+    attach(model, variant, r=4, target_names=(), target_roles=())
+    randomize(model, by=0.3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for rows in (5, 9):
+        x = torch.randn(rows, 16, requires_grad=True)
+        with launches.counted() as launched:
+            got = torch.autograd.grad(compiled(x).square().sum(), [x, *ll.parameters(model)])
+        want = torch.autograd.grad(model(x).square().sum(), [x, *ll.parameters(model)])
+        for mine, theirs in zip(got, want, strict=True):
+            assert_close(mine, theirs, 1e-5)
+        assert launched.count("_shrink_kernel") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_trains_beside_dora(dtype: torch.dtype) -> None:
+    load_tests("test_public_situations").test_a_bias_that_trains_beside_dora(dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_verify_knows_rounding_in_float32(variant: str) -> None:
+    """The order in which a kernel adds is another than PyTorch's; what a loss leaves of RoAd's gradient is no rounding."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+        batches = [torch.randn(30, 8)] if variant in ("eva", "antipasto") else None
+        own = {"antipasto": {"block_size": 2}, "road": {"group_size": 4}}.get(variant, {})
+        attach(model, variant, batches, r=2, target_names=(), target_roles=(), **own)
+        randomize(model, by=0.3)
+        assert {row.backend for row in ll.verify(model, torch.randn(6, 8))} == {"triton"}
 
 
 def test_a_compiled_mixture() -> None:

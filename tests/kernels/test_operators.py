@@ -1,14 +1,22 @@
 """Operators: plain calls and dispatched ones agree, in results, gradients and errors."""
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from models import load_tests
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora_lite as ll
 from lora_lite import operators
 from lora_lite.kernels import expand, rotate, scale, shrink, shrink_expand
+
+
+transforms = load_tests("test_transforms")
+test_transforms = transforms.test_transforms
+test_a_trace_is_a_program = transforms.test_a_trace_is_a_program
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -77,3 +85,13 @@ def test_tensors_on_two_devices_are_named_in_a_graph() -> None:
     x, g = torch.randn(3, 12), torch.ones(12, device="meta")
     with pytest.raises(RuntimeError, match=r"lora_lite::scale got t on cpu, g on meta"):
         torch.compile(scale.scale, backend="eager")(x, g)
+
+
+def test_who_asked_for_the_kernels_is_told_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels have no forward derivatives: a tangent of zeros would be silence."""
+    monkeypatch.setattr("lora_lite.backend._warned", set())
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()), backend="triton")
+    with pytest.warns(UserWarning, match=r"reference instead: the kernels neither differentiate forward"):
+        _, slope = torch.func.jvp(model, (torch.randn(3, 8),), (torch.ones(3, 8),))
+    assert slope.norm() > 0

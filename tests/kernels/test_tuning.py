@@ -299,7 +299,7 @@ def test_rows_are_chosen_by_the_products_dtype() -> None:
 
     grads: list[Tensor] = []
     f32, bf16 = torch.float32, torch.bfloat16
-    kernels = {"shrink", "expand", "expand_backward", "shrink_backward", "shrink_expand_backward"}
+    kernels = {"shrink", "shrink_across", "expand", "expand_backward", "shrink_backward", "shrink_expand_backward"}
     under_autocast = taken(lambda: grads.extend(step(True)))
     assert set(under_autocast) == kernels
     assert {dtype for _, dtype in under_autocast.values()} == {bf16}

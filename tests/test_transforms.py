@@ -1,0 +1,121 @@
+"""Forward-mode derivatives, torch.func, traces and second derivatives: right for every method, in 16 bits too."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import VARIANTS, assert_close, attach, randomize
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+
+import lora_lite as ll
+
+F64 = torch.float64
+
+
+class Pair(nn.Module):
+    """Two layers that read one x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.q(x)) * self.k(x)
+
+
+def pair(variant: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    model = Pair()
+    batches = [torch.randn(30, 8)] if variant in ("eva", "antipasto") else None
+    own = {"antipasto": {"block_size": 2}, "road": {"group_size": 4}}.get(variant, {})
+    attach(model, variant, batches, r=2, target_names=(), target_roles=(), **own)
+    randomize(model, by=0.3)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transforms(variant: str, dtype: torch.dtype) -> None:
+    """A derivative along a direction of x, in both ways to ask for it, and each row's own gradients."""
+    model, tolerance = pair(variant, dtype), 1e-5 if dtype == torch.float32 else 4e-2
+    x, v = torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    exact = pair(variant, torch.float32).double()
+    wide, step = x.double(), 1e-6 * v.double()
+    slope = (exact(wide + step) - exact(wide - step)) / 2e-6
+    assert_close(jvp(model, (x,), (v,))[1].double(), slope, tolerance, "jvp")
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+    assert tangent is not None
+    assert_close(tangent.double(), slope, tolerance, "dual numbers")
+
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(params: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(model, params, (row,)).float().square().sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0))(params, x)
+    for name, p in exact.named_parameters():
+        if p.requires_grad:
+            rows = [torch.autograd.grad(exact(row).square().sum(), p)[0] for row in wide]
+            assert_close(each[name].double(), torch.stack(rows), tolerance, name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_derivatives_along_the_parameters_are_their_gradients(variant: str) -> None:
+    """DoRA's norm is a constant to both."""
+    model, x = pair(variant, F64), torch.randn(4, 8, dtype=F64)
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    along = {name: torch.randn_like(p) for name, p in params.items()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, params, (x,)).square().sum()
+
+    (slope,) = jvp(loss, (params,), (along,))[1:]
+    grads = grad(loss)(params)
+    assert_close(slope, sum((grads[name] * along[name]).sum() for name in params), 1e-10)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "dora"])
+def test_second_derivatives_reach_the_parameters(variant: str) -> None:
+    """Of layers that share an x too: a gradient penalty's own gradient, against its difference."""
+    model, x = pair(variant, F64), torch.randn(4, 8, dtype=F64, requires_grad=True)
+    params = ll.parameters(model)
+
+    def penalty() -> Tensor:
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    grads = torch.autograd.grad(penalty(), params)
+    along = [torch.randn_like(p) for p in params]
+    values = []
+    for by in (1e-6, -1e-6):
+        with torch.no_grad():
+            for p, d in zip(params, along, strict=True):
+                p.add_(d, alpha=by)
+        values.append(penalty().item())
+        with torch.no_grad():
+            for p, d in zip(params, along, strict=True):
+                p.sub_(d, alpha=by)
+    want = (values[0] - values[1]) / 2e-6
+    got = sum((g * d).sum().item() for g, d in zip(grads, along, strict=True))
+    assert abs(got - want) <= 1e-6 * abs(want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trace_is_a_program(variant: str, tmp_path: Any) -> None:
+    model, x = pair(variant, torch.float32), torch.randn(4, 8)
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
+        assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x), 1e-6)
+
+
+def test_nothing_is_said_where_nothing_was_asked() -> None:
+    """`backend="auto"` runs what works, without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pair("lora", torch.float32)
+        jvp(model, (torch.randn(4, 8),), (torch.randn(4, 8),))
