@@ -217,8 +217,8 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
 
 
 def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
-    """Twice the reference's own error in that dtype; at least four roundings, and of a few numbers twelve: they have not
-    many to average over, so that the reference's error there is luck."""
+    """Twice the reference's own error in that dtype; at least four roundings, and of a few numbers twelve: they have
+    not many to average over, so that the reference's error there is luck."""
     roundings = (12 if want.numel() < 16 else 4) * torch.finfo(dtype).eps / 2
     return min(max(2 * _error(plain, want), roundings), _CEILING)
 

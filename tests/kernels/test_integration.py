@@ -125,7 +125,7 @@ def test_a_bias_that_trains_beside_dora(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_verify_knows_rounding_in_float32(variant: str) -> None:
-    """The order in which a kernel adds is another than PyTorch's; what a loss leaves of RoAd's gradient is no rounding."""
+    """The order in which a kernel adds is another than PyTorch's; and a loss may leave RoAd no gradient."""
     for seed in range(4):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))

@@ -13,7 +13,6 @@ import lora_lite as ll
 from lora_lite import operators
 from lora_lite.kernels import expand, rotate, scale, shrink, shrink_expand
 
-
 transforms = load_tests("test_transforms")
 test_transforms = transforms.test_transforms
 test_a_trace_is_a_program = transforms.test_a_trace_is_a_program
