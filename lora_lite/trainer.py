@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .checkpoint import first_of, mismatches, replace_file, save, save_gathered
 from .errors import AttachError, CheckpointError
 from .merging import merged_parameters
+from .params import SITE
 from .selection import disabled
 
 
@@ -37,6 +38,7 @@ class AdapterCallback(TrainerCallback):
 
     Raises:
         AttachError: when training starts and nothing is attached.
+        CheckpointError: when the Trainer loads a checkpoint whose names are not the model's.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -57,6 +59,7 @@ class AdapterCallback(TrainerCallback):
         # Not closures: a copy of the model saves the copy.
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
+            model.load_state_dict = partial(_load_state_dict, model)  # type: ignore[method-assign]
         elif hasattr(model, "save_pretrained"):  # sentence-transformers
             model.save_pretrained = partial(_save_tensors, model)
             trainer._load_from_checkpoint = partial(_load_tensors, model)
@@ -145,11 +148,27 @@ def _save_pretrained(
     own = own_tensors(model, state_dict)
     quantizer = vars(model).pop("hf_quantizer", None)  # it would write the whole base instead
     try:
-        type(model).save_pretrained(model, folder, *args, state_dict=dict(own), **kwargs)  # it empties the dict
+        # It empties the dict; and the Trainer, which goes back to the file, knows no names but the model's own.
+        as_named = {**kwargs, "save_original_format": False}
+        type(model).save_pretrained(model, folder, *args, state_dict=dict(own), **as_named)
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
     _save_each(model, Path(folder), None if state_dict is None else own)
+
+
+def _load_state_dict(model: Any, tensors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """In the place of a transformers model's: of a checkpoint whose names are others, a Trainer drops the adapter."""
+    if not attachments(model):
+        vars(model).pop("load_state_dict", None)
+    elif any(SITE in name.split(".") for name in tensors) and (strange := sorted(tensors.keys() - model.state_dict())):
+        raise CheckpointError(
+            f"the checkpoint has tensors of which the model has none: {first_of(strange)}. Is its adapter another's? "
+            "Weights that an earlier lora-lite or a Trainer without AdapterCallback wrote can have the names of older "
+            "models: then lora_lite.load(model, its adapter.safetensors), trainer.save_model(the checkpoint's folder) "
+            "writes them anew, and it resumes"
+        )
+    return type(model).load_state_dict(model, tensors, *args, **kwargs)
 
 
 def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

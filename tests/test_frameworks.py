@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import attach, llama, load_tests, randomize, token_ids
+import transformers
+from models import attach, build, llama, load_tests, randomize, token_ids
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import lora_lite as ll
+from lora_lite.attachment import own_tensors
 from lora_lite.trainer import AdapterCallback
 
 
@@ -166,6 +168,63 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
     assert state["global_step"] == 2 * (history.index(max(history)) + 1)
     for name, t in load_file(best / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], t), name
+
+
+def vit() -> Any:
+    """Its `save_pretrained` writes names that it had once: vit.encoder.layer.0 for vit.layers.0."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
+    images: dict[str, Any] = {"num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    return build(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes, **images))
+
+
+def test_checkpoints_have_the_models_own_names(tmp_path: Path) -> None:
+    """Also where `save_pretrained` gives a base the names of older models: nothing of the adapter is dropped."""
+    generator = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 2} for i in range(8)]
+
+    def trained(model: Any, folder: str, resume: bool = False, **fields: Any) -> Trainer:
+        made = saving(tmp_path / folder, learning_rate=3e-2, greater_is_better=True, **fields)
+        trainer = Trainer(model, made, train_dataset=data, eval_dataset=data, callbacks=[AdapterCallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def adapted() -> Any:
+        model = vit()
+        ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=(r"layers\.1\.layernorm_after",)))
+        return model
+
+    def assert_is(model: Any, checkpoint: Path) -> None:
+        other = vit()
+        ll.load(other, checkpoint / "adapter.safetensors")
+        mine = ll.state_dict(model)
+        assert all(torch.equal(mine[name], t) for name, t in ll.state_dict(other).items())
+
+    model, checkpoint = adapted(), tmp_path / "a" / "checkpoint-4"
+    trained(model, "a")
+    assert load_file(checkpoint / "model.safetensors").keys() == own_tensors(model).keys()
+    model = adapted()
+    trained(model, "a", resume=True)  # nothing is left to do: the model is the checkpoint's
+    assert_is(model, checkpoint)
+    model = adapted()
+    best = trained(model, "b", load_best_model_at_end=True, max_steps=6).state.best_model_checkpoint
+    assert_is(model, Path(best))
+
+    # A checkpoint as earlier versions wrote it, with the names of older models, is refused, and can be written anew.
+    type(model).save_pretrained(model, checkpoint, state_dict=own_tensors(model))
+    assert load_file(checkpoint / "model.safetensors").keys() != own_tensors(model).keys()
+    model = adapted()
+    start = {name: t.clone() for name, t in ll.state_dict(model).items()}
+    with pytest.raises(ll.CheckpointError, match=r"none: vit\.encoder\.layer.*adapter\.safetensors"):
+        trained(model, "a", resume=True)
+    assert all(torch.equal(t, start[name]) for name, t in ll.state_dict(model).items())
+    fresh = vit()
+    ll.load(fresh, checkpoint / "adapter.safetensors")
+    Trainer(fresh, arguments(tmp_path / "a"), callbacks=[AdapterCallback()]).save_model(str(checkpoint))
+    trained(model, "a", resume=True)
+    assert_is(model, checkpoint)
+    ll.detach(model)
+    model.load_state_dict(vit().state_dict())
+    assert "load_state_dict" not in vars(model)
 
 
 def test_callback_needs_an_adapter(tmp_path: Path) -> None:
