@@ -337,7 +337,7 @@ def install(
             replicate(adapter, target.mesh)
         site[name] = adapter
         site.off -= {name}
-    watch = Watch(name, targets, adapters, sites)
+    watch = Watch(name, targets, adapters, sites, whole)
     attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside, whole)
     if both := [each.name for each in others if each.whole.entries.keys() & whole.entries.keys()]:
         warnings.warn(
@@ -358,15 +358,18 @@ def _settle_siblings(model: nn.Module) -> None:
 
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take off the adapter of that name, or all of them. After the last, every base tensor and `requires_grad` flag is
-    as it was before `attach`.
+    as it was before `attach`. Of modules that train in full, those that were replaced or resized meanwhile stay as they
+    are, and a UserWarning names them.
 
     Raises:
-        AttachError: nothing is attached, or nothing of that name.
+        AttachError: nothing is attached, nothing of that name, or a module that trains in full is sharded.
     """
     model = unwrap(model)
     gone = chosen(model, name)
     of_entries = {each for site in sites_of(model) if site.rows for each in site.rows.names}
+    given_up: list[str] = []
     for attachment in gone:
+        given_up += attachment.whole.give_up(model)
         settle([(each.whole, each.acts and each is not attachment) for each in attachments(model)])
         attachment.watch.stop()
         for target in attachment.targets:
@@ -376,6 +379,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         _settle_siblings(model)
         if not attachments(model):
             attachment.beside.restore(model)
+    if given_up:
+        warnings.warn(
+            f"detach: these of modules_to_save were replaced or resized since attach, and stay as they are: "
+            f"{', '.join(given_up)}",
+            stacklevel=2,
+        )
     if (left := attachments(model)) and not any(each.acts for each in left):
         warnings.warn(
             f"detach: what is left ({', '.join(each.name for each in left)}) does not act, since `use` named only what "

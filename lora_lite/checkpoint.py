@@ -24,7 +24,7 @@ from .config import AdapterConfig
 from .embeddings import require_size
 from .errors import AttachError, CheckpointError, LoraLiteError
 from .fitness import unfit
-from .idle import current_names, describe
+from .idle import astray, current_names, describe
 from .params import SITE
 from .renaming import Renaming, proposal
 from .shapes import copies, shape
@@ -46,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
 
     Raises:
         AttachError: nothing is attached.
-        CheckpointError: the path can't be written, or a tensor has no values or not its shape.
+        CheckpointError: the path can't be written, a tensor has no values or not its shape, or a module that trains in
+            full was replaced.
     """
     model, path = unwrap(model), Path(path)
     attachment = require_attachment(model, name)
@@ -122,13 +123,22 @@ def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> No
 
 
 def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:
-    """Under which name a file holds each layer: the one that it has in the model now, where blocks have moved."""
+    """Under which name a file holds each layer: the one that it has in the model now, where blocks have moved.
+
+    Raises:
+        CheckpointError: that is another layer's, or what trained in full is not what has its name now.
+    """
     names = current_names(model, attachment.targets)
     if len(set(names.values())) < len(names):
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         raise CheckpointError(
             f"{what}: another layer now has the name of one that has left the model: {first_of(twice)}; detach, and "
             "attach again"
+        )
+    if elsewhere := astray(model, attachment.whole):
+        raise CheckpointError(
+            f"{what}: what trained in full (modules_to_save) is not what the model has under its name now: "
+            f"{first_of(elsewhere)}; replace, resize or move modules before attach: detach, and attach again"
         )
     return names
 

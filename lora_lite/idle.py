@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .adapter import Adapter
 from .site import Site, waiting
 from .targets import Target, fold, plain_name
+from .whole_modules import WholeModules, standing
 
 _READERS = (
     "nn.MultiheadAttention, fused attention or state-space kernels, or a loss that multiplies by its weight, such as "
@@ -35,9 +36,14 @@ class Watch:
     """
 
     def __init__(
-        self, name: str, targets: list[Target], adapters: Mapping[str, Adapter], sites: Mapping[str, Site]
+        self,
+        name: str,
+        targets: list[Target],
+        adapters: Mapping[str, Adapter],
+        sites: Mapping[str, Site],
+        whole: WholeModules,
     ) -> None:
-        self.name, self.targets, self.adapters, self.sites = name, targets, adapters, sites
+        self.name, self.targets, self.adapters, self.sites, self.whole = name, targets, adapters, sites, whole
         self.reached: set[str] = set()  # layers whose adapters got a gradient
         self.steps = self.backwards = 0
         self._said: set[str] = set()
@@ -118,15 +124,17 @@ class Watch:
         return {**found, "unreached": alone, "frozen": []}
 
     def idle(self, model: nn.Module) -> dict[str, list[str]]:
-        """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", "gone" from the model.
+        """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", "gone" from the model;
+        and "astray", tensors that train in full elsewhere than in the model.
 
         The first needs that some layer has run, the second and third a backward or an optimiser's step.
         """
         here, gone = here_and_gone(model, self.targets)
+        elsewhere = astray(model, self.whole)
         here = [t for t in here if self.name not in self.sites[t.name].off]
         trained = bool(self.reached) or self.steps > 0
         if not (trained or any(site.ran for site in self.sites.values())):
-            return {"gone": gone}
+            return {"gone": gone, "astray": elsewhere}
         ran = {t.name for t in here if self.sites[t.name].ran or t.name in self.reached}
         frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
         reached = self.reached if trained else ran
@@ -138,6 +146,7 @@ class Watch:
             # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
             "frozen": sorted(frozen) if trained and len(frozen) < len(here) else [],
             "gone": gone,
+            "astray": elsewhere,
         }
 
     def _report(self, when: str, found: dict[str, list[str]]) -> None:
@@ -171,6 +180,7 @@ def describe(idle: Mapping[str, list[str]]) -> str:
         "unreached": "these ran, but no gradient reached their adapters (a part under no_grad, or detached?): {}",
         "frozen": "these adapters do not train, since requires_grad was switched off after attach: {}",
         "gone": "these are no longer part of the model: {}",
+        "astray": "these train in full (modules_to_save), and the model has other modules in their places: {}",
     }
     parts = [texts[kind].format(listing(idle[kind])) for kind in texts if idle.get(kind)]
     return f"{'; '.join(parts)}. Leave such layers out by exclude_names, or detach and attach again" if parts else ""
@@ -208,6 +218,15 @@ def current_names(model: nn.Module, targets: list[Target]) -> dict[str, str]:
     """Each target's name in the model as it is now, by the name that it had; a layer that has left keeps its own."""
     paths = {id(module): path for path, module in model.named_modules()}
     return {t.name: plain_name(paths[id(t.layer)]) if id(t.layer) in paths else t.name for t in targets}
+
+
+def astray(model: nn.Module, whole: WholeModules) -> list[str]:
+    """Names of tensors that train in full under which the model has another module's by now, or none."""
+    if not whole.entries:
+        return []
+    now = {plain_name(place.name): id(place.held) for place, _ in standing(model)}
+    places = [place for entry in whole.entries.values() for place in entry.places]
+    return [place.name for place in places if now.get(plain_name(place.name)) != id(place.held)]
 
 
 def _is_frozen(adapter: Adapter) -> bool:

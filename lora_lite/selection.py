@@ -14,6 +14,7 @@ from .attachment import attachments, chosen, require_attachment, settle_modules,
 from .promise import keeping
 from .rows import Rows
 from .stacks import Stack
+from .whole_modules import settle
 
 
 def use(
@@ -34,7 +35,7 @@ def use(
         batch_dim: which dimension of the layers' inputs counts the entries; 1 where a model puts the sequence first.
 
     Raises:
-        AttachError: one of them is not attached.
+        AttachError: one of them is not attached, or a module that trains in full is sharded or was resized.
         ValueError: no name is given, `lengths` or `batch_dim` do not fit, an entry of a batch would need modules that
             train in full for itself, or the adapters of entries stand on experts alone, which do not see the batch.
     """
@@ -53,9 +54,9 @@ def use(
         _require_rows(model, rows, wanted)
     elif lengths is not None or batch_dim:
         raise ValueError("use: lengths and batch_dim belong to a list of names, one for each entry")
+    settle([(each.whole, each.name not in off) for each in attachments(model)])
     for site in sites_of(model):
         site.off, site.rows = off, rows
-    settle_modules(model)
 
 
 def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:
@@ -94,7 +95,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """Within this context the model computes as without the adapter of that name, or as without any.
 
     Raises:
-        AttachError: nothing is attached, or nothing of that name.
+        AttachError: nothing is attached, nothing of that name, or a module that trains in full is sharded or resized.
     """
     model = unwrap(model)
     off = frozenset(each.name for each in chosen(model, name))

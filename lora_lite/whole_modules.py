@@ -7,7 +7,7 @@ to: `detach` and `disabled` put them back. A tensor that several modules hold (t
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,19 @@ from .params import SITE, Params
 from .placement import is_sharded, whole
 
 
+class _Place(NamedTuple):
+    """Where a tensor stands: its name in the model at attach, a module's _parameters or _buffers, and the key there."""
+
+    name: str
+    held: dict[str, Any]
+    key: str
+
+
 @dataclass
 class _Entry:
     """A parameter or buffer: the places in which it stands, the base's tensor, and the one that trains instead."""
 
-    places: list[tuple[dict[str, Any], str]]  # a module's _parameters or _buffers, and the key
+    places: list[_Place]
     original: Any
     trained: Any
     in_place: bool = False
@@ -29,21 +37,42 @@ class _Entry:
     @property
     def current(self) -> Any:
         """The one that trains; sharding may have put another in its place."""
-        held, key = self.places[0]
-        return held[key] if self.in_place else self.trained
+        _, held, key = self.places[0]
+        return held.get(key, self.trained) if self.in_place else self.trained
 
-    def put(self, arriving: Any) -> None:
-        """Into its places, on the device and in the dtype of what was there."""
-        held, key = self.places[0]
-        leaving = held[key]
+    @property
+    def other(self) -> Any:
+        """What would stand in its places instead of what does."""
+        return self.original if self.in_place else self.trained
+
+    def require_fit(self) -> None:
+        """Raise where the other can't stand in its places."""
+        name, held, key = self.places[0]
+        leaving = held.get(key, self.other)
         if hasattr(leaving, "full_tensor"):
             raise AttachError(
-                f"{key} of modules_to_save is sharded: it can't be switched or taken off; load a fresh model"
+                f"{name} of modules_to_save is sharded: it can't be switched or taken off; load a fresh model"
             )
+        if leaving.shape != self.other.shape:
+            raise AttachError(
+                f"{name} of modules_to_save had shape {tuple(self.other.shape)} at attach and has "
+                f"{tuple(leaving.shape)} now: it can't be switched; resize before attach, or detach"
+            )
+
+    def switch(self) -> None:
+        """Put the other into its places, on the device and in the dtype of what is there."""
+        _, held, key = self.places[0]
+        arriving, leaving = self.other, held.get(key)
+        if self.in_place:
+            self.trained = self.current
+        self.in_place = not self.in_place
+        if leaving is None:  # the module has made something else of it
+            return
         if (arriving.device, arriving.dtype) != (leaving.device, leaving.dtype):
             arriving.data = arriving.data.to(leaving.device, leaving.dtype)
-        for held, key in self.places:
-            held[key] = arriving
+        for _, held, key in self.places:
+            if held.get(key) is leaving:
+                held[key] = arriving
 
 
 class WholeModules:
@@ -53,12 +82,9 @@ class WholeModules:
         self.names = tuple(names)
         self.entries: dict[str, _Entry] = {}
         originals = {id(e.current): e.original for other in others for e in other.entries.values() if e.in_place}
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        first_name: dict[int, str] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            for held, key, t in _held(module):
-                places.setdefault(id(t), []).append((held, key))
-                first_name.setdefault(id(t), f"{path}.{key}" if path else key)
+        places: dict[int, list[_Place]] = {}
+        for place, t in standing(model):
+            places.setdefault(id(t), []).append(place)
         for name in self.names:
             for path, module in model.get_submodule(name).named_modules():
                 place = f"{name}.{path}".strip(".")
@@ -69,7 +95,13 @@ class WholeModules:
                     )
                 for _, key, t in _held(module):
                     original = originals.get(id(t), t)
-                    self.entries[first_name[id(t)]] = _Entry(places[id(t)], original, _copy(f"{place}.{key}", original))
+                    if original.shape != t.shape:
+                        raise AttachError(
+                            f"modules_to_save: {place}.{key} was resized since it trains in full with another adapter; "
+                            "detach that first"
+                        )
+                    trained = _copy(f"{place}.{key}", original)
+                    self.entries[places[id(t)][0].name] = _Entry(places[id(t)], original, trained)
 
     def tensors(self) -> dict[str, Any]:
         """The tensors that train or change, by their first name in the model."""
@@ -89,11 +121,25 @@ class WholeModules:
             id(e.original): n for n, e in self.entries.items()
         }
         found: dict[str, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            for _, key, t in _held(module):
-                if id(t) in by_id:
-                    found.setdefault(by_id[id(t)], []).append(f"{path}.{key}" if path else key)
+        for place, t in standing(model):
+            if id(t) in by_id:
+                found.setdefault(by_id[id(t)], []).append(place.name)
         return found
+
+    def give_up(self, model: nn.Module) -> list[str]:
+        """Leave as it is, and name, what can't be taken off: modules that have left the model, and resized tensors."""
+        here = {(id(place.held), place.key) for place, _ in standing(model)} if self.entries else set()
+        given_up: list[str] = []
+        for first, entry in list(self.entries.items()):
+            if not entry.in_place:
+                continue
+            resized, places = entry.current.shape != entry.original.shape, entry.places
+            entry.places = [] if resized else [p for p in places if (id(p.held), p.key) in here]
+            kept = {place.name for place in entry.places}
+            given_up += [place.name for place in places if place.name not in kept]
+            if not kept:
+                del self.entries[first]
+        return given_up
 
     @property
     def sharded(self) -> bool:
@@ -112,18 +158,29 @@ class WholeModules:
 
 def settle(groups: list[tuple[WholeModules, bool]]) -> None:
     """Put in each place the copy of the last attachment that acts, or the base's tensor. `groups`: all of a model's,
-    each with whether it acts."""
+    each with whether it acts.
+
+    Raises:
+        AttachError: a tensor is sharded, or has another shape by now. Nothing is changed then.
+    """
+    moves: list[_Entry] = []
     for name in {name for group, _ in groups for name in group.entries}:
         here = [(group.entries[name], acts) for group, acts in groups if name in group.entries]
         wanted = next((entry for entry, acts in reversed(here) if acts), None)
         before = next((entry for entry, _ in here if entry.in_place), None)
-        if wanted is before:
-            continue
-        if before is not None:
-            before.trained, before.in_place = before.current, False
-        here[0][0].put(here[0][0].original if wanted is None else wanted.trained)
-        if wanted is not None:
-            wanted.in_place = True
+        if wanted is not before:
+            moves += [entry for entry in (before, wanted) if entry is not None]
+    for entry in moves:
+        entry.require_fit()
+    for entry in moves:
+        entry.switch()
+
+
+def standing(model: nn.Module) -> Iterator[tuple[_Place, Tensor]]:
+    """Where the model's parameters and persistent buffers stand, by each of their names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held, key, t in _held(module):
+            yield _Place(f"{path}.{key}" if path else key, held, key), t
 
 
 def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

@@ -249,6 +249,71 @@ def test_a_file_of_another_head(tmp_path: Path) -> None:
     assert_same(other, before)
 
 
+def test_a_module_that_was_replaced(tmp_path: Path) -> None:
+    """What trains is not what runs: told after the first backward, in no file, and left to the model by detach."""
+    model = classifier()
+    before = snapshot(model)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("score",)))
+    (tmp_path / "a").write_bytes(b"earlier")
+    new = model.score = nn.Linear(32, 3, bias=False)
+    with pytest.warns(UserWarning, match=r"modules_to_save.*other modules in their places: score\.weight"):
+        train(model, 1)
+    for write in (ll.save, ll.export_peft):
+        with pytest.raises(ll.CheckpointError, match=r"not what the model has .* now: score\.weight"):
+            write(model, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"earlier"
+    weight = new.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"detach: .*replaced.*stay as they are: score\.weight"):
+        ll.detach(model)
+    assert model.score is new
+    assert torch.equal(new.weight, weight)
+    model.score = classifier().score
+    model.zero_grad()
+    now = snapshot(model)
+    assert all(torch.equal(now["tensors"][name], t) for name, t in before["tensors"].items())
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=(r"layers\.0\.input_layernorm",)))
+    model.model.layers = model.model.layers[::-1]
+    with pytest.raises(ll.CheckpointError, match=r"now: model\.layers\.0\.input_layernorm\.weight"):
+        ll.save(model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("make", [llama, qwen3], ids=["untied", "tied"])
+def test_embeddings_that_are_resized_after_attach(make: Any, tmp_path: Path) -> None:
+    """transformers resizes an embedding in its place, and replaces an untied head."""
+    model, new_ids = make(), torch.full((1, 5), 66)
+    tied = make is qwen3
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens", "lm_head")[: 2 - tied]))
+    randomize(model)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    want = logits(model)
+    with (
+        pytest.raises(ll.AttachError, match=r"embed_tokens\.weight .* \(61, .*has \(70, .*resize before"),
+        ll.disabled(model),
+    ):
+        pass
+    with pytest.raises(ll.AttachError, match=r"modules_to_save: .*embed_tokens\.weight was resized"):
+        ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens",)), name="b")
+    assert torch.equal(logits(model), want)
+    if tied:
+        ll.save(model, tmp_path / "a")
+        other = make()
+        other.resize_token_embeddings(70, mean_resizing=False)
+        ll.load(other, tmp_path / "a")
+        assert torch.equal(logits(other), want)
+    else:
+        with pytest.raises(ll.CheckpointError, match=r"now: lm_head\.weight"):
+            ll.save(model, tmp_path / "a")
+    trained = model.model.embed_tokens.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"detach: .*stay as they are: model\.embed_tokens\.weight.*lm_head\.weight"):
+        ll.detach(model)
+    assert torch.equal(model.model.embed_tokens.weight, trained)
+    assert model(new_ids).logits.shape[-1] == 70
+    assert all(p.requires_grad for p in model.parameters())
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens",)))
+    ll.detach(model)
+    assert torch.equal(model.model.embed_tokens.weight, trained)
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
 def test_pefts_files_both_ways(variant: str, tmp_path: Path) -> None:
     ours = classifier()
