@@ -25,7 +25,7 @@ from .attachment import (
     unwrap,
 )
 from .backend import check_backend
-from .beside import Beside
+from .beside import Beside, peft_in
 from .calibration import CalibrationData, OfExperts, Statistic, gather
 from .config import AdapterConfig
 from .embeddings import require_inputs, require_sum
@@ -171,19 +171,11 @@ def check_free(model: nn.Module, name: str) -> None:
                 f"{path or type(module).__name__} carries an adapter already; call detach on the model it was attached "
                 "through"
             )
-    if (path := _peft_in(model)) is not None:
-        kind = type(model.get_submodule(path)).__name__
+    if found := peft_in(model):
         raise AttachError(
-            f"{path or type(model).__name__} is PEFT's {kind}: PEFT adapts this model already. Call its unload() or "
-            "merge_and_unload() first, or bring PEFT's adapter by import_peft"
+            f"{found}: PEFT adapts this model already. Call its unload() or merge_and_unload() first, or bring PEFT's "
+            "adapter by import_peft"
         )
-
-
-def _peft_in(model: nn.Module) -> str | None:
-    """A layer that PEFT has adapted, or else a module of its own (prompts, wrappers), by name; None: there is none."""
-    layers = [path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
-    others = [path for path, m in model.named_modules() if type(m).__module__.startswith("peft.")]
-    return next(iter([*layers, *others]), None)
 
 
 def _with_divided_ranks(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:

@@ -1,4 +1,4 @@
-"""What a model has beside its adapters: the flags to restore, and what changed that no adapter's file will hold."""
+"""What a model has beside its adapters: the flags to restore, what changed that no adapter's file holds, and PEFT."""
 
 import copy
 from collections.abc import Container
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AttachError
 from .params import Params
 from .quantized import is_dense
 
@@ -68,6 +69,28 @@ class Beside:
     def _is_another(self, name: str, now: Tensor) -> bool:
         """Whether a weight is none of those that there were: a block may have moved."""
         return not _alike(self.samples[name], now) and not any(_alike(before, now) for before in self.samples.values())
+
+
+def peft_in(model: nn.Module) -> str:
+    """A layer that PEFT has adapted, or else a module of its own (prompts, wrappers), and what it is; empty: none."""
+    layers = [path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
+    others = [path for path, m in model.named_modules() if type(m).__module__.startswith("peft.")]
+    for path in (*layers, *others):
+        return f"{path or type(model).__name__} is PEFT's {type(model.get_submodule(path)).__name__}"
+    return ""
+
+
+def require_no_peft(model: nn.Module, what: str) -> None:
+    """Raise where PEFT was put on the model after attach: layers have other names, and adapters of which we know none.
+
+    Raises:
+        AttachError: the message names one.
+    """
+    if found := peft_in(model):
+        raise AttachError(
+            f"{what}: {found}, put there after attach: layers have other names now, and what is attached here is "
+            "frozen or not alone. Call PEFT's unload() or merge_and_unload() first"
+        )
 
 
 def _trainable(quantizer: Any) -> Any:

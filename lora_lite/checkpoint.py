@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .attaching import build, check_free, derive, install, whole_modules
 from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, state_dict, unwrap
 from .backend import check_backend
+from .beside import require_no_peft
 from .config import AdapterConfig
 from .embeddings import require_size
 from .errors import AttachError, CheckpointError, LoraLiteError
@@ -45,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     changed beside the adapter, which the file does not hold.
 
     Raises:
-        AttachError: nothing is attached.
+        AttachError: nothing is attached, or PEFT was put on the model after attach.
         CheckpointError: the path can't be written, a tensor has no values or not its shape, or a module that trains in
             full was replaced.
     """
@@ -126,8 +127,10 @@ def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, 
     """Under which name a file holds each layer: the one that it has in the model now, where blocks have moved.
 
     Raises:
+        AttachError: PEFT was put on the model.
         CheckpointError: that is another layer's, or what trained in full is not what has its name now.
     """
+    require_no_peft(model, what)
     names = current_names(model, attachment.targets)
     if len(set(names.values())) < len(names):
         twice = [name for name, count in Counter(names.values()).items() if count > 1]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
+from .beside import peft_in
 from .site import Site, waiting
 from .targets import Target, fold, plain_name
 from .whole_modules import WholeModules, standing
@@ -124,8 +125,8 @@ class Watch:
         return {**found, "unreached": alone, "frozen": []}
 
     def idle(self, model: nn.Module) -> dict[str, list[str]]:
-        """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", "gone" from the model;
-        and "astray", tensors that train in full elsewhere than in the model.
+        """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", frozen by "PEFT", "gone"
+        from the model; and "astray", tensors that train in full elsewhere than in the model.
 
         The first needs that some layer has run, the second and third a backward or an optimiser's step.
         """
@@ -140,11 +141,14 @@ class Watch:
         reached = self.reached if trained else ran
         patient = self.steps >= _PATIENCE
         without = ran - reached - frozen
+        # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
+        by_accident = sorted(frozen) if trained and len(frozen) < len(here) else []
+        by_peft = sorted(frozen) if trained and not by_accident and peft_in(model) else []
         return {
             "never": whole_kinds(here, {t.name for t in here} - ran, blocks=patient),
             "unreached": whole_kinds([t for t in here if t.name in ran - frozen], without, blocks=True),
-            # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
-            "frozen": sorted(frozen) if trained and len(frozen) < len(here) else [],
+            "frozen": by_accident,
+            "PEFT": by_peft,
             "gone": gone,
             "astray": elsewhere,
         }
@@ -179,6 +183,7 @@ def describe(idle: Mapping[str, list[str]]) -> str:
         "never": f"these adapted layers never ran, and their adapters do nothing: {{}}. {_READERS}",
         "unreached": "these ran, but no gradient reached their adapters (a part under no_grad, or detached?): {}",
         "frozen": "these adapters do not train, since requires_grad was switched off after attach: {}",
+        "PEFT": "PEFT was put on this model and has frozen these adapters; call its unload(), train one of both: {}",
         "gone": "these are no longer part of the model: {}",
         "astray": "these train in full (modules_to_save), and the model has other modules in their places: {}",
     }

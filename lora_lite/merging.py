@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
 from .attachment import chosen, unwrap
+from .beside import require_no_peft
 from .checkpoint import replace_file
 from .errors import AttachError
 from .params import SITE, Params
@@ -46,11 +47,12 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
             which it computes.
 
     Raises:
-        AttachError: nothing is attached, `use` has given each entry of a batch an adapter of its own, or a method adds
-            a bias to a layer that has none.
+        AttachError: nothing is attached, `use` has given each entry of a batch an adapter of its own, a method adds a
+            bias to a layer that has none, or PEFT was put on the model after attach.
     """
     model = unwrap(model)
     chosen(model, None)
+    require_no_peft(model, "merging")
     found: dict[str, Tensor] = {}
     of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
     for path, module in _base_modules(model, remove_duplicate=False):
@@ -69,6 +71,7 @@ def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     """
     model = unwrap(model)
     chosen(model, None)
+    require_no_peft(model, "merging")
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _is_parted(model):
         raise AttachError(
             "the output head is tied to the embedding, and one of them has an adapter, so that the merged model has "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
+from .beside import require_no_peft
 from .checkpoint import first_of, mismatches, replace_file, save, save_gathered
 from .errors import AttachError, CheckpointError
 from .merging import merged_parameters
@@ -37,7 +38,7 @@ class AdapterCallback(TrainerCallback):
             otherwise.
 
     Raises:
-        AttachError: when training starts and nothing is attached.
+        AttachError: when training starts and nothing is attached, or PEFT was put on the model, as by `peft_config`.
         CheckpointError: when the Trainer loads a checkpoint whose names are not the model's.
     """
 
@@ -55,6 +56,7 @@ class AdapterCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model = unwrap(model)
         chosen(model, None)
+        require_no_peft(model, "AdapterCallback")
         trainer: Any = _calling_trainer()
         # Not closures: a copy of the model saves the copy.
         if isinstance(model, PreTrainedModel):

@@ -34,6 +34,7 @@ from zoo import ZOO
 
 import lora_lite as ll
 from lora_lite.quantized import dense_weight
+from lora_lite.trainer import AdapterCallback
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 L = ll.LoRAConfig
@@ -526,6 +527,43 @@ def test_a_model_that_peft_adapts_is_refused() -> None:
     for names in (("q_proj",), ("k_proj",), ()):
         refused(model, L(r=2, target_names=names), r"q_proj is PEFT's Linear: PEFT.*unload\(\)")
     ll.attach(model.unload(), L(r=2, target_names=("q_proj",)))
+
+
+def test_peft_put_on_top(tmp_path: Path) -> None:
+    """It freezes all that is there: said at the first step, and in no file until it is taken off."""
+    model: Any = llama()
+    ll.attach(model, L(r=4))
+    for p in ll.parameters(model):
+        p.requires_grad_(False)
+    logits(model)
+    assert not warned(torch.optim.SGD(model.parameters(), lr=0.0).step), "all of it is frozen by intent"
+    ll.detach(model)
+    ll.attach(model, L(r=4))
+    randomize(model)
+    want = logits(model)
+    theirs: Any = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"])).train()
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    theirs(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    (text,) = warned(optimizer.step)
+    assert "PEFT was put on this model and has frozen these adapters" in text
+    assert "self_attn.k_proj ×2" in text
+    callback = AdapterCallback()
+    for each in (model, theirs):
+        for what, write in {
+            "save": lambda m: ll.save(m, tmp_path / "a"),
+            "export_peft": lambda m: ll.export_peft(m, tmp_path / "a"),
+            "merging": lambda m: ll.save_merged(m, tmp_path / "a"),
+            "AdapterCallback": lambda m: callback.on_train_begin(None, None, None, m),
+        }.items():
+            with pytest.raises(ll.AttachError, match=rf"^{what}: .*q_proj is PEFT's Linear.*unload\(\)"):
+                write(each)
+    assert not list(tmp_path.iterdir())
+    theirs.unload()
+    assert torch.equal(logits(model), want)
+    ll.save(model, tmp_path / "a")
+    other: Any = llama()
+    ll.load(other, tmp_path / "a")
+    assert torch.equal(logits(other), want)
 
 
 @pytest.mark.parametrize("kind", ["list", "regex"])
