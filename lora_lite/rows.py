@@ -82,18 +82,22 @@ class Rows:
     # ---- checks ----
 
     def _times(self, x: Tensor, layer: str) -> int:
-        """How many neighbouring entries of x each name stands for: one, or as many as `generate` has made of it."""
+        """How many neighbouring entries of x each name stands for: one, or as many as `generate` has made of it.
+
+        Where the number is as expected, nothing tells whether x counts entries, or as many images.
+        """
         if x.ndim <= self.batch_dim + 1:
             raise ValueError(
                 f"use(model, [...]): {layer} got an input of shape {tuple(x.shape)}, whose dimension {self.batch_dim} "
                 "counts no entries of a batch; call use(model, name) with one adapter for such inputs"
             )
         entries, named = x.shape[self.batch_dim], len(self.names)
-        times, over = divmod(entries, named)
-        if over or (times != 1 and not (times > 1 and _generating())):
+        times = _times_in_generate()
+        if entries != named * times:
+            beams = f", of each of which generate makes {times}" if times > 1 else ""
             raise ValueError(
-                f"use(model, [...]) named the adapters of {named} entries, and a layer got {entries} ({layer}); name "
-                "one for each entry of the batch, in layers whose input keeps the batch as its first dimension "
+                f"use(model, [...]) named the adapters of {named} entries{beams}, and a layer got {entries} ({layer}); "
+                "name one for each entry of the batch, in layers whose input keeps the batch as its first dimension "
                 "(batch_dim=1: its second; lengths=[...]: packed sequences)"
             )
         return times
@@ -119,14 +123,17 @@ class Rows:
         return self._once(("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
 
 
-def _generating() -> bool:
-    """Whether transformers' `generate` is among this thread's callers: it repeats each entry for beams and returned
-    sequences, next to each other."""
+def _times_in_generate() -> int:
+    """How many entries transformers' `generate`, if it is among this thread's callers, has made of each by now: it
+    repeats them for beams and returned sequences, next to each other, once an encoder has run."""
     if torch.compiler.is_compiling():
-        return False
+        return 1
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers."):
-            return True
+            config, repeated = (frame.f_locals.get(name) for name in ("generation_config", "input_ids"))
+            if config is None or repeated is None:
+                return 1
+            return max(config.num_beams or 1, config.num_return_sequences or 1)
         frame = frame.f_back
-    return False
+    return 1

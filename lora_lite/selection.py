@@ -24,7 +24,9 @@ def use(
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
-    an entry stands for all its beams and returned sequences. An adapter that is attached later acts on all entries.
+    an entry stands for all its beams and returned sequences. A layer whose input counts another number raises at the
+    call, such as a vision tower that gets more images than there are entries; where it gets as many, they are taken for
+    the entries' own, one each. An adapter that is attached later acts on all entries.
     Activation checkpointing computes again in the backward, with the adapters that act then: go backward before the
     next `use` or `disabled`.
 

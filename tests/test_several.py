@@ -7,11 +7,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from models import (
+    SIZES,
     VARIANTS,
     assert_close,
     assert_same,
     attach,
+    build,
     calibration_batches,
     config,
     llama,
@@ -394,6 +397,60 @@ def test_beams_take_their_entry_s_adapter(options: dict[str, int]) -> None:
     assert torch.equal(model.generate(ids, **more), torch.cat(want))
     with pytest.raises(ValueError, match="adapters of 3 entries, and a layer got 6"):
         model(ids.repeat_interleave(2, 0))
+
+
+def seq2seq(kind: str) -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if kind == "bart":
+        return build(transformers.BartForConditionalGeneration, transformers.BartConfig(**sizes))
+    return build(transformers.LEDForConditionalGeneration, transformers.LEDConfig(**sizes, attention_window=4))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_an_encoder_runs_before_there_are_beams(options: dict[str, int]) -> None:
+    model: Any = three_methods(seq2seq("bart"))
+    ids, names = token_ids(3, 6), ["b", "a", "c"]
+    more: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **options}
+    want = []
+    for i, name in enumerate(names):
+        ll.use(model, name)
+        want.append(model.generate(ids[i : i + 1], **more))
+    ll.use(model, names)
+    assert torch.equal(model.generate(ids, **more), torch.cat(want))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("images", [4, 8])
+def test_images_are_no_beams(images: int, options: dict[str, int]) -> None:
+    """While `generate` runs too, a vision tower that counts another number than the entries is refused by name."""
+    text: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    vision = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    made = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4, "vision_use_head": False},
+        image_token_id=5, mm_tokens_per_image=4,
+    )  # fmt: skip
+    model: Any = build(transformers.Gemma3ForConditionalGeneration, made)
+    for name in "ab":
+        ll.attach(model, config("lora", exclude_names=("head", "embed")), name=name)
+    ids = token_ids(2, 40)
+    ids[ids == 5] = 6
+    ids[0, : 4 * (images - 1)] = ids[1, :4] = 5  # of the first entry all images but one
+    batch = {"input_ids": ids, "pixel_values": torch.randn(images, 3, 8, 8), "token_type_ids": (ids == 5).long()}
+    ll.use(model, "a")
+    model.generate(**batch, max_new_tokens=1)
+    ll.use(model, ["a", "b"])
+    with pytest.raises(ValueError, match=r"adapters of 2 entries.* a layer got \d+ \(model\.vision_tower\..*q_proj\)"):
+        model.generate(**batch, max_new_tokens=1, **options)
+
+
+def test_an_encoder_that_puts_the_sequence_first() -> None:
+    model = three_methods(seq2seq("led"))
+    ll.use(model, ["b", "a"])
+    with pytest.raises(ValueError, match=r"a layer got 16 \(led\.encoder\.layers\.0\..*query\)"):
+        model.generate(token_ids(2, 16), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize("methods", [("lora", "lora"), ("hra", "dora")], ids=str)
