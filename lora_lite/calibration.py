@@ -1,15 +1,16 @@
 """What data-driven variants learn from a layer's inputs before training, in memory that the batches can't grow."""
 
 import functools
+import inspect
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .errors import CalibrationError
+from .errors import CalibrationError, LoraLiteError
 from .layer_input import input_of
 from .linalg import top_svd
 from .segments import Segments
@@ -136,31 +137,41 @@ def gather(
 ) -> dict[str, Statistic]:
     """Run the batches through the bare model, in evaluation mode, and summarise the inputs of the wanted layers.
 
-    A batch is a dict (keyword arguments), a tuple or list (positional arguments) or a tensor. Rows that a dict's
-    attention_mask marks as padding are left out. Layers that read one tensor share one statistic (q, k and v; gate and
-    up), decided on the first batch.
+    A batch is a dict (keyword arguments), a tuple or list (positional arguments) or a tensor. Layers that read one
+    tensor share one statistic (q, k and v; gate and up), decided on the first batch.
+
+    Rows that the model's argument attention_mask marks as padding are left out. In transformers models each stack of
+    layers (encoder, decoder, language model, vision tower) goes by the mask with which it is called itself: a decoder
+    by decoder_attention_mask, but for the rows of encoder_hidden_states, which go by the encoder's; one that gets none
+    counts all rows. In other models the mask counts for each layer whose input has a row for each of its elements.
 
     Returns:
         The statistic of each layer by name; sharing layers return one object.
 
     Raises:
-        CalibrationError: no data, no batch in it, or fewer rows than a statistic needs.
+        CalibrationError: no data, no batch in it, a batch instead of batches, a mask that is no tensor, inputs that are
+            not finite, or fewer rows than a statistic needs.
     """
     remedy = "pass attach(..., calibration_data=batches), an iterable of model inputs (dicts, tuples or tensors)"
     if data is None:
         raise CalibrationError(f"calibration_data is missing: {remedy}")
+    if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise CalibrationError(f"calibration_data is one {type(data).__name__}: {remedy}; [batch], if it is one batch")
 
     watch = _Watch(wanted)
     handles = [
         layer.register_forward_pre_hook(functools.partial(watch.seen, name), with_kwargs=True)
         for name, (layer, _) in wanted.items()
     ]
+    for stack in [module for module in model.modules() if module is model or hasattr(module, "save_pretrained")]:
+        handles.append(stack.register_forward_pre_hook(watch.entered, with_kwargs=True, prepend=True))
+        handles.append(stack.register_forward_hook(watch.left))
     try:
         with _evaluation_mode(model):
             for batch in data:
-                attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                watch.mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
-                run_batch(model, batch)
+                _require_masks(batch)
+                with _naming_the_batches(data):
+                    run_batch(model, batch)
                 watch.settled, watch.previous = True, None
     finally:
         for handle in handles:
@@ -179,6 +190,21 @@ def gather(
     return gathered
 
 
+class _Masks(NamedTuple):
+    """Which rows are no padding, as a call of a stack of layers was told: of its own, and of an encoder's output."""
+
+    own: Bool[Tensor, "*M"] | None = None
+    encoded: Any = None
+    of_encoded: Bool[Tensor, "*M"] | None = None
+
+    def of(self, x: Tensor) -> Bool[Tensor, "*M"] | None:
+        """Those of a layer's input: one for each row, or None."""
+        mask = self.of_encoded if x is self.encoded else self.own
+        if mask is None or mask.numel() * x.shape[-1] != x.numel():
+            return None
+        return mask if mask.shape == x.shape[:-1] or x.ndim == 2 else None  # a mixture's router gets flat rows
+
+
 class _Watch:
     """Feeds what layers read to their statistics. Those that read one tensor have one leader among them, decided on the
     first batch."""
@@ -188,13 +214,29 @@ class _Watch:
         self.leader = {name: name for name in wanted}
         self.settled = False
         self.previous: tuple[str, Tensor] | None = None  # the last that ran and its input: kept alive, so `is` is safe
-        self.mask: Bool[Tensor, "*M"] | None = None  # of the batch's tokens, those that are not padding
+        self.masks: list[_Masks] = [_Masks()]  # of the stacks of layers that are being called
+
+    def entered(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a stack of layers."""
+        given = _argument(stack, "attention_mask", args, kwargs)
+        # What is no mask of rows is made of one, which a stack around this one has got.
+        own = self.masks[-1].own if given is not None and not _is_of_rows(given) else _as_mask(given)
+        encoded, of_encoded = (
+            _argument(stack, f"encoder_{name}", args, kwargs) for name in ("hidden_states", "attention_mask")
+        )
+        self.masks.append(_Masks(own, encoded, _as_mask(of_encoded)))
+
+    def left(self, stack: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of a stack of layers."""
+        self.masks.pop()
 
     def seen(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the layer of that name."""
-        x, statistic, mask = input_of(name, args, kwargs), self.wanted[name][1], self.mask
+        x, statistic = input_of(name, args, kwargs), self.wanted[name][1]
         if isinstance(statistic, OfExperts):
-            kept = None if mask is None else mask.flatten()[kwargs["tokens"].of_rows]
+            mask, tokens = self.masks[-1].own, kwargs["tokens"]
+            kept = None if mask is None or mask.numel() != tokens.total else mask.flatten()[tokens.of_rows]
+            _require_finite(name, x if kept is None else x[kept])
             return statistic.update_runs(x.detach(), kept, kwargs["segments"])
         if not self.settled and self.previous is not None and self.previous[1] is x and statistic.key is not None:
             other = self.leader[self.previous[0]]
@@ -202,9 +244,58 @@ class _Watch:
                 self.leader[name] = other
         self.previous = (name, x)
         if self.leader[name] == name:
-            rows = x[mask] if mask is not None and mask.shape == x.shape[:-1] else x.reshape(-1, x.shape[-1])
+            rows, mask = x.reshape(-1, x.shape[-1]), self.masks[-1].of(x)
+            rows = rows if mask is None else rows[mask.flatten()]
+            _require_finite(name, rows)  # but not what is left out: rows of padding may be NaN
             if len(rows):
                 statistic.update(rows.detach())
+
+
+def _require_finite(name: str, rows: Tensor) -> None:
+    if not rows.isfinite().all():
+        raise CalibrationError(
+            f"{name}: calibration_data gave it inputs with NaN or infinity; leave such batches out, or load the model "
+            "in a dtype in which they stay finite"
+        )
+
+
+def _require_masks(batch: Any) -> None:
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name) if isinstance(batch, Mapping) else None
+        if not (mask is None or isinstance(mask, Tensor)):
+            raise CalibrationError(
+                f"calibration_data: {name} is a {type(mask).__name__}, and must be a tensor (a tokenizer's "
+                "return_tensors='pt')"
+            )
+
+
+@contextmanager
+def _naming_the_batches(data: CalibrationData) -> Any:
+    """A tensor holds batches, and may have been meant as one."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(data, Tensor) or isinstance(error, LoraLiteError):
+            raise
+        raise CalibrationError(
+            f"calibration_data is one tensor of shape {tuple(data.shape)}, whose first dimension counts batches, and "
+            f"the model does not take what that makes of it ({error}); pass [batch], if it is one batch"
+        ) from error
+
+
+def _argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The argument of that name in a call of the module; None: there is none."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get(name)
+
+
+def _is_of_rows(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim <= 2
+
+
+def _as_mask(given: Any) -> Bool[Tensor, "*M"] | None:
+    return given.bool() if _is_of_rows(given) else None
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import (
     ARCHITECTURES,
+    SIZES,
     assert_same,
     attach,
+    build,
     calibration_batches,
     config,
     llama,
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lora_lite as ll
-from lora_lite.calibration import InputPCA
+from lora_lite.calibration import InputPCA, gather
 
 K = 40
 
@@ -244,6 +247,67 @@ def test_padding_is_left_out(mask_dtype: torch.dtype) -> None:
     assert max((got - w).abs().max() for got, w in zip(unmasked, want, strict=True)) > 0.05  # the test can fail
 
 
+def rows_seen(model: Any, names: list[str], *batch: Any, **named: Any) -> list[int]:
+    """How many rows each layer's statistic takes of a batch."""
+    wanted = {name: (model.get_submodule(name), InputPCA(1)) for name in names}
+    return [each.seen for each in gather(model, wanted, [batch or named]).values()]
+
+
+def bart() -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return build(transformers.BartForConditionalGeneration, transformers.BartConfig(**sizes))
+
+
+@pytest.mark.parametrize("longer", [0, 1])
+def test_masks_of_an_encoder_and_of_a_decoder(longer: int) -> None:
+    """Each leaves out rows of its own stack, also where both are of one length."""
+    model, ids, decoder_ids = bart(), token_ids(4, 12), token_ids(4, 12 + longer, seed=3)
+    mask = torch.arange(12) < torch.tensor([[6], [12], [6], [6]])
+    decoder_mask = torch.arange(12 + longer) < torch.tensor([[3], [3], [3], [4]])
+    encoder, decoder = "model.encoder.layers.0.", "model.decoder.layers.0."
+    of_encoder = [f"{encoder}self_attn.q_proj", f"{encoder}fc2", f"{decoder}encoder_attn.k_proj"]
+    of_decoder = [f"{decoder}self_attn.q_proj", f"{decoder}encoder_attn.q_proj", f"{decoder}fc2"]
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "decoder_input_ids": decoder_ids}
+    everything = 4 * (12 + longer)
+    assert rows_seen(model, of_encoder + of_decoder, **batch) == [30] * 3 + [everything] * 3
+    batch["decoder_attention_mask"] = decoder_mask.long()
+    assert rows_seen(model, of_encoder + of_decoder, **batch) == [30] * 3 + [13] * 3
+    del batch["attention_mask"]
+    assert rows_seen(model, of_encoder + of_decoder, **batch) == [48] * 3 + [13] * 3
+
+
+def test_masks_by_position_and_on_flat_rows() -> None:
+    """In a tuple the mask has the place that the model's forward gives it; OPT flattens the rows of its fc1."""
+    ids, mask = token_ids(2, 17), torch.arange(17) < torch.tensor([[17], [6]])
+    assert rows_seen(llama(), ["model.layers.0.mlp.down_proj", "lm_head"], ids, mask.long()) == [23, 23]
+    made = transformers.OPTConfig(
+        vocab_size=61, hidden_size=32, ffn_dim=56, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    layers = [f"model.decoder.layers.0.{name}" for name in ("self_attn.q_proj", "fc1")]
+    assert rows_seen(build(transformers.OPTForCausalLM, made), layers, ids, mask.long()) == [23, 23]
+
+
+def test_a_text_mask_is_no_mask_of_images() -> None:
+    text: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_hidden_layers": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    made = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 4, "vision_use_head": False},
+        image_token_id=5, mm_tokens_per_image=4,
+    )  # fmt: skip
+    model: Any = build(transformers.Gemma3ForConditionalGeneration, made)
+    ids, mask = token_ids(2, 16), torch.arange(16) < torch.tensor([[16], [9]])
+    ids[ids == 5] = 6
+    ids[:, 1:5] = 5
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    names = [
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj",
+    ]  # fmt: skip
+    assert rows_seen(model, names, **batch, token_type_ids=(ids == 5).long()) == [32, 25]
+
+
 def test_antipasto_leaves_padding_out() -> None:
     ids, mask = token_ids(2, 17), torch.arange(17) < torch.tensor([[17], [6]])
     single = [{"input_ids": ids[:1]}, {"input_ids": ids[1:, :6]}]
@@ -373,6 +437,19 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
         lambda: [{"input_ids": token_ids(), "attention_mask": torch.zeros(2, 17, dtype=torch.long)}],
         ll.CalibrationError,
         ("layers.0.self_attn.q_proj", "0 tokens"),
+    ),
+    "one dict": (lambda: {"input_ids": token_ids()}, ll.CalibrationError, ("calibration_data is one dict", "[batch]")),
+    "one tensor": (token_ids, ll.CalibrationError, ("one tensor of shape (2, 17)", "counts batches", "[batch]")),
+    "no batches": (lambda: 5, ll.CalibrationError, ("calibration_data is one int",)),
+    "a list for a mask": (
+        lambda: [{"input_ids": token_ids(), "attention_mask": [[1] * 17] * 2}],
+        ll.CalibrationError,
+        ("calibration_data: attention_mask is a list", "return_tensors"),
+    ),
+    "NaN": (
+        lambda: [{"inputs_embeds": torch.full((2, 17, 32), float("nan"))}],
+        ll.CalibrationError,
+        ("layers.0.self_attn.q_proj: calibration_data", "NaN"),
     ),
     "no such argument": (lambda: [{"inputs": token_ids()}], ValueError, ()),
     "tokens out of range": (lambda: [token_ids(), token_ids() + 10_000], IndexError, ()),
