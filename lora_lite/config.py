@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -76,20 +77,18 @@ class AdapterConfig:
             if value is not None:
                 self.require(isinstance(value, Iterable), name, "a sequence")
                 object.__setattr__(self, name, tuple(value))  # JSON gives lists
+        for name in ("target_names", "modules_to_save"):
+            self.require(getattr(self, name) is not None, name, "regular expressions, or () for none")
         defaults = {"target_roles": ("reader", "writer"), "exclude_names": USUALLY_LEFT_OUT}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, () if self.names_given else value)
 
-        self.require(isinstance(self.r, int) and self.r >= 1, "r", "a whole number of at least 1")
-        finite = isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)
-        self.require(finite and self.alpha > 0, "alpha", "a number greater than 0")
-        self.require(
-            isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point,
-            "dtype",
-            "a floating-point torch.dtype",
-        )
-        probability = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
+        self.require(isinstance(self.r, int) and is_number(self.r) and self.r >= 1, "r", "a whole number of at least 1")
+        self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number greater than 0")
+        computes = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1
+        self.require(computes, "dtype", "a floating-point torch.dtype of 16 bits or more")
+        probability = is_number(self.dropout) and 0 <= self.dropout < 1
         self.require(probability, "dropout", "a probability of at least 0 and less than 1")
         if not self.takes_dropout:
             self.require(
@@ -98,6 +97,7 @@ class AdapterConfig:
         self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
         for name in ("rank_pattern", "alpha_pattern"):
             self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
+            object.__setattr__(self, name, dict(getattr(self, name)))  # the user's own may change
         for name in ("target_names", "exclude_names", "rank_pattern", "alpha_pattern", "modules_to_save"):
             for pattern in getattr(self, name):
                 self.require(isinstance(pattern, str), name, "regular expressions")
@@ -110,7 +110,9 @@ class AdapterConfig:
                     ) from None
         if self.layers is not None:
             self.require(
-                all(isinstance(i, int) and i >= 0 for i in self.layers), "layers", "indices of 0 or more, or None"
+                all(isinstance(i, int) and is_number(i) and i >= 0 for i in self.layers),
+                "layers",
+                "indices of 0 or more, or None",
             )
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
@@ -176,3 +178,8 @@ class AdapterConfig:
             raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; a newer lora-lite may know it")
         dtype = getattr(torch, str(values.get("dtype", "float32")), None)
         return cls(**{**values, "dtype": dtype})
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, and no flag."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -151,6 +151,11 @@ def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str
     }
     targets = [target for target in found if not why[target.name]]
     _keep_promises(model, cfg, found, targets)
+    if not targets and any(not _why_not(target, cfg, others) for target in found):
+        raise AttachError(
+            f"modules_to_save={cfg.modules_to_save}: {', '.join(in_full)} train in full, and hold all layers that an "
+            "adapter would stand on; name smaller modules"
+        )
     if not targets:
         raise AttachError(_no_match("", model, found, cfg))
     return targets, {name: reason for name, reason in why.items() if reason}

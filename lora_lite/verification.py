@@ -85,11 +85,16 @@ def verify(
 
     Raises:
         ValueError: rtol is not above 0.
-        AttachError: nothing is attached, or adapted layers did not run; the message names them.
+        AttachError: nothing is attached, adapted layers did not run, which the message names, or it is called within
+            torch.inference_mode, where nothing has a gradient.
         KernelMismatchError: a layer's error is larger than allowed; it names the worst one.
     """
     if rtol is not None and not rtol > 0:
         raise ValueError(f"verify: rtol must be above 0, or None for the layer's own rounding; got {rtol}")
+    if torch.is_inference_mode_enabled():
+        raise AttachError(
+            "verify: nothing has a gradient in torch.inference_mode, and it compares those; call it outside"
+        )
     attachment = require_attachment(unwrap(model), name)
     with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()):
         calls = _record(model, batch, attachment.targets)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -260,8 +261,17 @@ BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.LoRAConfig, {"alpha": math.nan}, "greater than 0; got nan"),
     (ll.LoRAConfig, {"alpha": math.inf}, "greater than 0; got inf"),
     (ll.LoRAConfig, {"alpha": "16"}, "greater than 0; got '16'"),
-    (ll.LoRAConfig, {"dtype": torch.int8}, "a floating-point torch.dtype; got torch.int8"),
-    (ll.LoRAConfig, {"dtype": "bfloat16"}, "a floating-point torch.dtype; got 'bfloat16'"),
+    (ll.LoRAConfig, {"dtype": torch.int8}, "a floating-point torch.dtype of 16 bits or more; got torch.int8"),
+    (ll.LoRAConfig, {"dtype": "bfloat16"}, "a floating-point torch.dtype of 16 bits or more; got 'bfloat16'"),
+    (ll.LoRAConfig, {"dtype": torch.float8_e4m3fn}, "16 bits or more; got torch.float8_e4m3fn"),
+    (ll.LoRAConfig, {"r": True}, "a whole number of at least 1; got True"),
+    (ll.LoRAConfig, {"alpha": True}, "greater than 0; got True"),
+    (ll.LoRAConfig, {"alpha": 10**400}, "greater than 0; got 1000"),
+    (ll.LoRAConfig, {"dropout": False}, "less than 1; got False"),
+    (ll.LoRAConfig, {"layers": True}, "indices of 0 or more, or None; got (True,)"),
+    (ll.LoRAConfig, {"target_names": None}, "regular expressions, or () for none; got None"),
+    (ll.LoRAConfig, {"modules_to_save": None}, "regular expressions, or () for none; got None"),
+    (ll.DeLoRAConfig, {"lambda0": math.inf}, "greater than 0; got inf"),
     (ll.LoRAConfig, {"dtype": torch.complex64}, "a floating-point torch.dtype"),
     (
         ll.LoRAConfig,
@@ -305,8 +315,14 @@ def test_unknown_field() -> None:
     refused(TypeError, lambda: ll.LoRAConfig(8), "positional")  # type: ignore[misc]
 
 
-def test_configs_are_frozen() -> None:
+def test_configs_are_frozen(tmp_path: Path) -> None:
     refused(AttributeError, lambda: setattr(ll.LoRAConfig(), "r", 4), "r")
+    ranks = {"q_proj": 2}
+    model = llama()
+    ll.attach(model, ll.LoRAConfig(rank_pattern=ranks))
+    ranks["q_proj"] = 9
+    ll.save(model, tmp_path / "a")
+    assert ll.load(llama(), tmp_path / "a").cfg.rank_pattern == {"q_proj": 2}
 
 
 def test_one_name_or_layer_may_stand_alone() -> None:

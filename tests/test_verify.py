@@ -59,6 +59,16 @@ def test_batches(batch: Any) -> None:
         ll.verify(model, batch)
 
 
+def test_refuses_inference_mode() -> None:
+    """Where no tensor has a gradient; under no_grad it makes its own."""
+    model = llama()
+    attach(model, "lora")
+    with torch.no_grad():
+        ll.verify(model, token_ids())
+    with pytest.raises(ll.AttachError, match=r"verify: .*inference_mode.*outside"), torch.inference_mode():
+        ll.verify(model, token_ids())
+
+
 def test_refuses() -> None:
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         ll.verify(llama(), token_ids())

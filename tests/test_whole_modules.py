@@ -212,6 +212,10 @@ def test_two_adapters_with_a_head_each() -> None:
         ({"modules_to_save": ("clasifier",)}, "modules_to_save: 'clasifier' matches no module"),
         ({"modules_to_save": ("score",), "target_names": ("q_proj", "score")}, "no layer matches 'score' of"),
         ({"modules_to_save": ("layers.0",), "layers": (0,)}, "no layer matches"),
+        (
+            {"modules_to_save": (r"^model$", "score")},
+            r"modules_to_save=.*: model, score train in full, and hold all layers",
+        ),
     ],
 )
 def test_refuses(fields: dict[str, Any], message: str) -> None:
