@@ -34,7 +34,6 @@ def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
 
 def once_for_training(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
     """`once`, of indices: where inference makes them first, a training step is to find tensors that it can save."""
-
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return once(made, key, make)
     with torch.inference_mode(False), torch.no_grad():
