@@ -44,8 +44,7 @@ def _block_krylov(W: Tensor, r: int, tolerance: float) -> tuple[Tensor, Tensor, 
     # A Krylov space holds at most `block` vectors of a repeated singular value, so a block is no smaller than r.
     block, limit = r + 8, W.shape[0] // 2
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(W.shape[1], block, generator=generator, device="cpu")
-    newest = torch.linalg.qr(W @ start.to(W)).Q
+    newest = torch.linalg.qr(W @ torch.randn(W.shape[1], block, generator=generator, device="cpu").to(W)).Q
     basis, image = newest[:, :0], W[:0]  # Q and QᵀW
     # QᵀWWᵀQ: its eigenvalues are squares, hence float64; it is only as large as the basis.
     gram = torch.zeros(0, 0, dtype=torch.float64, device=W.device)
