@@ -218,7 +218,7 @@ def launch_expand_backward(
 
     if dB is None and MOST_RANKS_IN_PARTS[kernel] < R:
         return by_shrink(), None, dy_base, dg
-    of_shrink = dy.nbytes + 2 * LAUNCH  # the product, and the sum of its parts
+    of_shrink = dy.nbytes + 4 * LAUNCH  # a product and a sum; the quickest memories move twice as much in a launch
 
     def shares(config: Config) -> tuple[int, bool, tuple[int, int, Tensor | None]]:
         """(blocks of columns, whether each is to have a part of dh, shares of the rows)."""
