@@ -330,6 +330,7 @@ def install(
         site[name] = adapter
         site.off -= {name}
     watch = Watch(name, targets, adapters, sites, whole)
+    cfg = dataclasses.replace(cfg)  # with patterns of its own: nothing that becomes of the caller's reaches a file
     attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside, whole)
     if both := [each.name for each in others if each.whole.entries.keys() & whole.entries.keys()]:
         warnings.warn(

@@ -61,6 +61,25 @@ def test_patterns(variant: str, tmp_path: Path) -> None:
     assert torch.equal(model(token_ids()).logits, want)
 
 
+@pytest.mark.parametrize("whose", ["the caller's", "the config's"])
+def test_patterns_that_change_later(whose: str, tmp_path: Path) -> None:
+    """A sweep goes on with its dict, or its config: what is attached and its file keep what they were made with."""
+    alphas, ranks = {"q_proj": 20.0}, {"k_proj": 2}
+    cfg = ll.LoRAConfig(r=4, alpha_pattern=alphas, rank_pattern=ranks)
+    model: Any = llama()
+    attachment = ll.attach(model, cfg)
+    randomize(model)
+    want = model(token_ids()).logits
+    changed: Any = (alphas, ranks) if whose == "the caller's" else (cfg.alpha_pattern, cfg.rank_pattern)
+    changed[0].update(q_proj=64.0, v_proj=64.0)
+    changed[1].update(k_proj=3, o_proj=3)
+    assert (attachment.cfg.alpha_pattern, attachment.cfg.rank_pattern) == ({"q_proj": 20.0}, {"k_proj": 2})
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.detach(model)
+    ll.load(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(model(token_ids()).logits, want)
+
+
 def test_patterns_are_checked() -> None:
     with pytest.raises(ll.ConfigError, match=r"LoRAConfig\.r must be .* at least 1; got 0, from the pattern 'q_proj'"):
         ll.LoRAConfig(rank_pattern={"q_proj": 0})

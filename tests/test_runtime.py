@@ -60,7 +60,7 @@ def test_attachment_describes_what_was_attached() -> None:
     model = llama()
     cfg = ll.LoRAConfig(r=4, target_names=("q_proj", "down_proj"), layers=(1,))
     attachment = ll.attach(model, cfg)
-    assert attachment.cfg is cfg
+    assert attachment.cfg == cfg
     assert [(t.name, t.role) for t in attachment.targets] == [
         ("model.layers.1.self_attn.q_proj", "reader"),
         ("model.layers.1.mlp.down_proj", "writer"),
