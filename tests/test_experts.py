@@ -1,6 +1,7 @@
 """A mixture's stacked experts: every method on them, against dense weights expert by expert."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch.func import functional_call
 from transformers import GptOssConfig
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
-from zoo import TEXT, ZOO, of
+from zoo import SHARED, TEXT, ZOO, of
 
 import lora_lite as ll
 from lora_lite.calibration import InputPCA
@@ -434,6 +435,122 @@ def test_peft_s_files_both_ways(name: str, stacks: tuple[str, ...], tmp_path: Pa
     ll.detach(model)
     ll.import_peft(model, tmp_path / "ours")
     assert_close(logits(model), want, 1e-6)
+
+
+# Models in which PEFT takes the names of dense and shared feed-forwards for those of experts.
+CONVERTED = {
+    "deepseek_v3": MIXTURES["deepseek_v3"],
+    "glm4_moe": of(
+        "Glm4MoeForCausalLM", "Glm4MoeConfig", **TEXT, head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=20, n_group=1, topk_group=1, first_k_dense_replace=1,
+    ),
+    "qwen3_next": of(
+        "Qwen3NextForCausalLM", "Qwen3NextConfig", **SHARED, layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("name", CONVERTED)
+def test_feed_forwards_that_peft_takes_for_experts(name: str, experts: bool, tmp_path: Path) -> None:
+    """By their weights PEFT takes them for what they are, with ranks and alphas of their own, and so do we; for
+    servers, which read names of layers, they stay layers."""
+    roles = {"target_roles": ("reader", "writer", *(["expert"] if experts else []))}
+    patterns = {"rank_pattern": {r"mlp.*up_proj$": 2}, "alpha_pattern": {r"(mlp|shared_experts?)\.down_proj$": 40.0}}
+    model: Any = CONVERTED[name]()
+    attachment = attach(model, "lora", dropout=0.1, **roles, **patterns)
+    feed_forwards = [t.name for t in attachment.targets if "mlp" in t.name and t.role != "expert"]
+    assert len(feed_forwards) >= 6
+    randomize(model)
+    want = logits(model)
+    ll.export_peft(model, tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {f"{layer}.weight" for layer in feed_forwards} <= set(written["target_parameters"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(CONVERTED[name](), tmp_path)
+    assert_close(logits(theirs), want, 1e-5)
+    ll.detach(model)
+    again: Any = ll.import_peft(model, tmp_path)
+    assert again.adapters.keys() == attachment.adapters.keys()
+    assert_close(logits(model), want, 1e-6)
+
+    ll.export_peft(model, tmp_path / "vllm", for_="vllm")
+    written = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
+    assert set(feed_forwards) <= set(written["target_modules"])
+    assert ("target_parameters" in written) == experts
+
+
+def test_what_peft_would_take_for_experts_is_no_dora(tmp_path: Path) -> None:
+    model = CONVERTED["glm4_moe"]()
+    attach(model, "dora")
+    with pytest.raises(
+        ll.AttachError, match=r"layers\.0\.mlp\.gate_proj: PEFT would take it for experts.*exclude_names"
+    ):
+        ll.export_peft(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    ll.detach(model)
+    attach(model, "dora", exclude_names=("mlp",))
+    randomize(model)
+    ll.export_peft(model, tmp_path / "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(CONVERTED["glm4_moe"](), tmp_path / "b")
+    assert_close(logits(theirs), logits(model), 1e-5)
+
+
+def test_what_transformers_renames_for_peft(tmp_path: Path) -> None:
+    """Laguna's `mlp.shared_expert.` has a dot that matches any letter, so the last of its own `mlp.shared_experts`."""
+    make = of(
+        "LagunaForCausalLM", "LagunaConfig", **SHARED, mlp_layer_types=["dense", "sparse"],
+        layer_types=["full_attention", "full_attention"],
+    )  # fmt: skip
+    model = make()
+    attach(model, "lora")
+    with pytest.raises(
+        ll.AttachError, match=r"1\.mlp\.shared_experts\.gate_proj: .* PEFT would look for .*exclude_names"
+    ):
+        ll.export_peft(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    ll.detach(model)
+    attach(model, "lora", exclude_names=("shared_experts", "lm_head"))
+    randomize(model)
+    ll.export_peft(model, tmp_path / "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "b")
+    assert_close(logits(theirs), logits(model), 1e-5)
+
+
+def test_a_module_that_has_a_mixture_s_config(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: Any = mixture()
+            self.config = self.model.config
+
+    wrapper = Wrapper()
+    attach(wrapper, "lora", target_names=("q_proj",))
+    ll.export_peft(wrapper, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"][0].startswith("model.model.")
+
+
+def test_patterns_of_weights_that_peft_was_told(tmp_path: Path) -> None:
+    """A linear layer among the `target_parameters`, whose patterns must name the weight."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=r".*\.q_proj", target_parameters=["o_proj.weight"], lora_dropout=0.0,
+        rank_pattern={r"layers\.1\.self_attn\.o_proj\.weight": 2}, alpha_pattern={"o_proj": 50, "q_proj": 7},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(llama(), config).eval()  # type: ignore[arg-type]
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = llama()
+    attachment: Any = ll.import_peft(model, tmp_path)
+    assert {name.rpartition(".")[2] for name in attachment.adapters} == {"q_proj", "o_proj"}
+    assert_close(logits(model), logits(theirs), 1e-5)
 
 
 def test_what_peft_has_not_on_experts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from models import (
     assert_same,
     attach,
     calibration_batches,
+    gpt2,
     llama,
     load_tests,
     qwen3,
@@ -25,6 +26,7 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from zoo import ZOO
 
 import lora_lite as ll
 
@@ -321,6 +323,38 @@ def test_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(ll.CheckpointError, match="can't write"):
         ll.export_peft(model, tmp_path / "file")
     assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_conv1d(variant: str, tmp_path: Path) -> None:
+    """PEFT has some methods there, and what it has not is refused."""
+    model = gpt2()
+    attach(model, variant, calibration_batches(), target_names=("c_attn$", "c_fc$"))
+    randomize(model, by=0.3)
+    if variant in ("hra", "delora", "road"):
+        with pytest.raises(ll.AttachError, match=rf"h\.0\.attn\.c_attn: PEFT has no {variant} on a Conv1D; .*save\("):
+            ll.export_peft(model, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+        return
+    ll.export_peft(model, tmp_path)
+    assert_close(logits(read_by_peft(gpt2(), tmp_path)), logits(model), TOLERANCE)
+
+
+def test_mambas(tmp_path: Path) -> None:
+    """PEFT refuses a LoRA on their out_proj, and takes the rest, and other methods there."""
+    make = ZOO["mamba"][0]
+    model = make()
+    attach(model, "lora")
+    with pytest.raises(ll.AttachError, match=r"0\.mixer\.out_proj: PEFT takes no out_proj of a Mamba.*exclude_names"):
+        ll.export_peft(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    ll.export_peft(model, tmp_path / "vllm", for_="vllm")
+    for variant, fields in (("lora", {"exclude_names": ("out_proj", "lm_head")}), ("hra", {})):
+        ll.detach(model)
+        attach(model, variant, **fields)
+        randomize(model, by=0.3)
+        ll.export_peft(model, tmp_path / variant)
+        assert_close(logits(read_by_peft(make(), tmp_path / variant)), logits(model), TOLERANCE)
 
 
 def test_import_on_an_attached_model(tmp_path: Path) -> None:

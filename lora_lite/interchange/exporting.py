@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..shapes import is_conv1d
 from ..stacks import Stack
 from ..targets import stacks_among
 from ..whole_modules import inside
+from .conversions import WEIGHT, taken_for_experts
 from .experts import flat, names_in_file
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
 from .servers import Reader, check_reader, check_served
@@ -56,24 +57,27 @@ def export_peft(
 
     Raises:
         AttachError: nothing is attached, PEFT, or whom the file is for, has nothing that computes what this method
-            does, or several names are not of an IA3 and an IA3-FF on different layers.
+            does on one of its layers, or several names are not of an IA3 and an IA3-FF on different layers.
         CheckpointError: the folder can't be written, or a tensor has no values or not its shape.
     """
     check_reader(for_)
     model, folder = unwrap(model), Path(folder)
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
+    by_weight: list[str] = []
     attachments = _of_one_file(model, name)
     for attachment in attachments:
         names, adapters = as_they_are(model, attachment, "export_peft")
         warn_of_losses(model, attachment, "export_peft")
         if (kind := TENSORS.get(attachment.cfg.variant, ("LORA",))[0]) == "LORA":
-            of_one, its_tensors = as_lora(attachment, adapters, names, uniform or for_ != "peft", "export_peft")
+            by_weight = _by_weight(model, attachment, names) if for_ == "peft" else []
+            as_one = uniform or for_ != "peft"
+            of_one, its_tensors = as_lora(attachment, adapters, names, as_one, "export_peft", by_weight)
         else:
             of_one, its_tensors = _as_its_own(attachment, adapters)
         config |= {**of_one, "peft_type": kind}
         tensors |= {PREFIX + key: t for key, t in its_tensors.items()}
-    config |= _other_fields(model, attachments, config["peft_type"])
+    config |= _other_fields(model, attachments, config["peft_type"], by_weight)
     check_served(for_, model, attachments, config)
     for attachment in attachments:
         tensors |= _in_full(model, attachment, config)
@@ -130,9 +134,15 @@ class Sum(NamedTuple):
 
 
 def as_lora(
-    attachment: Attachment, adapters: dict[str, Adapter], names: dict[str, str], uniform: bool, what: str
+    attachment: Attachment,
+    adapters: dict[str, Adapter],
+    names: dict[str, str],
+    uniform: bool,
+    what: str,
+    by_weight: Container[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's fields and tensors of a LoRA or DoRA, by the names that the layers have now. `what` is called.
+    """PEFT's fields and tensors of a LoRA or DoRA, by the names that the layers have now. `what` is called. The layers
+    of `by_weight` stand under `target_parameters`, and so PEFT's patterns are of their weights.
 
     Raises:
         AttachError: the method is neither, or a DoRA is on stacked experts.
@@ -150,8 +160,9 @@ def as_lora(
         tensors |= {f"{prefix}.{keys['lora_A']}": _stored(A), f"{prefix}.{keys['lora_B']}": _stored(B)}
         if m is not None:
             tensors[f"{prefix}.lora_magnitude_vector"] = _stored(m)
-    ranks = {name: each.rank for name, each in sums.items()}
-    alphas = {name: _whole(each.scale * each.rank) for name, each in sums.items()}
+    listed = {name: name + WEIGHT if name in by_weight else name for name in sums}
+    ranks = {listed[name]: each.rank for name, each in sums.items()}
+    alphas = {listed[name]: _whole(each.scale * each.rank) for name, each in sums.items()}
     dora = {"use_dora": True} if attachment.cfg.variant == "dora" else {}
     return {**patterns(ranks, alphas), **dora}, tensors
 
@@ -233,7 +244,12 @@ def _stacks(attachment: Attachment, names: dict[str, str]) -> list[Any]:
     ]
 
 
-def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[str, Any]:
+def _by_weight(model: nn.Module, attachment: Attachment, names: dict[str, str]) -> list[str]:
+    """The layers of which `target_parameters` has to name the weights, so that PEFT takes them for what they are."""
+    return taken_for_experts(model, [names[t.name] for t in attachment.targets if not isinstance(t.layer, Stack)])
+
+
+def _other_fields(model: Any, attachments: list[Attachment], kind: str, by_weight: list[str]) -> dict[str, Any]:
     """The fields of PEFT's config that are not of a method's own."""
     current = [current_names(model, each.targets) for each in attachments]
     stacks = [target.name for names, each in zip(current, attachments, strict=True) for target in _stacks(each, names)]
@@ -246,15 +262,15 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str) -> dict[
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "inference_mode": True,
-        "target_modules": [layer for _, layer in layers],
+        "target_modules": [layer for _, layer in layers if layer not in by_weight],
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
-    if stacks:
-        config["target_parameters"] = stacks
+    if parameters := [*stacks, *(layer + WEIGHT for layer in by_weight)]:
+        config["target_parameters"] = parameters
     if kind in ("LORA", "IA3"):
         config["fan_in_fan_out"] = any(is_conv1d(t.layer) for each in attachments for t in each.targets)
-    if kind in DROPOUT:  # of which PEFT's experts have none
-        config[DROPOUT[kind]] = 0.0 if stacks else attachments[0].cfg.dropout
+    if kind in DROPOUT:  # of which PEFT's parameters have none
+        config[DROPOUT[kind]] = 0.0 if parameters else attachments[0].cfg.dropout
     if kind == "IA3":
         return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
     return config if kind == "ROAD" else {**config, "bias": "none"}

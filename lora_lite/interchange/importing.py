@@ -23,6 +23,7 @@ from ..stacks import Stack
 from ..targets import Target, candidates
 from ..variant import REGISTRY
 from ..whole_modules import WholeModules
+from .conversions import WEIGHT
 from .experts import names_in_file, stacked
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
 
@@ -85,7 +86,7 @@ def attach_stored(
     ready: dict[str, tuple[AdapterConfig, str, list[Target], dict[str, Adapter]]] = {}
     try:
         config, stored = read()
-        named = _variant(config)
+        named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
         whole = _whole_modules(model, config.get("modules_to_save") or [], stored, moved)
         tensors = _unstacked(model, config, _ours(named, _without_bases(model, stored, moved)), moved)
@@ -176,6 +177,35 @@ def _without_bases(model: nn.Module, stored: dict[str, Tensor], moved: Renaming)
         if base is not None and not torch.equal(base.detach().cpu(), stored[key].to(base.dtype)):
             raise CheckpointError(f"its base has another {layer} than this model: in its vocabulary or its values")
     return {key: t for key, t in stored.items() if not key.endswith(end)}
+
+
+def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) -> dict[str, Any]:
+    """The config with linear layers of which `target_parameters` names the weights among the `target_modules`, where
+    they are the same. PEFT's patterns are of the weights' names, there."""
+    parameters, modules = config.get("target_parameters") or [], config.get("target_modules") or []
+    linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t)]
+    of_weights = {
+        name: [layer for layer in linears if _peft_matches([name], layer + WEIGHT)]
+        for name in parameters
+        if name.endswith(WEIGHT)
+    }
+    layers = [layer for found in of_weights.values() for layer in found]
+    if not layers:
+        return config
+    if isinstance(modules, str):
+        modules = [layer for layer in linears if _peft_matches(modules, layer)]
+    patterns = {}
+    for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        old = config.get(field) or {}
+        own = {
+            f"^{re.escape(layer)}": next(
+                (value for key, value in old.items() if re.match(rf"(.*\.)?({key})$", layer + WEIGHT)), config[usual]
+            )
+            for layer in layers
+        }
+        patterns[field] = {**own, **old} if old else {}
+    rest = [name for name in parameters if not of_weights.get(name)]
+    return {**config, **patterns, "target_parameters": rest, "target_modules": [*modules, *layers]}
 
 
 def _unstacked(
