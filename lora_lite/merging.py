@@ -6,6 +6,7 @@ identity's rows: no method has a merge of its own.
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import replace_file
 from .errors import AttachError
+from .idle import describe
 from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive
@@ -34,12 +36,13 @@ from .targets import is_linear
 _ROWS = 1024  # of the identity at a time
 
 
-@torch.no_grad()
 def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state dict of a plain model that computes what this one does now, with the adapters that act, in evaluation.
 
     Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
     quantised layers, made dense. The rest are the base's own, in whose memory nothing changes.
+
+    Warns by name about adapters that do nothing in the adapted model.
 
     Args:
         model: with adapters attached.
@@ -51,8 +54,12 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
             bias to a layer that has none, or PEFT was put on the model after attach.
     """
     model = unwrap(model)
-    chosen(model, None)
-    require_no_peft(model, "merging")
+    _check(model, "merged_state_dict")
+    return _state_dict(model, dtype)
+
+
+@torch.no_grad()
+def _state_dict(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
     for path, module in _base_modules(model, remove_duplicate=False):
@@ -70,8 +77,7 @@ def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
         AttachError: as `merged_state_dict` does, or the output head is tied to an embedding and one has an adapter.
     """
     model = unwrap(model)
-    chosen(model, None)
-    require_no_peft(model, "merging")
+    _check(model, "merged_parameters")
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _is_parted(model):
         raise AttachError(
             "the output head is tied to the embedding, and one of them has an adapter, so that the merged model has "
@@ -107,7 +113,8 @@ def save_merged(
         AttachError: as `merged_state_dict` does.
     """
     model, folder = unwrap(model), Path(folder)
-    tensors = merged_state_dict(model, dtype=dtype)
+    _check(model, "save_merged")
+    tensors = _state_dict(model, dtype)
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
         folder.mkdir(parents=True, exist_ok=True)
         alone = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file has no two names for one tensor
@@ -115,6 +122,20 @@ def save_merged(
         return
     plain = _skeleton(model, tensors)
     type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
+
+
+def _check(model: nn.Module, what: str) -> None:
+    """An AttachError where there is nothing to merge, or PEFT is on the model; one warning of adapters that do nothing,
+    for which the merged model is not the adapted one."""
+    attached = chosen(model, None)
+    require_no_peft(model, "merging")
+    texts = [describe(each.watch.idle(model)) for each in attached if each.acts]
+    if found := ". ".join(text for text in texts if text):
+        warnings.warn(
+            f"{what}: {found}. Merged weights have what adapters make of layers that do not run, and nothing of those "
+            "on layers that are no longer part of the model",
+            stacklevel=3,
+        )
 
 
 def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

@@ -49,7 +49,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     return [
         str(w.message)
         for w in caught
-        if re.match(r"after (the first (backward|step)|\d+ steps):|save:|export_peft:|verify:", str(w.message))
+        if re.match(r"after (the first (backward|step)|\d+ steps):|\w*(save|export|verify|merged)\w*:", str(w.message))
     ]
 
 
@@ -140,8 +140,25 @@ def test_a_kernel_that_reads_the_weight(tmp_path: Path) -> None:
     assert len(ll.verify(model, batch, partial=True)) == 6
     (again,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
     assert again.startswith("save: these adapted layers never ran")
+    for what, call in merging(model, tmp_path / "merged").items():
+        (again,) = warned(call)
+        assert again.startswith(f"{what}: these adapted layers never ran")
+        with ll.disabled(model):
+            assert not warned(call)
+    ll.detach(model)
+    ll.attach(model, L(r=2, target_roles=(), exclude_names=("out_proj", "lm_head")))  # PEFT takes no out_proj
+    warned(lambda: model(**batch).loss.backward())
     (again,) = warned(lambda: ll.export_peft(model, tmp_path / "peft"))
     assert "dt_proj" in again
+
+
+def merging(model: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
+    """All that makes merged weights."""
+    return {
+        "merged_state_dict": lambda: ll.merged_state_dict(model),
+        "merged_parameters": lambda: dict(ll.merging.merged_parameters(model)),
+        "save_merged": lambda: ll.save_merged(model, folder),
+    }
 
 
 def test_a_loss_that_multiplies_by_the_heads_weight() -> None:
@@ -173,6 +190,9 @@ def test_layers_that_left_the_model(leave: str, tmp_path: Path) -> None:
         ll.verify(model, token_ids())
     (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
     assert gone in text
+    for what, call in merging(model, tmp_path / "merged").items():
+        (text,) = warned(call)
+        assert re.match(rf"{what}: .*{gone}.*nothing of those on layers that are no longer part", text)
     ll.detach(model)
 
 
