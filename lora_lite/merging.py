@@ -5,6 +5,7 @@ identity's rows: no method has a merge of its own.
 """
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .shapes import features, is_conv1d, is_embedding, shape
+from .shapes import is_conv1d, is_embedding
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
@@ -42,7 +43,8 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
     quantised layers, made dense. The rest are the base's own, in whose memory nothing changes.
 
-    Warns by name about adapters that do nothing in the adapted model.
+    Warns by name about adapters that do nothing in the adapted model, and about weights that are tied there and not in
+    the merged one: a model that ties them would take one for the other.
 
     Args:
         model: with adapters attached.
@@ -55,6 +57,7 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     """
     model = unwrap(model)
     _check(model, "merged_state_dict")
+    _warn_of_parted(model, "merged_state_dict")
     return _state_dict(model, dtype)
 
 
@@ -74,14 +77,15 @@ def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     to be. As in `nn.Module.named_parameters`, one that has several names comes once, under the first.
 
     Raises:
-        AttachError: as `merged_state_dict` does, or the output head is tied to an embedding and one has an adapter.
+        AttachError: as `merged_state_dict` does, or an adapter acts on one of several tied weights, such as an output
+            head's and an embedding's.
     """
     model = unwrap(model)
     _check(model, "merged_parameters")
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and _is_parted(model):
+    if parted := _parted(model):
         raise AttachError(
-            "the output head is tied to the embedding, and one of them has an adapter, so that the merged model has "
-            "weights for which a tied one has no place; leave both out by exclude_names"
+            f"{' and '.join(parted)} are tied, and an adapter acts on one of them, so that the merged model has "
+            "weights for which a tied one has no place; leave them out by exclude_names"
         )
     return _parameters(model, dtype)
 
@@ -102,7 +106,8 @@ def save_merged(
     model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any
 ) -> None:
     """Write the merged model as a plain checkpoint: of a transformers model what its `save_pretrained` writes, config
-    and tied weights and shards included, without the quantisation; of any other module a `model.safetensors`.
+    and tied weights and shards included, without the quantisation; of any other module a `model.safetensors`. Where an
+    adapter acts on one of several tied weights, none are tied in the checkpoint.
 
     Args:
         model, dtype: as in `merged_state_dict`.
@@ -110,18 +115,34 @@ def save_merged(
         options: for `save_pretrained`, such as max_shard_size.
 
     Raises:
-        AttachError: as `merged_state_dict` does.
+        AttachError: as `merged_state_dict` does, or the model computes something else where its config ties nothing.
     """
     model, folder = unwrap(model), Path(folder)
     _check(model, "save_merged")
-    tensors = _state_dict(model, dtype)
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        _warn_of_parted(model, "save_merged")
+        tensors = _apart(_state_dict(model, dtype))
         folder.mkdir(parents=True, exist_ok=True)
-        alone = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file has no two names for one tensor
-        replace_file(folder / "model.safetensors", lambda file: save_file(alone, file, metadata={"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         return
-    plain = _skeleton(model, tensors)
+    if parted := _parted(model):
+        _require_untied(model, parted)
+    tensors = _state_dict(model, dtype)
+    plain = _skeleton(model, tensors, tied=not parted)
+    if parted:  # under all their names, also those that stay equal: nothing ties them when they are loaded
+        tensors = _apart(tensors)
     type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with memory of its own for each, since a file has no two names for one tensor."""
+    taken: set[int] = set()
+    found = {}
+    for name, t in tensors.items():
+        storage = t.untyped_storage().data_ptr()
+        found[name] = t.clone(memory_format=torch.contiguous_format) if storage in taken else t.contiguous()
+        taken.add(storage)
+    return found
 
 
 def _check(model: nn.Module, what: str) -> None:
@@ -148,21 +169,59 @@ def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
             yield path, module
 
 
-def _is_parted(model: Any) -> bool:
-    """Whether adapters make another weight of what a config can tie: the output head, and embeddings of its shape."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    of_head = (features(head) or ())[::-1]
-    adapted = [module for module in model.modules() if SITE in module._modules]
-    return any(each is head or (is_embedding(each) and (not of_head or shape(each) == of_head)) for each in adapted)
+def _parted(model: Any) -> list[str]:
+    """The names of a weight that is tied in the base and not in the merged model, since an adapter acts on one of the
+    layers that hold it; empty: there is none."""
+    sources = getattr(model, "all_tied_weights_keys", None) or {}  # transformers': offloading makes several of one
+    first_name: dict[int, str] = {}
+    tied: dict[str, list[str]] = {}
+    adapted: set[str] = set()
+    for path, module in _base_modules(model):
+        site = module._modules.get(SITE)
+        for key, p in module._parameters.items():
+            if p is not None:
+                name = f"{path}.{key}" if path else key
+                source = first_name.setdefault(id(p), sources.get(name, name))
+                tied.setdefault(source, []).append(name)
+                adapted |= {source} if isinstance(site, Site) and site.acting() else set()
+    return next((names for source, names in tied.items() if len(names) > 1 and source in adapted), [])
 
 
-def _skeleton(model: Any, tensors: dict[str, Tensor]) -> Any:
+def _warn_of_parted(model: nn.Module, what: str) -> None:
+    """A warning where a model that ties its weights would take one of the merged ones for another."""
+    if parted := _parted(model):
+        warnings.warn(
+            f"{what}: {' and '.join(parted)} are tied in this model, and have values of their own in the merged one, "
+            "since an adapter acts on one of them: load them into a model that does not tie them, in transformers by "
+            "config.tie_word_embeddings=False, as save_merged writes it",
+            stacklevel=3,
+        )
+
+
+def _require_untied(model: Any, parted: list[str]) -> None:
+    """Raise where the model's forward asks its config whether weights are tied, and a config would say that they are
+    not: Switch scales what its head gets by that."""
+    config = copy.deepcopy(model.config)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    config.tie_word_embeddings = False
+    says_so = not type(config).from_dict(config.to_dict()).tie_word_embeddings  # T5's never does
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if says_so and code is not None and "tie_word_embeddings" in code.co_names:
+        raise AttachError(
+            f"{' and '.join(parted)} are tied, and an adapter acts on one of them, so that the merged model's can't "
+            f"be; and {type(model).__name__} computes something else where they are not. Leave them out by "
+            "exclude_names, or keep the adapter: save(model, path)"
+        )
+
+
+def _skeleton(model: Any, tensors: dict[str, Tensor], tied: bool) -> Any:
     """A model of the same class and config without values and without quantisation, for its `save_pretrained`."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
-    if _is_parted(model):  # they were tied, and are not any more
+    if not tied:
         config.tie_word_embeddings = False
     with torch.device("meta"):
         plain = type(model)(config)

@@ -1,9 +1,11 @@
 """Merged weights: a plain model that computes what the adapted one does, from new tensors, on disk and in memory."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -27,6 +29,7 @@ from models import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from zoo import of
 
 import lora_lite as ll
 
@@ -134,6 +137,101 @@ def test_tied_weights_and_shards(tmp_path: Path) -> None:
     assert not untied.config.tie_word_embeddings
     assert model.config.tie_word_embeddings
     assert_close(logits(untied), logits(model), 1e-5)
+
+
+BART = {
+    "vocab_size": 61, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_position_embeddings": 64,
+}  # fmt: skip
+T5 = {"vocab_size": 61, "d_model": 32, "d_ff": 56, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+ENCODER_DECODERS = {
+    "bart": of("BartForConditionalGeneration", "BartConfig", **BART),
+    "m2m_100": of("M2M100ForConditionalGeneration", "M2M100Config", **BART),
+    "t5": of("T5ForConditionalGeneration", "T5Config", **T5),
+    "t5_unscaled": of("T5ForConditionalGeneration", "T5Config", **T5, tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize(
+    "names", [(r"lm_head$",), (r"encoder\.embed_tokens$",), (r"decoder\.embed_tokens$", "lm_head")]
+)
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_what_stays_tied_beside_what_does_not(name: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    """One of four tied weights is another after merging; the checkpoint holds all four."""
+    model: Any = ENCODER_DECODERS[name]()
+    batch = {"input_ids": token_ids(), "decoder_input_ids": token_ids(length=9, seed=1)}
+    ll.attach(model, ll.LoRAConfig(r=4, target_names=names))
+    randomize(model)
+    with torch.no_grad():
+        want = model(**batch).logits
+        with ll.disabled(model):
+            base = model(**batch).logits
+    assert (want - base).norm() > 1e-2 * base.norm()
+    ll.save_merged(model, tmp_path)
+    plain, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    with torch.no_grad():
+        assert_close(plain(**batch).logits, want, 1e-5)
+        ll.detach(model)
+        assert_close(model(**batch).logits, base, 1e-6)
+
+
+def test_a_model_that_asks_whether_it_is_tied(tmp_path: Path) -> None:
+    """Switch scales its head's input by that: an untied checkpoint would compute something else."""
+    make = of("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", **T5, num_experts=2)
+    model: Any = make()
+    ll.attach(model, ll.LoRAConfig(r=4, target_names=("lm_head",)))
+    with pytest.raises(ll.AttachError, match=r"shared\.weight and .*lm_head\.weight are tied.*Switch.*exclude_names"):
+        ll.save_merged(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=4))
+    randomize(model)
+    ll.save_merged(model, tmp_path)
+    batch = {"input_ids": token_ids(), "decoder_input_ids": token_ids(length=9, seed=1)}
+    with torch.no_grad():
+        assert_close(type(model).from_pretrained(tmp_path)(**batch).logits, model(**batch).logits, 1e-5)
+
+
+def test_a_tied_model_takes_no_weights_that_are_parted() -> None:
+    """Loaded into a tied model the head's would be the embedding's, too."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x)))
+
+    for model, names in (
+        (qwen3(), "model.embed_tokens.weight and lm_head.weight"),
+        (Tied(), "first.weight and second"),
+    ):
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("lm_head|second",)))
+        with pytest.warns(UserWarning, match=rf"merged_state_dict: {names}.* are tied in this model, and have values"):
+            ll.merged_state_dict(model)
+        with pytest.raises(ll.AttachError, match=f"{names}.* are tied"):
+            ll.merging.merged_parameters(model)
+        with warnings.catch_warnings(), ll.disabled(model):
+            warnings.simplefilter("error")
+            ll.merged_state_dict(model)
+            assert list(ll.merging.merged_parameters(model))
+
+
+def test_a_tie_that_offloading_hides(tmp_path: Path) -> None:
+    """accelerate puts two tensors on the meta device in the place of a tied one."""
+    model: Any = qwen3()
+    ll.attach(model, ll.LoRAConfig(r=4, target_names=("lm_head",)))
+    randomize(model)
+    want = logits(model)
+    accelerate.cpu_offload(model)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    ll.save_merged(model, tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    assert not plain.config.tie_word_embeddings
+    assert_close(logits(plain), want, 1e-5)
 
 
 def test_several_adapters_and_who_acts(tmp_path: Path) -> None:
