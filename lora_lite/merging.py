@@ -29,7 +29,7 @@ from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .shapes import is_conv1d, is_embedding
+from .shapes import is_conv1d, is_conv1d_in_files, is_embedding
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
@@ -293,7 +293,7 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     # Of a weight that is made of others (pruning, weight_norm) there remains the weight.
     sources = {f"{t}_{of}" for t in ("weight", "bias") for of in ("orig", "mask", "g", "v", "u")}
     others = {name: t for name, t in _own(layer, dtype).items() if name not in sources} if dense else {}
-    found = {**others, "weight": (W.t().contiguous() if is_conv1d(layer) else W).to(dtype)}
+    found = {**others, "weight": (W.t().contiguous() if is_conv1d_in_files(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
 
 

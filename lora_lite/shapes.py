@@ -31,6 +31,12 @@ def is_conv1d(layer: Any) -> bool:
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "nx")
 
 
+def is_conv1d_in_files(layer: Any) -> bool:
+    """Whether plain checkpoints store its weight in × out: of a Conv1D, also where quantisation has put a layer of
+    another class in its place, which transformers notes there."""
+    return is_conv1d(layer) or getattr(getattr(layer, "source_cls", None), "__name__", "") == "Conv1D"
+
+
 def is_embedding(layer: Any) -> bool:
     """Whether its input are ids: one-hot rows of a linear layer, by the number of their one."""
     return isinstance(layer, nn.Embedding)

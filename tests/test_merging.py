@@ -17,6 +17,7 @@ from models import (
     bert,
     calibration_batches,
     config,
+    gpt2,
     gpt_neox,
     llama,
     load_tests,
@@ -117,6 +118,26 @@ def test_quantised_bases(variant: str, kind: str, tmp_path: Path) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert all(type(m) is nn.Linear for m in plain.modules() if hasattr(m, "in_features"))
     assert_close(logits(plain), want, 1e-5 if kind == "4bit" else 5e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_conv1d(kind: str, tmp_path: Path) -> None:
+    """bitsandbytes' layers in the places of GPT-2's Conv1D hold N×K, and its checkpoints K×N: in square ones, too."""
+    sizes = {"n_embd": 64, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    gpt2(**sizes).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model = quantized.quantised(tmp_path / "base", kind, layers=8)
+    attach(model, "lora", target_names=("c_attn", "mlp.c_proj"))  # and attn.c_proj, which is square, has no adapter
+    randomize(model, by=0.3)
+    with torch.no_grad():
+        want = model.train()(input_ids=token_ids()).logits
+    ll.save_merged(model, tmp_path / "merged", dtype=torch.float32)
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    memory: Any = gpt2(seed=1, **sizes)
+    memory.load_state_dict(ll.merged_state_dict(model, dtype=torch.float32))
+    for each in (plain, memory):
+        assert type(each.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+        assert_close(logits(each), want, 1e-5 if kind == "4bit" else 5e-2)
 
 
 def test_tied_weights_and_shards(tmp_path: Path) -> None:

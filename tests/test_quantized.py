@@ -49,10 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def quantised(folder: Path, kind: str) -> Any:
+def quantised(folder: Path, kind: str, layers: int = 14) -> Any:
     config = BitsAndBytesConfig(**KINDS[kind])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    assert sum(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules()) == 14
+    assert sum(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules()) == layers
     # On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights anew at the first forward in evaluation: it
     # rounds their absmaxes, passes no gradient on, and fails where a layer is narrower than a block.
     for module in model.modules():

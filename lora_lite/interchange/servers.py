@@ -15,7 +15,7 @@ from torch import nn
 from ..attachment import Attachment
 from ..errors import AttachError
 from ..idle import current_names
-from ..shapes import is_conv1d, is_embedding
+from ..shapes import is_conv1d_in_files, is_embedding
 from ..stacks import Stack
 from ..targets import Target, stacks_among
 from .conversions import WEIGHT, renamed
@@ -105,6 +105,6 @@ def _unconvertible(target: Target, tied: bool) -> str:
         return (
             "llama.cpp's converter takes mergekit's adapters of embeddings, and PEFT's have A and B the other way round"
         )
-    if is_conv1d(target.layer):
+    if is_conv1d_in_files(target.layer):
         return "llama.cpp's converter transposes Conv1D's weights, and would an adapter that is not"
     return "llama.cpp keeps no head that is tied to the embedding" if target.is_head and tied else ""
