@@ -169,7 +169,9 @@ def warn_of_losses(model: nn.Module, attachment: Attachment, what: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside `path`, flush it to disk and rename it over `path`: a crash leaves the earlier one."""
+    """`write` a file beside `path`, flush it to disk and rename it over `path`: a crash leaves the earlier one. A link
+    stays, and the file that it leads to is replaced."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         write(temporary)
@@ -248,9 +250,12 @@ def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str
 def _listed(metadata: dict[str, str], field: str) -> list[str]:
     """A list of names in a file's metadata; empty where there is none."""
     try:
-        return json.loads(metadata.get(field, "[]"))
+        found = json.loads(metadata.get(field, "[]"))
     except ValueError as error:
         raise CheckpointError(f"its {field} are not readable ({error})") from error
+    if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+        raise CheckpointError(f"its {field} must be a list of names; they are {found!r}")
+    return found
 
 
 def _moved(metadata: dict[str, str], moved: Renaming) -> dict[str, str]:
@@ -273,6 +278,8 @@ def _shapes(metadata: dict[str, str]) -> dict[str, list[int]]:
         raise CheckpointError(f"its list of target layers is not readable ({error})") from error
     if metadata.get("fingerprint") != _fingerprint(shapes):
         raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
+    if not (isinstance(shapes, dict) and all(isinstance(each, list) for each in shapes.values())):
+        raise CheckpointError("its list of target layers must give each one's shape; the file is damaged")
     return shapes
 
 
@@ -315,11 +322,21 @@ def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
+    if path.is_dir():
+        raise CheckpointError(f"it is a folder; {_reader_of(path)}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
+
+
+def _reader_of(folder: Path) -> str:
+    """What to do with a folder where a file was expected."""
+    if (folder / "adapter_config.json").exists():
+        return "it holds PEFT's adapter_config.json: call import_peft(model, folder)"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"name the file in it ({', '.join(files[:3]) or 'there is no .safetensors'})"
 
 
 def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:

@@ -249,6 +249,36 @@ def test_process_killed_before_the_rename(saved: Path, monkeypatch: pytest.Monke
     ll.load(llama(), saved)
 
 
+def test_a_link_stays_and_its_file_is_replaced(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "links").mkdir()
+    link, second = tmp_path / "links" / "latest", tmp_path / "links" / "second"
+    link.symlink_to(saved)
+    second.symlink_to("latest")
+    earlier, model = saved.read_bytes(), trained("pissa")
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(ll.CheckpointError, match="latest: disk gone"):
+            ll.save(model, link)
+    assert saved.read_bytes() == earlier
+    ll.save(model, second)
+    assert link.is_symlink()
+    assert second.is_symlink()
+    assert saved.read_bytes() != earlier
+    assert sorted(path.name for path in link.parent.iterdir()) == ["latest", "second"]
+    fresh = llama()
+    ll.load(fresh, link)
+    assert torch.equal(logits(fresh), logits(model))
+    ahead = tmp_path / "links" / "ahead"
+    ahead.symlink_to(tmp_path / "not_yet")
+    ll.save(model, ahead)
+    assert ahead.is_symlink()
+    assert (tmp_path / "not_yet").is_file()
+
+
 def unwritable(tmp_path: Path) -> dict[str, Path | str]:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("text")
@@ -336,6 +366,14 @@ def test_no_file(name: str, tmp_path: Path) -> None:
     refused(tmp_path / name)
 
 
+def test_a_folder_for_a_file(saved: Path, tmp_path: Path) -> None:
+    refused(saved.parent, f"{saved.parent}: it is a folder; name the file in it ({saved.name})")
+    (tmp_path / "none").mkdir()
+    refused(tmp_path / "none", "it is a folder", "there is no .safetensors")
+    ll.export_peft(trained(), tmp_path / "peft")
+    refused(tmp_path / "peft", "it is a folder; it holds PEFT's adapter_config.json: call import_peft(model, folder)")
+
+
 class Trap:
     """Something that runs code when it is unpickled."""
 
@@ -392,6 +430,17 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
         ["config is not readable"],
     ),
     "unknown dtype": (lambda m, t: with_config(m, dtype="float7"), ["LoRAConfig.dtype must be"]),
+    "dtype of 8 bits": (
+        lambda m, t: with_config(m, dtype="float8_e4m3fn"),
+        ["LoRAConfig.dtype must be", "16 bits or more"],
+    ),
+    "rank that is a flag": (lambda m, t: with_config(m, r=True), ["LoRAConfig.r must be", "got True"]),
+    "whole modules are no list": (lambda m, t: m.update(whole_modules="3"), ["its whole_modules must be a list", "3"]),
+    "whole tensors are no names": (lambda m, t: m.update(whole_tensors="[3]"), ["its whole_tensors must be", "[3]"]),
+    "targets are a list": (
+        lambda m, t: m.update(targets="[3]", fingerprint=hashlib.sha256(b"[3]").hexdigest()),
+        ["list of target layers must give each one's shape"],
+    ),
     "dtype that is a function": (lambda m, t: with_config(m, dtype="save"), ["LoRAConfig.dtype must be"]),
     "config is no object": (lambda m, t: m.update(config="[]"), ["config is not readable"]),
     "config is no JSON": (lambda m, t: m.update(config="{"), ["config is not readable"]),

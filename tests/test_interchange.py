@@ -1,6 +1,7 @@
 """Adapters to PEFT's files and back: the same logits on either side, and clear refusals."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,26 @@ def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
     refused(with_config(tmp_path / "h", variant="road_1", group_size=6), "group_size=6 does not divide")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("target_modules", "(", "a list of names or a regular expression"),
+        ("exclude_modules", 3, "a list of names or a regular expression"),
+        ("modules_to_save", [3], "a list of names"),
+        ("target_parameters", "q_proj.weight", "a list of names"),
+        ("rank_pattern", {"(": 4}, "a dict of regular expressions"),
+        ("alpha_pattern", ["q_proj"], "a dict of regular expressions"),
+        ("lora_dropout", "0.1", "a number"),
+        ("layers_to_transform", [0.5], "an index or a list of indices"),
+    ],
+)
+def test_refuses_fields_of_another_kind(field: str, value: Any, wanted: str, tmp_path: Path) -> None:
+    refused(
+        with_config(a_lora(tmp_path), **{field: value}),
+        rf"its {field} must be {wanted}; it is {re.escape(repr(value))}",
+    )
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("save_base", [True, False])
 def test_embeddings(tied: bool, save_base: bool, tmp_path: Path) -> None:
@@ -294,6 +315,8 @@ def test_refuses_another_model(tmp_path: Path) -> None:
 
 def test_refuses_damaged_files(tmp_path: Path) -> None:
     refused(tmp_path / "missing", "adapter_config.json is not readable")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "it is a file; name the folder")
     folder = a_lora(tmp_path / "truncated")
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])

@@ -86,6 +86,7 @@ def attach_stored(
     ready: dict[str, tuple[AdapterConfig, str, list[Target], dict[str, Adapter]]] = {}
     try:
         config, stored = read()
+        _check_fields(config)
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
         whole = _whole_modules(model, config.get("modules_to_save") or [], stored, moved)
@@ -109,6 +110,8 @@ def attach_stored(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise CheckpointError("it is a file; name the folder that holds it and an adapter_config.json, or call load")
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
@@ -116,6 +119,42 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError("its adapter_config.json is no object")
     return config
+
+
+def _check_fields(config: dict[str, Any]) -> None:
+    """Raise where a field is of another kind than PEFT has it."""
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "a list of names": ("modules_to_save target_parameters", _are_names),
+        "a list of names or a regular expression": (
+            "target_modules exclude_modules feedforward_modules",
+            lambda value: _are_names(value) or _is_expression(value),
+        ),
+        "a dict of regular expressions": (
+            "rank_pattern alpha_pattern",
+            lambda value: isinstance(value, dict) and all(map(_is_expression, value)),
+        ),
+        "a number": ("lora_dropout module_dropout delora_lambda", lambda value: isinstance(value, int | float)),
+        "an index or a list of indices": (
+            "layers_to_transform",
+            lambda value: all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])),
+        ),
+        "a name": ("variant", lambda value: isinstance(value, str)),
+    }
+    for wanted, (fields, fits) in kinds.items():
+        for field in fields.split():
+            if (value := config.get(field)) is not None and not fits(value):
+                raise CheckpointError(f"its {field} must be {wanted}; it is {value!r}")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
 
 
 def _tensor_file(folder: Path) -> Path:
@@ -199,7 +238,8 @@ def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) 
         old = config.get(field) or {}
         own = {
             f"^{re.escape(layer)}": next(
-                (value for key, value in old.items() if re.match(rf"(.*\.)?({key})$", layer + WEIGHT)), config[usual]
+                (value for key, value in old.items() if re.match(rf"(.*\.)?({key})$", layer + WEIGHT)),
+                config.get(usual),
             )
             for layer in layers
         }
