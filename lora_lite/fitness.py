@@ -37,7 +37,7 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
         )
     if is_embedding(layer):
         return unfit_embedding(layer)
-    x, y = _run_one_row(layer)
+    x, y = run_one_row(layer)
     if y is not None and not isinstance(y, Tensor):
         return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"
     if isinstance(y, Tensor) and y.shape[-1:] != shape(layer)[1:]:
@@ -60,8 +60,8 @@ def _passes_gradient(x: Tensor, y: Tensor) -> bool:
     return grad is not None
 
 
-def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
-    """A row of ones and what the layer makes of it: not asked of nn.Linear, whose forward is known, nor of layers of
+def run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
+    """A row of numbers and what the layer makes of it: not asked of nn.Linear, whose forward is known, nor of layers of
     bitsandbytes, which pack their weights anew at their first forward, nor where the weight is not whole. None: the
     layer can't run it."""
     weight: Any = weight_of(layer)
@@ -82,7 +82,7 @@ def _run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
 def _tried(layer: Any, weight: Tensor, cuda: list[torch.device]) -> tuple[Tensor | None, Any]:
     for dtype in dict.fromkeys((token_dtype(layer), torch.float32)):
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
-            x = torch.ones(1, shape(layer)[0], dtype=dtype, device=weight.device, requires_grad=True)
+            x = torch.linspace(-1, 1, shape(layer)[0], dtype=dtype, device=weight.device)[None].requires_grad_()
             try:
                 return x, layer.forward(x * 1)
             except Exception:  # whatever it is: the layer's own forward will raise it again

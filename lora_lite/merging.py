@@ -24,6 +24,7 @@ from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import replace_file
 from .errors import AttachError
+from .fitness import run_one_row
 from .idle import describe
 from .params import SITE, Params
 from .placement import brought, is_managed, whole
@@ -303,17 +304,15 @@ def _require_linear_map(layer: Any, name: str, W: Float[Tensor, "N K"], bias: Te
     known = type(layer).forward is nn.Linear.forward or is_conv1d(layer) or not is_dense(weight)
     if known or is_managed(layer) or W.is_meta:
         return
-    x = torch.linspace(-1, 1, W.shape[1], device=W.device, dtype=token_dtype(layer))[None]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    try:
-        y = layer.forward(x).to(wide)
-    except Exception as error:
+    x, y = run_one_row(layer)
+    if x is None or not isinstance(y, Tensor):
         raise AttachError(
-            f"{name}: its {type(layer).__name__} can't be tried on one row ({error}), and merging is for layers that "
-            "compute W x + b"
-        ) from error
+            f"{name}: its {type(layer).__name__} can't be tried on one row, and merging is for layers that compute "
+            "W x + b"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
     want = linear(x.to(wide), W.to(wide), None if bias is None else bias.to(wide))
-    if not (y - want).norm() <= 0.02 * want.norm():
+    if not (y.to(wide) - want).norm() <= 0.02 * want.norm():
         raise AttachError(
             f"{name}: its {type(layer).__name__} computes something else than W x + b, so that no weight is the "
             "merged one; leave it out by exclude_names"

@@ -50,10 +50,11 @@ class Siblings:
     def enter(self, parent: nn.Module, args: Any) -> None:
         """Forward pre-hook of the parent."""
         under_way()
+        packing = _packing()
         if not torch.compiler.is_compiling():
             self._settle()
-            self._note_checkpoint()
-        begin(parent, Family(self))
+            self._note_checkpoint(packing)
+        begin(parent, Family(self, packing))
 
     def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the parent; also called where its forward raised. What nobody fetched is dropped."""
@@ -67,8 +68,8 @@ class Siblings:
         if self.regrouped is not None and not self.to_rerun and torch._C._current_graph_task_id() == -1:
             self.groups, self.regrouped = self.regrouped, None
 
-    def _note_checkpoint(self) -> None:
-        if (packing := _packing()) is not None and torch.is_grad_enabled():
+    def _note_checkpoint(self, packing: Any) -> None:
+        if packing is not None and torch.is_grad_enabled():
             self.to_rerun.append(ref(packing[1]))  # kept with each tensor that is saved
         if self.regrouped is not None:
             self.note_reentrant()
@@ -115,8 +116,8 @@ class _OfGroup:
 class Family:
     """One call of a parent: what the groups of its children share."""
 
-    def __init__(self, siblings: Siblings) -> None:
-        self.siblings, self.groups, self.packing = siblings, siblings.groups, _packing()
+    def __init__(self, siblings: Siblings, packing: Any) -> None:
+        self.siblings, self.groups, self.packing = siblings, siblings.groups, packing
         self.done: dict[int, _OfGroup] = {}
         self.read: dict[str, Tensor] = {}  # what each child got
         self.regrouped: list[list[str]] | None = None  # by what has shown in this call

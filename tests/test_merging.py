@@ -312,6 +312,24 @@ def test_a_layer_that_is_not_its_weight() -> None:
     assert torch.equal(ll.merged_state_dict(model)["0.weight"], model[0].weight)
 
 
+class Observed(nn.Linear):
+    """Keeps the largest input that it has seen, as quantisation's observers do."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().max()))
+        return super().forward(x)
+
+
+def test_a_layer_that_keeps_what_it_sees_is_left_as_it_was() -> None:
+    model = nn.Sequential(Observed(6, 6))
+    ll.attach(model, ll.LoRAConfig(r=2))
+    assert ll.merged_state_dict(model)["0.largest"] == model[0].largest == 0
+
+
 @pytest.mark.parametrize("of", [lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.weight_norm])
 def test_weights_that_are_made_of_others(of: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
