@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import in_place
 from .adapter import Adapter
 from .backend import select
 from .calls import begin, end, forget, under_way
@@ -141,6 +142,9 @@ class Site(nn.ModuleDict):
                 f"{site.name}: its output is a {type(y).__name__}, and an adapter acts on a tensor; leave it out by "
                 "exclude_names"
             )
+        if len(running) == 1:
+            (primitive, ops), carry = running[0]
+            return primitive.on_output(y, carry, in_place.ops_for(primitive, ops, layer, site.handles))
         for piece, carry in running:
             y = piece.primitive.on_output(y, carry, piece.ops)
         return y

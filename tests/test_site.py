@@ -331,7 +331,7 @@ def test_sums_that_act_together_run_as_one(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("shrink", "expand_add"):
         operation = getattr(ll.reference, name)
         monkeypatch.setattr(
-            ll.reference, name, lambda *a, name=name, operation=operation: calls.append(name) or operation(*a)
+            ll.reference, name, lambda *a, name=name, call=operation, **own: calls.append(name) or call(*a, **own)
         )
     layer, x = nn.Linear(12, 10), torch.randn(5, 12)
     base = layer(x).detach()
