@@ -1,43 +1,88 @@
-"""Where a layer's output is nobody else's, a low-rank sum is written into it: on a CPU fresh memory takes longer to get
-than the sum to compute.
+"""The reference operations around a layer whose output, and whose gradient of its input, are nobody else's: they are
+written to. On a CPU fresh memory takes longer to get than a low-rank sum to compute.
 
-That holds of PyTorch's own layers, whose output is new and is not kept for the backward, where nothing else looks on:
-no hook that sees the output before the adapter, nor a mode that sees operators.
+That holds of PyTorch's own layers, whose results are new and not kept, where no hook looks on.
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
+from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
 from . import reference
-from .primitives import LowRankAdd, Primitive
+from .operators import transformed
+from .primitives import LowRankAdd, LowRankAddRescale, Primitive
+from .segments import Segments
 from .shapes import is_conv1d
 
-
-def _expand_add(*args: Any) -> Tensor:
-    return reference.expand_add(*args, own=True)
+_ONCE = (LowRankAdd, LowRankAddRescale)  # use x and y once; another primitive may do with them what it likes
 
 
-OPS = SimpleNamespace(expand_add=_expand_add)
+def serves(primitive: Primitive, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> bool:
+    """Whether these operations may stand in for the reference's, of the only primitive around a layer. `hooks`: the
+    adapter's own."""
+    if torch.compiler.is_compiling() or type(primitive) not in _ONCE:
+        return False
+    own = {hook.id for hook in hooks}
+    return (
+        _is_plain(layer)
+        and own.issuperset(layer._forward_hooks)  # one after the adapter's gets the input, whose gradient it may keep
+        and next(reversed(layer._forward_pre_hooks)) in own
+        and not (layer._backward_hooks or of_all._global_forward_hooks or of_all._global_backward_hooks)
+    )
 
 
-def ops_for(primitive: Primitive, ops: Any, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> Any:
-    """The operations for `on_output` of the only primitive around a layer, in place of `ops`. `hooks`: the adapter's
-    own."""
-    alone = (
-        not torch.compiler.is_compiling()
-        and ops is reference
-        and type(primitive) is LowRankAdd  # another may use the output twice
-        and (type(layer) in (nn.Linear, nn.Embedding) or is_conv1d(layer))
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is a product of PyTorch's, or of transformers' Conv1D, that nobody has put something around."""
+    kind = type(layer)
+    return (
+        (kind is nn.Linear or (is_conv1d(layer) and kind.__module__ == "transformers.pytorch_utils"))
+        and getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__
+        and nn.functional.linear is torch._C._nn.linear  # type: ignore[attr-defined]
         and "forward" not in vars(layer)
         and type(layer.weight) in (Tensor, nn.Parameter)
-        and next(iter(layer._forward_hooks)) in [hook.id for hook in hooks]
-        and not hooks_of_all._global_forward_hooks
-        and torch._C._len_torch_function_stack() == 0
     )
-    return OPS if alone else ops
+
+
+def backend(ops: Any) -> Any:
+    """The operations that these, or others, are a kind of."""
+    return reference if getattr(ops, "__name__", None) == __name__ else ops
+
+
+def expand_add(
+    y: Float[Tensor, "*M N"],
+    h: Float[Tensor, "*M R"],
+    B: Float[Tensor, "*G N R"],
+    scale: float,
+    segments: Segments | None = None,
+) -> Float[Tensor, "*M N"]:
+    """y + scale · h Bᵀ, into y."""
+    return reference.expand_add(y, h, B, scale, segments, own=True)
+
+
+shrink_together = reference.sharing(
+    reference._together_dtype, reference._masks, reference._product, partial(reference._gradients, own=True)
+)
+
+
+def shrink(
+    x: Float[Tensor, "*M K"],
+    A: Float[Tensor, "*G R K"],
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
+    """(x, x Aᵀ); dh A is added into the gradient that the layer gives x."""
+    if segments is not None or dropout or not x.requires_grad or not torch.is_grad_enabled() or transformed():
+        return reference.shrink(x, A, dropout, segments)
+    (x,), (h,) = shrink_together(x, [A])
+    return x, h
+
+
+def __getattr__(name: str) -> Any:
+    """The rest is the reference's."""
+    return getattr(reference, name)

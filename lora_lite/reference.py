@@ -201,15 +201,17 @@ def _gradients(
     dtype: torch.dtype,
     needs_dx: bool,
     needs_dA: bool,
+    own: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Where dx_bases are our `own`, the first may be written to."""
     rows, dx, dA = _rows(x), None, None
     bases = [_rows(base).to(A.dtype) for base in dx_bases]
     if masks:
-        own = list(zip(masks, dhs, A.split([dh.shape[1] for dh in dhs]), strict=True))
+        of_each = list(zip(masks, dhs, A.split([dh.shape[1] for dh in dhs]), strict=True))
         if needs_dA:
-            dA = torch.cat([dh.t() @ (rows * mask).to(dh.dtype) for mask, dh, _ in own])
+            dA = torch.cat([dh.t() @ (rows * mask).to(dh.dtype) for mask, dh, _ in of_each])
         if needs_dx:
-            dx, *others = [mask * (dh @ each) for mask, dh, each in own]
+            dx, *others = [mask * (dh @ each) for mask, dh, each in of_each]
             for each in (*others, *bases):
                 dx += each
     else:
@@ -217,17 +219,23 @@ def _gradients(
         if needs_dA:
             dA = dh.t() @ rows.to(dh.dtype)
         if needs_dx:
-            if len(bases) > 1:  # one that arrived is not ours to write to; their sum is
-                dx = bases[0] + bases[1]
-                for each in bases[2:]:
-                    dx += each
-                dx.addmm_(dh, A)
-            else:
-                dx = torch.addmm(bases[0], dh, A) if bases else dh @ A
+            own = own and bool(bases) and _writable(bases[0]) and not torch.is_grad_enabled()
+            for base in bases:
+                if dx is None:
+                    dx = base
+                else:
+                    dx, own = (dx.add_(base) if own else dx + base), True
+            dx = dh @ A if dx is None else dx.addmm_(dh, A) if own else torch.addmm(dx, dh, A)
     return None if dx is None else dx.to(x.dtype).view(x.shape), None if dA is None else dA.to(dtype)
 
 
 shrink_together = sharing(_together_dtype, _masks, _product, _gradients)
+
+
+def _writable(t: Tensor) -> bool:
+    """Of a tensor that is ours, whether nothing in force would see or copy it at a write."""
+    seen = watched() or torch._C._len_torch_function_stack() > 0
+    return not seen and type(t) is Tensor and t.is_contiguous()
 
 
 # A view that autograd takes for a new tensor. A write to one that it knows for a view costs the backward a copy of dy.
@@ -249,11 +257,12 @@ def expand_add(
             return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments, dtype).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
-    h, plain = _rows(h).to(dtype), watched() or type(y) is not Tensor
-    if own and dtype == y.dtype and y.is_contiguous() and not plain:
+    h = _rows(h).to(dtype)
+    if own and dtype == y.dtype and _writable(y):
         return _as_new(_as_new(y, (-1, y.shape[-1])).addmm_(h, Bt, alpha=scale), y.shape)
-    add = torch.addmm if plain or dtype == y.dtype else Tensor.addmm_  # into the copy
-    return add(_rows(y).to(dtype), h, Bt, alpha=scale).view(y.shape).to(y.dtype)
+    rows = _rows(y).to(dtype)
+    add = Tensor.addmm_ if dtype != y.dtype and _writable(rows) else torch.addmm  # into the copy
+    return add(rows, h, Bt, alpha=scale).view(y.shape).to(y.dtype)
 
 
 def shrink_expand(

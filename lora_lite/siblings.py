@@ -20,6 +20,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
 from .calls import Call, begin, end, under_way
+from .in_place import backend
 from .operators import transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
@@ -212,15 +213,17 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
         acting = site.acting()
         if acting and not any(_away(adapter) for _, adapter in acting):
             ready[name] = Shared(site.pieces(acting, layer, x), site.off)
-    by_ops: dict[str, list[Shared]] = {}
+    by_backend: dict[str, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):
-            by_ops.setdefault(each.pieces[0].ops.__name__, []).append(each)
-    for alike in by_ops.values():
+            by_backend.setdefault(backend(each.pieces[0].ops).__name__, []).append(each)
+    for alike in by_backend.values():
         if len(alike) > 1:
             shrinks = [cast(Shrinks, each.pieces[0].primitive) for each in alike]
-            together = alike[0].pieces[0].ops.shrink_together
-            xs, hs = together(x, [each.A for each in shrinks], [each.dropout for each in shrinks])
+            ops = alike[0].pieces[0].ops
+            if any(each.pieces[0].ops is not ops for each in alike):
+                ops = backend(ops)
+            xs, hs = ops.shrink_together(x, [each.A for each in shrinks], [each.dropout for each in shrinks])
             for each, own_x, h in zip(alike, xs, hs, strict=True):
                 each.x, each.h = own_x, h
     return ready

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import in_place
+from . import in_place, reference
 from .adapter import Adapter
 from .backend import select
 from .calls import begin, end, forget, under_way
@@ -142,9 +142,6 @@ class Site(nn.ModuleDict):
                 f"{site.name}: its output is a {type(y).__name__}, and an adapter acts on a tensor; leave it out by "
                 "exclude_names"
             )
-        if len(running) == 1:
-            (primitive, ops), carry = running[0]
-            return primitive.on_output(y, carry, in_place.ops_for(primitive, ops, layer, site.handles))
         for piece, carry in running:
             y = piece.primitive.on_output(y, carry, piece.ops)
         return y
@@ -168,7 +165,7 @@ class Site(nn.ModuleDict):
         one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
         the input that the one before it leaves, and on the output likewise."""
         if self.rows is None and len(acting) == 1:  # as nearly always: nothing to put together
-            return [self._piece(acting[0][1], layer, x, routed)]
+            return [self._alone(self._piece(acting[0][1], layer, x, routed), layer)]
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
@@ -184,7 +181,12 @@ class Site(nn.ModuleDict):
         found: list[Piece] = []
         for pieces in together:
             found += [_as_one(pieces)] if pieces else self._of_rows(cast(Rows, self.rows), by_row, x, routed)
-        return found
+        return [self._alone(found[0], layer)] if len(found) == 1 else found
+
+    def _alone(self, piece: Piece, layer: nn.Module) -> Piece:
+        """The only piece around a layer."""
+        serves = piece.ops is reference and in_place.serves(piece.primitive, layer, self.handles)
+        return Piece(piece.primitive, in_place) if serves else piece
 
     def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor, routed: Routed | None) -> Piece:
         if adapter.valueless and x.device.type != "meta":

@@ -1,5 +1,8 @@
-"""A sum is written into the layer's output where nobody else needs that, and nowhere else."""
+"""A sum is written into a layer's output, and into the gradient that the layer gives its input, where nobody else needs
+those."""
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -7,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import assert_close, randomize
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
+from lora_lite import in_place
 
 KINDS = {
     "linear": lambda: nn.Linear(5, 7),
@@ -64,15 +69,15 @@ def test_every_shape(kind: str, shape: tuple[int, ...]) -> None:
         assert_close(model(x).double(), y.double() / 2, 1e-6)
 
 
-def test_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, linear, places = adapted(nn.Linear(5, 7)), nn.functional.linear, []
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_written_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, add, places = adapted(KINDS[kind]()), in_place.expand_add, []
 
-    def noted(*args: Any) -> Tensor:
-        y = linear(*args)
+    def noted(y: Tensor, *args: Any) -> Tensor:
         places.append(y.data_ptr())
-        return y
+        return add(y, *args)
 
-    monkeypatch.setattr(nn.functional, "linear", noted)
+    monkeypatch.setattr(in_place, "expand_add", noted)
     assert model(torch.randn(4, 5, requires_grad=True)).data_ptr() == places[0]
 
 
@@ -161,6 +166,34 @@ def own_forward() -> Iterator[tuple[Any, list[Tensor]]]:
 
 
 @contextmanager
+def patched(owner: Any, name: str) -> Iterator[tuple[Any, list[Tensor]]]:
+    kept, call = [], getattr(owner, name)
+
+    @functools.wraps(call)
+    def keeping(*args: Any) -> Tensor:
+        kept.append(call(*args))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, keeping)
+        yield adapted(nn.Linear(5, 7)), kept
+
+
+@contextmanager
+def conv1d_of_the_user() -> Iterator[tuple[Any, list[Tensor]]]:
+    kept: list[Tensor] = []
+
+    class Conv1D(transformers.pytorch_utils.Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            kept.append(super().forward(x))
+            return kept[-1]
+
+    model = adapted(Conv1D(7, 5))
+    kept.clear()  # attach tries the layer
+    yield model, kept
+
+
+@contextmanager
 def class_of_the_user() -> Iterator[tuple[Any, list[Tensor]]]:
     model, kept = adapted(Keeps(5, 7)), []
     model.register_forward_hook(lambda module, args, y: kept.append(model[0].kept))
@@ -180,6 +213,9 @@ NEEDED: dict[str, Callable[[], Any]] = {
     "a hook on all modules": hook_on_all_modules,
     "a forward of its own": own_forward,
     "a class of the user's": class_of_the_user,
+    "a Conv1D of the user's": conv1d_of_the_user,
+    "a forward for all layers": lambda: patched(nn.Linear, "forward"),
+    "another product": lambda: patched(nn.functional, "linear"),
     "operators": lambda: mode(Sees),
     "functions": lambda: mode(SeesCalls),
 }
@@ -197,6 +233,95 @@ def test_who_needs_the_output_finds_it(who: str) -> None:
 def test_a_backward_that_needs_the_output() -> None:
     model, x = adapted(Exp(5, 7)), torch.randn(4, 5, requires_grad=True)
     assert_exact(model, x, model(x), torch.exp)
+
+
+# ---- somebody else needs the gradient that the layer gives its input -------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two layers that read one x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(5, 7), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) * self.gate(x)
+
+
+Seen = list[tuple[Tensor, Tensor]]  # tensors, and what they held then
+
+
+def of_backward_hook(layer: nn.Module, seen: Seen) -> Any:
+    return layer.register_full_backward_hook(lambda module, grads, _: seen.append((grads[0], grads[0].clone())))
+
+
+def of_all_backward_hooks(layer: nn.Module, seen: Seen) -> Any:
+    def see(module: nn.Module, grads: Any, _: Any) -> None:
+        if module is layer:
+            seen.append((grads[0], grads[0].clone()))
+
+    return register_module_full_backward_hook(see)
+
+
+def of_input(layer: nn.Module, seen: Seen) -> Any:
+    def before(module: nn.Module, args: Any) -> None:
+        args[0].register_hook(lambda grad: seen.append((grad, grad.clone())))
+
+    return layer.register_forward_pre_hook(before)
+
+
+def of_input_after_the_call(layer: nn.Module, seen: Seen) -> Any:
+    def after(module: nn.Module, args: Any, y: Tensor) -> None:
+        args[0].register_hook(lambda grad: seen.append((grad, grad.clone())))
+
+    return layer.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("ask", [of_backward_hook, of_all_backward_hooks, of_input, of_input_after_the_call])
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "shared"])
+def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any]) -> None:
+    """Of the layer's input; and x gets all of it."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
+    ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
+    randomize(model)
+    x, seen = torch.randn(4, 5, requires_grad=True), []
+    (want,) = torch.autograd.grad(model.double()(wide := x.double()).square().sum(), x)
+    model.float()
+    del wide
+    handle = ask(next(model.children()), seen)
+    try:
+        (got,) = torch.autograd.grad(model(x).square().sum(), x)
+    finally:
+        handle.remove()
+    ((kept, then),) = seen
+    assert torch.equal(kept, then)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "shared"])
+def test_the_gradient_is_written_to(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dh A is added where the layer's gradient lies, once for each backward of a graph that is kept; not into one that
+    is to be differentiated again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
+    ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
+    randomize(model)
+    added, into = [], Tensor.addmm_
+    monkeypatch.setattr(Tensor, "addmm_", lambda t, *args, **kwargs: added.append(t.shape) or into(t, *args, **kwargs))
+    x = torch.randn(4, 5, requires_grad=True)
+    y = model(x).square().sum()
+    added.clear()
+    grads = [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2)]
+    assert added == [(4, 5)] * 2
+    added.clear()
+    grads.append(torch.autograd.grad(y, x, create_graph=True)[0])
+    assert len(added) == (0 if alone else 1), "the sum of two is ours in any case"
+    assert torch.equal(grads[0], grads[1])
+    assert_close(grads[2], grads[0], 1e-6)
+    wide = copy.deepcopy(model).double()
+    assert torch.autograd.gradgradcheck(wide, (x.detach().double().requires_grad_(),))
 
 
 def test_two_adapters_and_a_scale_between() -> None:

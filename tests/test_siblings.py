@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite import reference
+from lora_lite import in_place, reference
 from lora_lite.calls import _thread
 from lora_lite.siblings import SIBLINGS
 
@@ -41,17 +42,16 @@ F64 = torch.float64
 def counted() -> Iterator[list[int]]:
     """How many layers each operation of a group served."""
     served: list[int] = []
-    whole = reference.shrink_together
 
-    def counting(x: Tensor, As: Any, dropouts: Any) -> Any:
-        served.append(len(As))
+    def counting(whole: Any, x: Tensor, As: Any, dropouts: Any = ()) -> Any:
+        if len(As) > 1:
+            served.append(len(As))
         return whole(x, As, dropouts)
 
-    reference.shrink_together = counting
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for ops in (reference, in_place):
+            patch.setattr(ops, "shrink_together", partial(counting, ops.shrink_together))
         yield served
-    finally:
-        reference.shrink_together = whole
 
 
 def groups(model: nn.Module) -> list[list[list[str]]]:
