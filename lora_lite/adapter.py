@@ -4,10 +4,11 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -45,7 +46,7 @@ class Adapter(Params):
             )
         super().__init__(specs, cfg.dtype, execution_device(layer) or weight.device)
         self.variant, self.cfg, self.backend, self.shape = variant, cfg, backend, shape(layer)
-        self._derives = any(spec.derived for spec in specs.values())
+        self.derives = any(spec.derived for spec in specs.values())
         self._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)  # in evaluation
 
     def primitive(self, layer: nn.Module) -> Primitive:
@@ -68,20 +69,20 @@ class Adapter(Params):
         """What the variant derives from the base weight."""
         for p, each in self.each(layer):
             self.variant.derive(p, each, self.cfg)
-        _note(self, _stored(layer))
+        if self.derives:
+            _derived_from[self] = _mark(_stored(layer))
 
     def follow(self, layer: nn.Module) -> None:
         """Derive anew where the layer has another weight by now, or PyTorch has seen a write to it: a checkpoint that
         was loaded, an embedding to which it was tied, a parametrisation. Not of a weight that comes and goes."""
-        if not self._derives or torch.compiler.is_compiling() or transformed():
+        if not self.derives or torch.compiler.is_compiling() or transformed():
             return
         weight = _stored(layer)
         if self.valueless or weight.is_meta or is_managed(layer) or is_sharded(weight):
             return
-        known = _derived_from.get(self)
-        if known is None:  # a copy, which has its original's
-            _note(self, weight)
-        elif known[0]() is not weight or known[1] != _version(weight) or is_parametrized(layer):
+        mark = _mark(weight)
+        known = _derived_from.setdefault(self, mark)  # a copy has its original's
+        if known != mark or is_parametrized(layer):
             self.derive(layer)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
@@ -175,12 +176,14 @@ class Adapter(Params):
         return f"{self.variant.name}, r={self.cfg.r}"
 
 
-# Of each adapter that derives something, the weight that it did so from and how often that had been written to.
-_derived_from: WeakKeyDictionary[Adapter, tuple[ref[Tensor], int | None]] = WeakKeyDictionary()
+# Of each adapter that derives something, the mark of the weight that it did so from.
+_derived_from: WeakKeyDictionary[Adapter, tuple[StorageWeakRef, int | None]] = WeakKeyDictionary()
 
 
-def _note(adapter: Adapter, weight: Tensor) -> None:
-    _derived_from[adapter] = ref(weight), _version(weight)
+def _mark(weight: Tensor) -> tuple[StorageWeakRef, int | None]:
+    """Its memory, and how often that had been written to. A weak reference to the tensor itself would keep PyTorch from
+    moving it, where `.to` swaps tensors."""
+    return StorageWeakRef(weight.untyped_storage()), _version(weight)
 
 
 def _version(t: Tensor) -> int | None:

@@ -31,7 +31,7 @@ from .config import AdapterConfig
 from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError
 from .fitness import unfit
-from .idle import Watch
+from .idle import Watch, listing
 from .left_out import left_out
 from .params import SITE
 from .placement import replicate
@@ -361,12 +361,16 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     gone = chosen(model, name)
     of_entries = {each for site in sites_of(model) if site.rows for each in site.rows.names}
     given_up: list[str] = []
+    taken: list[str] = []
     for attachment in gone:
         given_up += attachment.whole.give_up(model)
         settle([(each.whole, each.acts and each is not attachment) for each in attachments(model)])
         attachment.watch.stop()
         for target in attachment.targets:
-            attachment.sites[target.name].leave(target.layer, attachment.name)
+            if attachment.name in (site := attachment.sites[target.name]):
+                site.leave(target.layer, attachment.name)
+            else:
+                taken.append(target.name)
         part(stacks_among(attachment.targets))
         forget(model, attachment)
         _settle_siblings(model)
@@ -376,6 +380,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         warnings.warn(
             f"detach: these of modules_to_save were replaced or resized since attach, and stay as they are: "
             f"{', '.join(given_up)}",
+            stacklevel=2,
+        )
+    if taken:
+        warnings.warn(
+            f"detach: the adapters of {listing(taken)} had been taken off already, by way of a copy.copy of the model, "
+            "which has the same layers; copy.deepcopy has its own",
             stacklevel=2,
         )
     if (left := attachments(model)) and not any(each.acts for each in left):

@@ -62,7 +62,8 @@ class Watch:
                 watch = me()
                 if watch is None:
                     return
-                watch.reached.add(layer)
+                if p.grad is not None:  # PyTorch calls this too where the gradient is None
+                    watch.reached.add(layer)
                 if not queued[0]:
                     queued[0] = True
                     _at_the_end_of_backward(ended)

@@ -142,9 +142,20 @@ class Site(nn.ModuleDict):
                 f"{site.name}: its output is a {type(y).__name__}, and an adapter acts on a tensor; leave it out by "
                 "exclude_names"
             )
+        if running and len(layer._forward_pre_hooks) > 1 and not torch.compiler.is_compiling():
+            running = site._of_late_weights(layer, args[0] if args else y, running)
         for piece, carry in running:
             y = piece.primitive.on_output(y, carry, piece.ops)
         return y
+
+    def _of_late_weights(self, layer: nn.Module, x: Any, running: list[Any]) -> list[Any]:
+        """The pieces anew where they look at the base weight, which another pre-hook may have made after they were:
+        the older spectral_norm and weight_norm."""
+        acting = self.acting()
+        if not any(adapter.derives for _, adapter in acting) or not isinstance(x, Tensor):
+            return running
+        pieces = self.pieces(acting, layer, x)
+        return [(piece, carry) for piece, (_, carry) in zip(pieces, running, strict=True)]
 
     def loaded(self, layer: nn.Module, keys: Any) -> None:
         """Of `load_state_dict`, by which the base weight may be another."""

@@ -96,7 +96,7 @@ def verify(
             "verify: nothing has a gradient in torch.inference_mode, and it compares those; call it outside"
         )
     attachment = require_attachment(unwrap(model), name)
-    with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()):
+    with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()), _buffers_kept(model):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)
         rows = [_compare(call, attachment.adapters[call.target.name], rtol) for call in calls]
@@ -119,6 +119,18 @@ def _unseen(sites: Iterable[Site]) -> Iterator[None]:
     finally:
         for site, ran, with_grad in before:
             site.ran, site.ran_with_grad = ran, with_grad
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """What a forward in training writes to buffers, such as BatchNorm's statistics, is undone."""
+    before = [(t, t.clone()) for t in model.buffers() if not t.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, values in before:
+                t.copy_(values)
 
 
 def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], partial: bool) -> None:

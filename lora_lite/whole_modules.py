@@ -6,7 +6,7 @@ to: `detach` and `disabled` put them back. A tensor that several modules hold (t
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class _Entry:
     original: Any
     trained: Any
     in_place: bool = False
+    apart: dict[str, Any] = field(default_factory=dict)  # what stood in some places instead: a tie may be broken
 
     @property
     def current(self) -> Any:
@@ -70,9 +71,14 @@ class _Entry:
             return
         if (arriving.device, arriving.dtype) != (leaving.device, leaving.dtype):
             arriving.data = arriving.data.to(leaving.device, leaving.dtype)
-        for _, held, key in self.places:
-            if held.get(key) is leaving:
-                held[key] = arriving
+        for name, held, key in self.places:
+            there = held.get(key)
+            if there is not leaving and (there is None or there.shape != arriving.shape):
+                continue
+            before = self.apart.pop(name, None)
+            held[key] = arriving if before is None else before
+            if there is not leaving:
+                self.apart[name] = there
 
 
 class WholeModules:

@@ -1,6 +1,7 @@
 """What people have met with, in their own software and in others': each ended with an adapter that was idle, wrong or
 lost. Here it acts, or its user is told by name. docs/silent_failures.md has the list."""
 
+import copy
 import json
 import re
 import warnings
@@ -106,6 +107,37 @@ def test_defaults_leave_narrow_layers_out_but_not_all() -> None:
 
 
 # ---- layers that never run ----
+
+
+@pytest.mark.parametrize("use", ["never", "its weight alone", "detached"])
+def test_an_idle_layer_beside_one_that_reads_the_same_x(use: str, tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if use == "never":
+                return self.q_proj(x)
+            if use == "its weight alone":
+                return self.q_proj(x) + x @ self.k_proj.weight.T
+            return self.q_proj(x) + self.k_proj(x).detach()
+
+    model, x = nn.Sequential(Attention(), nn.Linear(8, 8)), torch.randn(4, 8)
+    ll.attach(model, L(r=2, target_names=("q_proj", "k_proj")))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    said = [text for _ in range(25) for text in warned(step)]
+    assert len(said) == 1
+    assert "0.k_proj" in said[0]
+    assert "0.q_proj" not in said[0]
+    (text,) = warned(lambda: ll.save(model, tmp_path / "a"))
+    assert "0.k_proj" in text
 
 
 def test_multihead_attention_never_calls_its_out_proj() -> None:
@@ -647,6 +679,42 @@ def test_transformers_of_the_zoo_save_without_a_word(tmp_path: Path) -> None:
         assert not warned(lambda model=model: ll.save(model, tmp_path / "a")), name
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_model_whose_tensors_are_swapped(variant: str) -> None:
+    """PyTorch refuses to swap a tensor that has a weak reference."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        ll.attach(model, config(variant, target_names=("0",)))
+        model.double()
+        model.load_state_dict(model.state_dict())
+        randomize(model)
+        ll.verify(model, torch.randn(4, 8, dtype=torch.float64))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_verify_undoes_what_its_forward_writes_to_buffers() -> None:
+    model = Classifier().train()
+    before = snapshot(model)
+    ll.attach(model, L(r=4, target_names=("body",)))
+    ll.verify(model, torch.randn(9, 16))
+    ll.detach(model)
+    assert_same(model, before)
+
+
+def test_a_shallow_copy_has_the_same_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = snapshot(model)
+    ll.attach(model, L(r=2))
+    ll.detach(copy.copy(model))
+    with pytest.warns(UserWarning, match="the adapters of 0 had been taken off already"):
+        ll.detach(model)
+    assert_same(model, before)
+    ll.attach(model, L(r=2))
+    ll.detach(model)
+
+
 # ---- the same kinds, elsewhere ----
 
 
@@ -1107,6 +1175,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "tied": _tied,
     "written to": _written,
     "pruned": lambda model: prune.l1_unstructured(model[1], "weight", 0.5),
+    "another tensor in place": lambda model: setattr(model[1].weight, "data", torch.randn(8, 8)),
     "weight_norm": lambda model: nn.utils.parametrizations.weight_norm(model[1]),
     "spectral_norm": lambda model: nn.utils.parametrizations.spectral_norm(model[1].eval()),
 }
@@ -1140,6 +1209,48 @@ def test_dora_normalises_by_the_weight_that_is_there(change: str, compiled: bool
         V = W + 1.0 * p.lora_B.double() @ p.lora_A.double() * layer.lora_lite["default"].cfg.scale
         want = want @ (p.lora_m.double()[:, None] * V / V.norm(dim=1, keepdim=True)).mT + layer.bias.double()
     assert rel_error(got.double(), want) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_dora_on_a_weight_that_a_pre_hook_makes(norm: str, first: bool, shared: bool) -> None:
+    """The older norms make the weight anew at each call, before or after the adapter's own pre-hook."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) + self.k_proj(x)
+
+    torch.manual_seed(0)
+    model = Block()
+    norm_of = getattr(nn.utils, norm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        if first:
+            norm_of(model.k_proj)
+        ll.attach(model, ll.DoRAConfig(r=2, target_names=("q_proj", "k_proj") if shared else ("k_proj",)))
+        if not first:
+            norm_of(model.k_proj)
+    randomize(model, by=0.3)
+    x = torch.randn(5, 8)
+    for _ in range(3):
+        got, want = model(x).double(), torch.zeros(5, 8, dtype=torch.float64)
+        for layer in (model.q_proj, model.k_proj):
+            W = layer.weight.detach().double()
+            if "lora_lite" in layer._modules:
+                p = layer.lora_lite["default"]
+                V = W + p.cfg.scale * p.lora_B.double() @ p.lora_A.double()
+                W = p.lora_m.double()[:, None] * V / V.norm(dim=1, keepdim=True)
+            want = want + x.double() @ W.mT
+        assert rel_error(got, want) < 1e-5
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(("_g", "_orig")):
+                    p.mul_(1.5).add_(0.1 * torch.randn_like(p))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -106,6 +106,29 @@ def test_merged(tmp_path: Path) -> None:
     assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model), 1e-5)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_tie_that_loading_breaks(apart: bool) -> None:
+    """Each place gets the base's tensor back, or what it had instead."""
+    model: Any = qwen3()
+    base = logits(model)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("lm_head",)))
+    with torch.no_grad():
+        for p in ll.parameters(model):
+            p.add_(0.1)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    if apart:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+    trained = logits(model)
+    with ll.disabled(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), trained)
+    ll.detach(model)
+    assert torch.equal(logits(model), base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_tied_weights_train_once(tmp_path: Path) -> None:
     model: Any = qwen3()
     before, base = snapshot(model), logits(model)
