@@ -152,7 +152,7 @@ class Site(nn.ModuleDict):
         """The pieces anew where they look at the base weight, which another pre-hook may have made after they were:
         the older spectral_norm and weight_norm."""
         acting = self.acting()
-        if not any(adapter.derives for _, adapter in acting) or not isinstance(x, Tensor):
+        if isinstance(layer, Stack) or not isinstance(x, Tensor) or not any(a.derives for _, a in acting):
             return running
         pieces = self.pieces(acting, layer, x)
         return [(piece, carry) for piece, (_, carry) in zip(pieces, running, strict=True)]
