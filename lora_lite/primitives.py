@@ -6,7 +6,6 @@ M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the 
 """
 
 import copy
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
 from .segments import Segments, once
@@ -205,19 +205,20 @@ class LowRankAddRescale(Shrinks):
             return once(self.made, (ops, torch.is_inference_mode_enabled()), lambda: ops.row_norm(*operands))
         if torch.compiler.is_compiling() or type(self.A) is not torch.nn.Parameter or self.A.is_inference():
             return ops.row_norm(*operands)
-        A, B, key = self.A, self.B, id(self.m)
+        A, B, key = self.A, self.B, StorageWeakRef(self.m.untyped_storage())
         state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version)
-        alive, before, norm = _norms.get(key, _NO_NORM)
-        if alive() is not self.m:
-            alive, norm = weakref.ref(self.m, lambda _: _norms.pop(key, None)), None
+        before, norm = _norms.get(key, (None, None))
         if norm is None or before != state or torch._C._current_graph_task_id() == -1:
             norm = ops.row_norm(*operands)
-            _norms[key] = (alive, state, norm)
+            if before is None:
+                for dead in [each for each in list(_norms) if each.expired()]:
+                    _norms.pop(dead, None)
+            _norms[key] = (state, norm)
         return norm
 
 
-_norms: dict[int, tuple[Any, Any, Any]] = {}  # of each m by its id: whether it is alive, what it was made of, the norm
-_NO_NORM = (lambda: None, None, None)
+# Of each m what the norm was made of, and it; by m's memory: PyTorch may not swap a tensor that has a weak reference.
+_norms: dict[StorageWeakRef, tuple[Any, Any]] = {}
 
 
 @dataclass

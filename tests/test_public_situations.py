@@ -686,6 +686,7 @@ def test_a_model_whose_tensors_are_swapped(variant: str) -> None:
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         ll.attach(model, config(variant, target_names=("0",)))
+        model(torch.randn(4, 8)).sum().backward()
         model.double()
         model.load_state_dict(model.state_dict())
         randomize(model)
