@@ -86,6 +86,7 @@ def attach(
         AttachError: an adapter of that name is attached already, PEFT has one there, no layer matches or something that
             `cfg` names matches none, or a layer can't take this adapter.
         CalibrationError: the variant needs calibration data and got none or too little.
+        ConfigError: a field of `cfg` has a value that no file can hold.
         In each case the model is as it was.
     """
     model = unwrap(model)
@@ -93,6 +94,7 @@ def attach(
         return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
     variant = variant_of(cfg)
+    cfg.require_storable()
     check_free(model, name)
     cfg = _with_divided_ranks(model, cfg)
     targets, adapters, reasons = _built(model, variant, cfg, backend)

@@ -1,13 +1,16 @@
 """AdapterConfig: the fields that all variants share. Each variant's file adds its own in a subclass."""
 
 import dataclasses
+import functools
+import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, get_args
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from .errors import ConfigError
@@ -49,7 +52,8 @@ class AdapterConfig:
             alpha stays. It becomes the attachment's `rank_pattern`; entries of that which match come first.
 
     Raises:
-        ConfigError: a field's value is out of range; the message names the field.
+        ConfigError: a field's value is of another kind than its annotation says, or out of range; the message names the
+            field. numpy's numbers are taken for Python's.
     """
 
     variant: ClassVar[str]
@@ -64,19 +68,13 @@ class AdapterConfig:
     layers: tuple[int, ...] | None = None
     rslora: bool = False
     dropout: float = 0.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)  # a dict has none
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     modules_to_save: tuple[str, ...] = ()
     divide_r_among_experts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("target_roles", "target_names", "exclude_names", "layers", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, (str, int)):
-                value = (value,)
-            if value is not None:
-                self.require(isinstance(value, Iterable), name, "a sequence")
-                object.__setattr__(self, name, tuple(value))  # JSON gives lists
+        self._settle_kinds()
         for name in ("target_names", "modules_to_save"):
             self.require(getattr(self, name) is not None, name, "regular expressions, or () for none")
         defaults = {"target_roles": ("reader", "writer"), "exclude_names": USUALLY_LEFT_OUT}
@@ -84,20 +82,18 @@ class AdapterConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, () if self.names_given else value)
 
-        self.require(isinstance(self.r, int) and is_number(self.r) and self.r >= 1, "r", "a whole number of at least 1")
-        self.require(is_number(self.alpha) and self.alpha > 0, "alpha", "a number greater than 0")
+        self.require(self.r >= 1, "r", "at least 1")
+        self.require(self.alpha > 0, "alpha", "greater than 0")
         computes = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point and self.dtype.itemsize > 1
         self.require(computes, "dtype", "a floating-point torch.dtype of 16 bits or more")
-        probability = is_number(self.dropout) and 0 <= self.dropout < 1
-        self.require(probability, "dropout", "a probability of at least 0 and less than 1")
+        self.require(0 <= self.dropout < 1, "dropout", "a probability of at least 0 and less than 1")
         if not self.takes_dropout:
             self.require(
                 self.dropout == 0, "dropout", f"0: {self.variant} adds no low-rank sum that could leave inputs out"
             )
-        self.require(set(self.target_roles) <= set(ROLES), "target_roles", f"some of {ROLES}")
+        self.require(all(role in ROLES for role in self.target_roles), "target_roles", f"some of {ROLES}")
         for name in ("rank_pattern", "alpha_pattern"):
             self.require(isinstance(getattr(self, name), Mapping), name, "a dict of regular expressions")
-            object.__setattr__(self, name, dict(getattr(self, name)))  # the user's own may change
         for name in ("target_names", "exclude_names", "rank_pattern", "alpha_pattern", "modules_to_save"):
             for pattern in getattr(self, name):
                 self.require(isinstance(pattern, str), name, "regular expressions")
@@ -109,25 +105,43 @@ class AdapterConfig:
                         "escape special characters with a backslash"
                     ) from None
         if self.layers is not None:
-            self.require(
-                all(isinstance(i, int) and is_number(i) and i >= 0 for i in self.layers),
-                "layers",
-                "indices of 0 or more, or None",
-            )
+            self.require(all(_fits(i, int) and i >= 0 for i in self.layers), "layers", "indices of 0 or more, or None")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 self._with_patterns_of(lambda other, pattern=pattern: other == pattern)
             except ConfigError as error:
                 raise ConfigError(f"{error}, from the pattern {pattern!r}") from None
 
+    def _settle_kinds(self) -> None:
+        """Each field as a file would give it back: numbers of numpy as Python's, sequences as tuples, dicts of its own.
+        And a ConfigError where it is none of what its annotation says: nothing else would tell "False" from True."""
+        for name, hint in _hints(type(self)).items():
+            value = _plain(getattr(self, name))
+            if value is not None and any(tuple in (each, get_origin(each)) for each in _alternatives(hint)):
+                value = (value,) if isinstance(value, str | int) else value  # a string is one name
+                try:
+                    value = tuple(map(_plain, value))
+                except TypeError:
+                    self.require(False, name, "a sequence")
+            object.__setattr__(self, name, value)
+            words = " or ".join(_words(each) for each in _alternatives(hint))
+            self.require(_fits(value, hint), name, words)
+
     def require(self, ok: bool, field: str, wanted: str) -> None:
         """Raise a ConfigError that says what `field` must be, unless `ok`."""
         if not ok:
             raise ConfigError(f"{type(self).__name__}.{field} must be {wanted}; got {getattr(self, field)!r}")
 
-    def require_one_of(self, field: str, choices: Any) -> None:
-        """Raise a ConfigError unless `field` has one of the values of a `Literal`."""
-        self.require(getattr(self, field) in get_args(choices), field, f"one of {get_args(choices)}")
+    def require_storable(self) -> None:
+        """Raise a ConfigError where a field has a value that no file can hold, before hours of training."""
+        for name, value in self.to_dict().items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} can't be written to a file ({error}); give it numbers, strings, or "
+                    "sequences and dicts of them"
+                ) from None
 
     @property
     def names_given(self) -> bool:
@@ -181,5 +195,55 @@ class AdapterConfig:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no flag."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether it is a number and no flag, and float32, in which adapters compute, takes it for neither zero nor
+    infinity."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or torch.finfo(torch.float32).tiny <= abs(value) <= torch.finfo(torch.float32).max
+
+
+# ---- what annotations say --------------------------------------------------------------------------------------------
+
+_SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("True or False", lambda value: isinstance(value, bool)),
+    int: ("a whole number", lambda value: isinstance(value, int) and is_number(value)),
+    float: ("a number in float32's range", is_number),
+    str: ("a string", lambda value: isinstance(value, str)),
+    NoneType: ("None", lambda value: value is None),
+}
+
+
+@functools.cache
+def _hints(cls: type[AdapterConfig]) -> dict[str, Any]:
+    """The annotations of a config's fields; as they stand where they name what can't be found."""
+    try:
+        found = get_type_hints(cls)
+    except Exception:  # a class in a function may be annotated by what is there
+        found = {f.name: {each.__name__: each for each in _SCALARS}.get(f.type, f.type) for f in fields(cls)}
+    return {f.name: found.get(f.name, Any) for f in fields(cls)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _words(hint: Any) -> str:
+    return f"one of {get_args(hint)}" if get_origin(hint) is Literal else _SCALARS.get(hint, (str(hint),))[0]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a kind that is told apart here, or the annotation says another."""
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(hint))  # True == 1
+    if (found := _alternatives(hint)) != (hint,):
+        return any(_fits(value, each) for each in found)
+    return hint not in _SCALARS or _SCALARS[hint][1](value)
+
+
+def _plain(value: Any) -> Any:
+    """The value without numpy, which JSON doesn't know, and in dicts that the caller can't change."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value

@@ -427,7 +427,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
     "list field of another type": (lambda m, t: with_config(m, target_roles=3), ["LoRAConfig.target_roles must be"]),
     "field of another type, of one variant": (
         lambda m, t: with_config(m, variant="antipasto", block_size="4"),
-        ["config is not readable"],
+        ["AntiPaSTOConfig.block_size must be a whole number; got '4'"],
     ),
     "unknown dtype": (lambda m, t: with_config(m, dtype="float7"), ["LoRAConfig.dtype must be"]),
     "dtype of 8 bits": (

@@ -81,7 +81,7 @@ def test_patterns_that_change_later(whose: str, tmp_path: Path) -> None:
 
 
 def test_patterns_are_checked() -> None:
-    with pytest.raises(ll.ConfigError, match=r"LoRAConfig\.r must be .* at least 1; got 0, from the pattern 'q_proj'"):
+    with pytest.raises(ll.ConfigError, match=r"LoRAConfig\.r must be at least 1; got 0, from the pattern 'q_proj'"):
         ll.LoRAConfig(rank_pattern={"q_proj": 0})
     with pytest.raises(ll.ConfigError, match=r"alpha must be .* got -1, from the pattern"):
         ll.LoRAConfig(alpha_pattern={"q_proj": -1})
@@ -151,7 +151,7 @@ def test_rho_is_in_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rho", [0.5, float("nan"), float("inf"), "2", None])
 def test_rho_is_a_number_of_at_least_one(rho: Any) -> None:
-    with pytest.raises(ll.ConfigError, match=r"EVAConfig\.rho must be a number of at least 1"):
+    with pytest.raises(ll.ConfigError, match=r"EVAConfig\.rho must be (a number|at least 1)"):
         ll.EVAConfig(rho=rho)
 
 

@@ -28,10 +28,6 @@ class SVDConfig(AdapterConfig):
 
     svd: SVD = "randomized"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_one_of("svd", SVD)
-
 
 def strongest(layer: nn.Module, r: int, cfg: Any) -> Triplets:
     """U, S and Vᵀ of the r largest singular values of the layer's weight, in float32."""

@@ -45,7 +45,6 @@ class AntiPaSTOConfig(SVDConfig):
         self.require(self.block_size >= 2, "block_size", "at least 2")
         self.require(self.r % self.block_size == 0, "r", f"divisible by block_size={self.block_size}")
         self.require(0 < self.max_rotation_angle < math.pi, "max_rotation_angle", "between 0 and π")
-        self.require_one_of("rotate_basis", Basis)
 
 
 @register

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..config import AdapterConfig, is_number
+from ..config import AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
 from ..quantized import dense_weight
@@ -32,7 +32,7 @@ class DeLoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(is_number(self.lambda0) and self.lambda0 > 0, "lambda0", "greater than 0")
+        self.require(self.lambda0 > 0, "lambda0", "greater than 0")
 
 
 @register

@@ -36,7 +36,7 @@ class EVAConfig(LoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.rho, (int, float)) and 1 <= self.rho < 1e6, "rho", "a number of at least 1")
+        self.require(1 <= self.rho < 1e6, "rho", "at least 1, and less than a million")
 
 
 @register

@@ -41,8 +41,7 @@ class RoadConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_one_of("kind", Kind)
-        even = isinstance(self.group_size, int) and self.group_size >= 2 and self.group_size % 2 == 0
+        even = self.group_size >= 2 and self.group_size % 2 == 0
         self.require(even, "group_size", "even and at least 2: it is halved to make pairs")
 
 
