@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     The file is replaced in one step: a crash leaves the earlier one. Where FSDP has sharded the adapter, call it on
     every process: the first writes one complete file, and all return when it is there.
 
-    Warns by name about adapters that do nothing, and about parameters and buffers of the base that have trained or
-    changed beside the adapter, which the file does not hold.
+    Warns by name about adapters that do nothing, about values that are not finite, and about parameters and buffers of
+    the base that have trained or changed beside the adapter, which the file does not hold.
 
     Raises:
         AttachError: nothing is attached, or PEFT was put on the model after attach.
@@ -59,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
     alone = standalone(attachment, "save")
     tensors = {f"{layer}.{key}": t for layer, adapter in alone.items() for key, t in adapter.state_dict().items()}
     contents = _contents(model, attachment, tensors | attachment.whole.stored())
-    warn_of_losses(model, attachment, "save")
+    warn_of_losses(model, attachment, "save", contents[0])
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
         return
@@ -83,7 +84,7 @@ def save_gathered(model: nn.Module, path: Path, name: str, tensors: Mapping[str,
     if lacking := [key for key in found.values() if key not in tensors]:
         raise CheckpointError(f"save: the state dict given to save lacks {first_of(lacking)}; call lora_lite.save")
     contents = _contents(model, attachment, {mine: tensors[key] for mine, key in found.items()})
-    warn_of_losses(model, attachment, "save")
+    warn_of_losses(model, attachment, "save", contents[0])
     _write(path, contents)
 
 
@@ -117,10 +118,8 @@ def _contents(
 
 def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> None:
     tensors, metadata = contents
-    try:
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"save: can't write {path}: {error}; whatever was there still is") from error
+    with writing("save", path):
+        replace_files({path: lambda temporary: save_file(tensors, temporary, metadata=metadata)})
 
 
 def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:
@@ -160,27 +159,88 @@ def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
     return found
 
 
-def warn_of_losses(model: nn.Module, attachment: Attachment, what: str) -> None:
-    """One warning of what a file of the adapter alone leaves behind, and of adapters that do nothing."""
+def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors: Mapping[str, Tensor]) -> None:
+    """One warning of what a file with these tensors, the adapter alone, leaves behind, of adapters that do nothing, and
+    of what is not finite."""
     held = {name for each in attachments(model) for name in each.whole.entries}
     texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
+    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        texts.append(f"there is NaN or infinity in {first_of(broken)}; an earlier file may be whole")
     if found := ". ".join(text for text in texts if text):
         warnings.warn(f"{what}: {found}", stacklevel=3)
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside `path`, flush it to disk and rename it over `path`: a crash leaves the earlier one. A link
-    stays, and the file that it leads to is replaced."""
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write each file beside its path, flush it to disk, and rename all over their paths once all are there: a full
+    disk, or a crash, leaves the earlier ones. A link stays, and the file that it leads to is replaced."""
+    with ExitStack() as left_over:
+        ready = []
+        for path, write in writers.items():
+            path = Path(os.path.realpath(path)) if path.is_symlink() else path
+            temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+            left_over.callback(_remove, temporary)
+            write(temporary)
+            _flush(temporary)
+            ready.append((temporary, path))
+        for temporary, path in ready:
+            os.replace(temporary, path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], Any], obsolete: Callable[[str, set[str]], bool]) -> None:
+    """`write` files into a folder in `folder`, and once all are there rename each over the one of its name. Then those
+    of the earlier ones go that are `obsolete`, given a name and the names written."""
+    temporary = folder / f".{uuid.uuid4().hex}"
     try:
         write(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        written = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in written:
+            _flush(path)
+        for path in written:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        names = {path.name for path in written if path.parent == temporary}
+        for path in folder.iterdir():
+            if names and path.name not in names and path.is_file() and obsolete(path.name, names):
+                path.unlink()
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """A CheckpointError where what is in this context can't write to `path`."""
+    try:
+        if "\0" in str(path):
+            raise OSError("a path has no null characters")
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{what}: can't write {path}: {error}; whatever was there still is") from error
+
+
+@contextmanager
+def writing_folder(what: str, folder: Path) -> Iterator[None]:
+    """`writing` to a folder, which is made where it is missing, and goes again if nothing could be written."""
+    with writing(what, folder):
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 def load(
@@ -322,13 +382,21 @@ def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
-    if path.is_dir():
+    if is_folder(path):
         raise CheckpointError(f"it is a folder; {_reader_of(path)}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no name that the system refuses is one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _reader_of(folder: Path) -> str:

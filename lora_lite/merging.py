@@ -7,8 +7,10 @@ identity's rows: no method has a merge of its own.
 import copy
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import reference
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
-from .checkpoint import replace_file
+from .checkpoint import replace_files, replace_folder, writing_folder
 from .errors import AttachError
 from .fitness import run_one_row
 from .idle import describe
@@ -107,8 +109,9 @@ def save_merged(
     model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any
 ) -> None:
     """Write the merged model as a plain checkpoint: of a transformers model what its `save_pretrained` writes, config
-    and tied weights and shards included, without the quantisation; of any other module a `model.safetensors`. Where an
-    adapter acts on one of several tied weights, none are tied in the checkpoint.
+    and tied weights and shards included, without the quantisation; of any other module, such as diffusers' and
+    sentence-transformers', a `model.safetensors` of its state dict. Where an adapter acts on one of several tied
+    weights, none are tied in the checkpoint. Files that were there are replaced once all of the new ones are written.
 
     Args:
         model, dtype: as in `merged_state_dict`.
@@ -116,15 +119,25 @@ def save_merged(
         options: for `save_pretrained`, such as max_shard_size.
 
     Raises:
-        AttachError: as `merged_state_dict` does, or the model computes something else where its config ties nothing.
+        AttachError: as `merged_state_dict` does, or the model computes something else where its config ties nothing, or
+            its class can't be made from its config alone.
+        CheckpointError: the folder can't be written.
+        TypeError: options are given for a model that is not transformers'.
     """
     model, folder = unwrap(model), Path(folder)
     _check(model, "save_merged")
-    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+    if not _is_transformers(model):
+        if options:
+            raise TypeError(
+                f"save_merged: {', '.join(options)} are for transformers' save_pretrained, and a "
+                f"{type(model).__name__} is written as one model.safetensors; leave them out"
+            )
         _warn_of_parted(model, "save_merged")
         tensors = _apart(_state_dict(model, dtype))
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        with writing_folder("save_merged", folder):
+            replace_files(
+                {folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})}
+            )
         return
     if parted := _parted(model):
         _require_untied(model, parted)
@@ -132,7 +145,25 @@ def save_merged(
     plain = _skeleton(model, tensors, tied=not parted)
     if parted:  # under all their names, also those that stay equal: nothing ties them when they are loaded
         tensors = _apart(tensors)
-    type(model).save_pretrained(plain, folder, state_dict=tensors, **options)  # type: ignore[operator]
+    if options.get("push_to_hub"):
+        options = {"repo_id": folder.absolute().name, **options}  # and not that of the folder for the time being
+    with writing_folder("save_merged", folder):
+        save = partial(type(model).save_pretrained, plain, state_dict=tensors, **options)  # type: ignore[operator]
+        replace_folder(folder, save, _is_obsolete)
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is a PreTrainedModel; others have a `save_pretrained` and a `config` too, which are something else."""
+    bases = ((each.__module__.partition(".")[0], each.__name__) for each in type(model).__mro__)
+    return ("transformers", "PreTrainedModel") in bases
+
+
+def _is_obsolete(name: str, written: set[str]) -> bool:
+    """Whether a file of an earlier checkpoint, beside a new one, would be taken for a part of it: other shards, their
+    index, or the one file that there is without shards."""
+    kind = re.compile(r"(model(?:\.[^.]+)?)(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
+    found = kind.fullmatch(name)
+    return found is not None and found[1] in {each[1] for other in written if (each := kind.fullmatch(other))}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,8 +255,14 @@ def _skeleton(model: Any, tensors: dict[str, Tensor], tied: bool) -> Any:
             delattr(config, name)
     if not tied:
         config.tie_word_embeddings = False
-    with torch.device("meta"):
-        plain = type(model)(config)
+    try:
+        with torch.device("meta"):
+            plain = type(model)(config)
+    except Exception as error:  # it is the class's own code
+        raise AttachError(
+            f"save_merged: no {type(model).__name__} can be made from its config alone ({error}); write "
+            "merged_state_dict(model) to a file of your own"
+        ) from error
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
     return plain.to(next(t.dtype for t in tensors.values() if t.is_floating_point()))

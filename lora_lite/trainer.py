@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
-from .checkpoint import first_of, mismatches, replace_file, save, save_gathered
+from .checkpoint import first_of, mismatches, replace_files, save, save_gathered, writing_folder
 from .errors import AttachError, CheckpointError
 from .merging import merged_parameters
 from .params import SITE
@@ -180,9 +180,9 @@ def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwar
         model.save_pretrained(folder, *args, **kwargs)
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.cpu().contiguous() for name, t in own_tensors(model).items()}
-    replace_file(folder / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    with writing_folder("AdapterCallback", folder):
+        replace_files({folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})})
     _save_each(model, folder)
 
 

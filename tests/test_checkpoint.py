@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -289,10 +290,11 @@ def unwritable(tmp_path: Path) -> dict[str, Path | str]:
         "too long": tmp_path / ("a" * 300),
         "empty": "",
         "root": "/",
+        "null": f"{tmp_path}/a\0b",
     }
 
 
-@pytest.mark.parametrize("case", ["missing folder", "is a folder", "below a file", "too long", "empty", "root"])
+@pytest.mark.parametrize("case", ["missing folder", "is a folder", "below a file", "too long", "empty", "root", "null"])
 def test_path_that_cannot_be_written(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = unwritable(tmp_path)[case], trained()
     monkeypatch.chdir(tmp_path / "folder")
@@ -361,9 +363,71 @@ def test_trailing_bytes(saved: Path) -> None:
     refused(saved, "not a readable safetensors file")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "."])
+@pytest.mark.parametrize("name", ["nowhere", ".", "a" * 300, "a\0b"])
 def test_no_file(name: str, tmp_path: Path) -> None:
     refused(tmp_path / name)
+    for read in (ll.import_peft, ll.import_diffusers):
+        with pytest.raises(ll.CheckpointError) as raised:
+            read(llama(), tmp_path / name)
+        assert str(tmp_path / name) in str(raised.value)
+
+
+FOLDERS: dict[str, Callable[[Any, Path], Any]] = {
+    "export_peft": ll.export_peft,
+    "export_diffusers": ll.export_diffusers,
+    "save_merged": ll.save_merged,
+    "save_merged of a plain model": lambda model, folder: ll.save_merged(model.model.layers[0].mlp, folder),
+}
+
+
+def as_they_are(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def for_folders(which: str) -> Any:
+    model = llama()
+    attach(model.model.layers[0].mlp if which.endswith("plain model") else model, "lora")
+    return model
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+@pytest.mark.parametrize("case", ["below a file", "too long", "null", "file"])
+def test_folder_that_cannot_be_written(which: str, case: str, tmp_path: Path) -> None:
+    path, model = {**unwritable(tmp_path), "file": tmp_path / "file"}[case], for_folders(which)
+    before = as_they_are(tmp_path)
+    with pytest.raises(ll.CheckpointError, match=f"{which.split()[0]}: can't write") as raised:
+        FOLDERS[which](model, Path(path))
+    assert str(path) in str(raised.value)
+    assert as_they_are(tmp_path) == before
+
+
+@pytest.mark.parametrize("which", FOLDERS)
+def test_full_disk(which: str, tmp_path: Path) -> None:
+    """Nothing is written but all: no new folder comes to be, and the files of an earlier one stay, each beside the
+    others that it came with."""
+    earlier, model = tmp_path / "earlier", for_folders(which)
+    FOLDERS[which](model, earlier)
+    randomize(model)
+    before, (soft, hard) = as_they_are(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for folder in (earlier, tmp_path / "new"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            with pytest.raises(ll.CheckpointError, match=f"{which.split()[0]}: can't write {folder}"):
+                FOLDERS[which](model, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert as_they_are(tmp_path) == before
+    FOLDERS[which](model, earlier)
+    assert as_they_are(tmp_path).keys() == before.keys()
+    assert as_they_are(tmp_path) != before
+
+
+def test_values_that_are_not_finite_are_said(tmp_path: Path) -> None:
+    model = for_folders("save")
+    ll.state_dict(model)[f"{Q0}.lora_B"][0] = torch.nan
+    for write in (ll.save, ll.export_peft, ll.export_diffusers):
+        with pytest.warns(UserWarning, match=rf"{write.__name__}: there is NaN or infinity in {Q0}\.lora_B"):
+            write(model, tmp_path / write.__name__)
 
 
 def test_a_folder_for_a_file(saved: Path, tmp_path: Path) -> None:

@@ -333,6 +333,22 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
     refused(folder, "no object")
 
 
+def test_export_leaves_a_pair_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors beside an earlier config would load, with the wrong alpha."""
+    folder, model = a_lora(tmp_path / "earlier"), llama()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    attach(model, "lora", alpha=50.0)
+
+    def fail(*args: Any) -> None:
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fail)
+        with pytest.raises(ll.CheckpointError, match=r"export_peft: can't write .*earlier: disk gone"):
+            ll.export_peft(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         ll.export_peft(llama(), tmp_path)

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import diffusers
+import huggingface_hub
 import pytest
+import sentence_transformers
 import torch
 import transformers
 from models import (
@@ -28,6 +31,7 @@ from models import (
     token_ids,
 )
 from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from zoo import of
@@ -295,6 +299,67 @@ def test_any_module(tmp_path: Path) -> None:
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
     x = torch.randn(5, 6)
     assert_close(plain(x), model(x), 1e-6)
+
+
+class OnTheHub(nn.Module, huggingface_hub.PyTorchModelHubMixin):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.config = {"width": width}
+        self.layer = nn.Linear(width, width)
+
+
+def of_diffusers() -> nn.Module:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 4, "norm_num_groups": 2}
+    return diffusers.Transformer2DModel(**sizes)
+
+
+def of_sentence_transformers() -> nn.Module:
+    return sentence_transformers.SentenceTransformer(modules=[Dense(6, 6)], device="cpu")
+
+
+@pytest.mark.parametrize("make", [lambda: OnTheHub(6), of_diffusers, of_sentence_transformers])
+def test_who_else_has_a_config_and_save_pretrained(make: Any, tmp_path: Path) -> None:
+    """They are none of transformers' models, whose `save_pretrained` writes the state dict that it is given."""
+    model = make()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    randomize(model)
+    with pytest.raises(TypeError, match=r"max_shard_size are for transformers' save_pretrained, and a"):
+        ll.save_merged(model, tmp_path / "x", max_shard_size="1GB")
+    ll.save_merged(model, tmp_path / "merged")
+    want, plain = ll.merged_state_dict(model), make()
+    plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
+    assert all(torch.equal(t, want[name]) for name, t in plain.state_dict().items())
+    assert [path.name for path in tmp_path.rglob("*")] == ["merged", "model.safetensors"]
+
+
+class Wants(transformers.LlamaForCausalLM):
+    """Made from more than its config."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+
+
+def test_a_class_that_its_config_does_not_make(tmp_path: Path) -> None:
+    model = Wants(llama().config, 3)
+    ll.attach(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ll.AttachError, match=r"no Wants can be made from its config alone \(.*more.*merged_state_dict"):
+        ll.save_merged(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("sizes", [("10KB", "5GB"), ("5GB", "10KB"), ("10KB", "20KB")])
+def test_an_earlier_checkpoint_leaves_nothing(sizes: tuple[str, str], tmp_path: Path) -> None:
+    """`from_pretrained` takes the one file of before, where there is one, rather than the shards."""
+    model: Any = adapted(llama(), "lora")
+    ll.save_merged(model, tmp_path, max_shard_size=sizes[0])
+    (tmp_path / "notes.txt").write_text("mine")
+    randomize(model, seed=1)
+    ll.save_merged(model, tmp_path, max_shard_size=sizes[1])
+    assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model), 1e-5)
+    ll.save_merged(model, tmp_path / "new", max_shard_size=sizes[1])
+    names = {path.name for path in tmp_path.iterdir()} - {"new", "notes.txt"}
+    assert names == {path.name for path in (tmp_path / "new").iterdir()}
+    assert (tmp_path / "notes.txt").exists()
 
 
 class Scaled(nn.Linear):

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attachment import DEFAULT, Attachment, require_attachment, unwrap
-from ..checkpoint import first_of, read_tensors, replace_file, warn_of_losses
+from ..checkpoint import first_of, is_folder, read_tensors, replace_files, warn_of_losses, writing_folder
 from ..errors import AttachError, CheckpointError
 from ..renaming import Renaming
 from .exporting import as_lora, as_they_are, patterns
@@ -59,15 +58,12 @@ def export_diffusers(
         part = unwrap(part)
         attachment = require_attachment(part, name)
         config, its_tensors = _of_model(part, attachment, uniform)
-        warn_of_losses(part, attachment, "export_diffusers")
+        warn_of_losses(part, attachment, "export_diffusers", its_tensors)
         configs |= {f"{place}.{field}": value for field, value in config.items()}
         tensors |= {f"{place}.{key}": t for key, t in its_tensors.items()}
     metadata = {"format": "pt", _METADATA: json.dumps(configs, indent=2, sort_keys=True)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / _FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"export_diffusers: can't write {folder}: {error}") from error
+    with writing_folder("export_diffusers", folder):
+        replace_files({folder / _FILE: lambda path: save_file(tensors, path, metadata=metadata)})
 
 
 def import_diffusers(
@@ -92,7 +88,7 @@ def import_diffusers(
             fit the model. The model is untouched.
     """
     path = Path(path)
-    file = path / _FILE if path.is_dir() else path
+    file = path / _FILE if is_folder(path) else path
     place = place or place_of(unwrap(model))
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..adapter import Adapter
 from ..attachment import Attachment, require_attachment, unwrap
-from ..checkpoint import names_now, replace_file, standalone, warn_of_losses
-from ..errors import AttachError, CheckpointError
+from ..checkpoint import names_now, replace_files, standalone, warn_of_losses, writing_folder
+from ..errors import AttachError
 from ..idle import current_names
 from ..primitives import LowRankAdd
 from ..shapes import is_conv1d
@@ -68,28 +67,27 @@ def export_peft(
     attachments = _of_one_file(model, name)
     for attachment in attachments:
         names, adapters = as_they_are(model, attachment, "export_peft")
-        warn_of_losses(model, attachment, "export_peft")
         if (kind := TENSORS.get(attachment.cfg.variant, ("LORA",))[0]) == "LORA":
             by_weight = _by_weight(model, attachment, names) if for_ == "peft" else []
             as_one = uniform or for_ != "peft"
             of_one, its_tensors = as_lora(attachment, adapters, names, as_one, "export_peft", by_weight)
         else:
             of_one, its_tensors = _as_its_own(attachment, adapters)
+        warn_of_losses(model, attachment, "export_peft", its_tensors)
         config |= {**of_one, "peft_type": kind}
         tensors |= {PREFIX + key: t for key, t in its_tensors.items()}
     config |= _other_fields(model, attachments, config["peft_type"], by_weight)
     check_served(for_, model, attachments, config)
     for attachment in attachments:
         tensors |= _in_full(model, attachment, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config, indent=2, sort_keys=True)
-        replace_file(
-            folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True)
+    with writing_folder("export_peft", folder):
+        replace_files(  # together: tensors beside an earlier config would load, with its alpha
+            {
+                folder / "adapter_model.safetensors": lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                folder / "adapter_config.json": lambda path: path.write_text(text),
+            }
         )
-        replace_file(folder / "adapter_config.json", lambda path: path.write_text(text))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"export_peft: can't write {folder}: {error}") from error
 
 
 def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Attachment]:

@@ -110,9 +110,11 @@ def attach_stored(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    if folder.is_file():
-        raise CheckpointError("it is a file; name the folder that holds it and an adapter_config.json, or call load")
     try:
+        if folder.is_file():
+            raise CheckpointError(
+                "it is a file; name the folder that holds it and an adapter_config.json, or call load"
+            )
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its adapter_config.json is not readable ({error})") from error
