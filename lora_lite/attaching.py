@@ -9,6 +9,7 @@ from typing import Any, cast, overload
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .adapter import Adapter
 from .attachment import (
@@ -26,7 +27,7 @@ from .attachment import (
 )
 from .backend import check_backend
 from .beside import Beside, peft_in
-from .calibration import CalibrationData, OfExperts, Statistic, gather
+from .calibration import CalibrationData, OfExperts, Statistic, gather, require_batches
 from .config import AdapterConfig
 from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError
@@ -39,8 +40,8 @@ from .quantized import is_dense, weight_of
 from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
-from .targets import Target, choose, stacks_among
-from .variant import Variant, variant_of
+from .targets import SHAPELESS, Target, choose, stacks_among
+from .variant import REGISTRY, Variant, variant_of
 from .whole_modules import WholeModules, inside, matched, settle
 
 
@@ -78,18 +79,24 @@ def attach(
         name: of the adapter, for `use`, `save`, `detach` and the rest. A dict has the names itself.
         backend: "triton" for the fused kernels, "reference" for PyTorch, "auto" for kernels where they run.
         calibration_data: model inputs (dicts, tuples, tensors; a DataLoader works) for EVA and, optionally, AntiPaSTO.
+            Given to methods that take none alone it is not touched, and a UserWarning says so.
 
     Returns:
         An `Attachment`, or a dict of them by name; print its `summary()`, which also says what is left out and why.
 
     Raises:
-        AttachError: an adapter of that name is attached already, PEFT has one there, no layer matches or something that
-            `cfg` names matches none, or a layer can't take this adapter.
-        CalibrationError: the variant needs calibration data and got none or too little.
+        AttachError: `model` is no module, an adapter of that name is attached already, PEFT has one there, no layer
+            matches or something that `cfg` names matches none, or a layer can't take this adapter.
+        CalibrationError: the variant needs calibration data and got none or too little, or it is no batches.
         ConfigError: a field of `cfg` has a value that no file can hold.
         In each case the model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach: model must be a torch.nn.Module; got {type(model).__name__}")
     model = unwrap(model)
+    if calibration_data is not None:
+        require_batches(calibration_data)
+        _warn_of_unused(cfg)
     if isinstance(cfg, Mapping):
         return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
@@ -113,6 +120,18 @@ def attach(
     return install(model, name, cfg, backend, targets, adapters, reasons, whole)
 
 
+def _warn_of_unused(cfg: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
+    """A warning where none of the methods takes calibration data."""
+    variants = [variant_of(each) for each in (cfg.values() if isinstance(cfg, Mapping) else [cfg])]
+    if all(variant.calibration == "none" for variant in variants):
+        takers = ", ".join(name for name, variant in REGISTRY.items() if variant.calibration != "none")
+        warnings.warn(
+            f"attach: calibration_data is not used: {', '.join(each.name for each in variants)} takes none; leave it "
+            f"out, or choose a method that starts from it ({takers})",
+            stacklevel=3,
+        )
+
+
 def _gathered(
     model: nn.Module, targets: Sequence[Target], adapters: Mapping[str, Adapter], data: CalibrationData | None
 ) -> dict[str, Any]:
@@ -129,11 +148,14 @@ def _attach_all(
     model: nn.Module, configs: Mapping[str, AdapterConfig], backend: str, calibration_data: Any
 ) -> dict[str, Attachment]:
     attached: dict[str, Attachment] = {}
+    if not configs:
+        raise AttachError("cfg is an empty dict; give it a config for each adapter's name")
     if not all(isinstance(cfg, AdapterConfig) for cfg in configs.values()):
         variant_of(cast(AdapterConfig, configs))  # a dict of something else
     try:
         for name, cfg in configs.items():
-            attached[name] = attach(model, cfg, name=name, backend=backend, calibration_data=calibration_data)
+            data = None if variant_of(cfg).calibration == "none" else calibration_data
+            attached[name] = attach(model, cfg, name=name, backend=backend, calibration_data=data)
     except Exception:
         for name in attached:
             detach(model, name)
@@ -293,8 +315,12 @@ def whole_modules(model: nn.Module, names: list[str]) -> WholeModules:
     """The modules of these names, to train in full, with copies of their tensors.
 
     Raises:
-        AttachError: one carries an adapter, is quantised, sharded or on the meta device.
+        AttachError: one carries an adapter, is quantised, sharded, on the meta device or without a shape.
     """
+    for name in names:
+        for p in (*(module := model.get_submodule(name)).parameters(), *module.buffers()):
+            if is_lazy(p):
+                raise AttachError(f"{name}, which modules_to_save matches, can't train yet: {SHAPELESS}")
     return WholeModules(model, names, [each.whole for each in attachments(model)])
 
 

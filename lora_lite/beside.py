@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import AttachError
 from .params import Params
@@ -20,7 +21,7 @@ class Beside:
 
     def __init__(self, model: nn.Module) -> None:
         self.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        self.size = sum(p.numel() for p in model.parameters())
+        self.size = sum(p.numel() for p in model.parameters() if not is_lazy(p))
         self.samples = {name: _sample(p) for name, p in model.named_parameters() if _readable(p)}
         self.buffers = {name: t.detach().clone() for name, t in _buffers(model).items()}
 
@@ -28,7 +29,7 @@ class Beside:
         """Nothing of the base trains. transformers' Trainer, which takes a quantised model only with adapters that it
         knows, is told that this one can be trained."""
         for p in model.parameters():
-            p.requires_grad_(False)
+            p.requires_grad = False  # not by requires_grad_, which a parameter without a shape refuses
         if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
             model.hf_quantizer = _trainable(quantizer)
 
@@ -38,7 +39,7 @@ class Beside:
         most = sum(self.flags.values()) * 2 > len(self.flags)
         for name, p in model.named_parameters(remove_duplicate=False):
             if p.is_floating_point() or p.is_complex():
-                p.requires_grad_(self.flags.get(name, most))
+                p.requires_grad = self.flags.get(name, most)
         if (quantizer := getattr(getattr(model, "hf_quantizer", None), "of_the_base", None)) is not None:
             model.hf_quantizer = quantizer
 
@@ -114,14 +115,15 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, Params):
             continue
         for key, t in module.named_buffers(recurse=False):
-            if t is None or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
+            if t is None or is_lazy(t) or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
                 continue
             found[f"{path}.{key}" if path else key] = t
     return found
 
 
 def _readable(p: Tensor) -> bool:
-    return is_dense(p) and not p.is_meta and not hasattr(p, "ds_id")  # of ZeRO-3 each process has nothing, or a part
+    # Of ZeRO-3 each process has nothing, or a part.
+    return is_dense(p) and not is_lazy(p) and not p.is_meta and not hasattr(p, "ds_id")
 
 
 def _sample(p: Tensor, count: int = 64) -> Tensor:

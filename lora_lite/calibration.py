@@ -131,6 +131,15 @@ class OfExperts(Statistic):
         return f"{each.seen} tokens to its expert {i} ({len(short)} of {len(self.of)} experts lack some)"
 
 
+_REMEDY = "pass attach(..., calibration_data=batches), an iterable of model inputs (dicts, tuples or tensors)"
+
+
+def require_batches(data: Any) -> None:
+    """Raise a CalibrationError where it is a single thing."""
+    if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise CalibrationError(f"calibration_data is one {type(data).__name__}: {_REMEDY}; [batch], if it is one batch")
+
+
 @torch.no_grad()
 def gather(
     model: nn.Module, wanted: dict[str, tuple[nn.Module, Statistic]], data: CalibrationData | None
@@ -152,11 +161,9 @@ def gather(
         CalibrationError: no data, no batch in it, a batch instead of batches, a mask that is no tensor, inputs that are
             not finite, or fewer rows than a statistic needs.
     """
-    remedy = "pass attach(..., calibration_data=batches), an iterable of model inputs (dicts, tuples or tensors)"
     if data is None:
-        raise CalibrationError(f"calibration_data is missing: {remedy}")
-    if isinstance(data, Mapping | str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
-        raise CalibrationError(f"calibration_data is one {type(data).__name__}: {remedy}; [batch], if it is one batch")
+        raise CalibrationError(f"calibration_data is missing: {_REMEDY}")
+    require_batches(data)
 
     watch = _Watch(wanted)
     handles = [
@@ -169,7 +176,7 @@ def gather(
     try:
         with _evaluation_mode(model):
             for batch in data:
-                _require_masks(batch)
+                _require_inputs(batch)
                 with _naming_the_batches(data):
                     run_batch(model, batch)
                 watch.settled, watch.previous = True, None
@@ -178,7 +185,7 @@ def gather(
             handle.remove()
 
     if not watch.settled:
-        raise CalibrationError(f"calibration_data gave no batch (an iterator that has run out?): {remedy}")
+        raise CalibrationError(f"calibration_data gave no batch (an iterator that has run out?): {_REMEDY}")
     gathered = {name: wanted[watch.leader[name]][1] for name in wanted}
     for name, statistic in gathered.items():
         gave = statistic.lacking()
@@ -259,7 +266,9 @@ def _require_finite(name: str, rows: Tensor) -> None:
         )
 
 
-def _require_masks(batch: Any) -> None:
+def _require_inputs(batch: Any) -> None:
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        raise CalibrationError(f"calibration_data has a batch that is {batch!r:.40}: {_REMEDY}")
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name) if isinstance(batch, Mapping) else None
         if not (mask is None or isinstance(mask, Tensor)):

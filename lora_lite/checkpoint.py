@@ -289,9 +289,12 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
 
     Raises:
         AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
-        CheckpointError: a tensor is missing, unexpected or of another shape. The adapter is as it was.
+        CheckpointError: `tensors` is no dict, or one is missing, unexpected, of another shape, or no tensor with
+            values. The adapter is as it was.
     """
     mine = state_dict(model, name)
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"load_state_dict: tensors must be a dict by name; got {type(tensors).__name__}")
     if problems := mismatches(mine, tensors):
         raise CheckpointError(f"load_state_dict: the tensors are not those of what is attached: {first_of(problems)}")
     for key, t in mine.items():
@@ -365,7 +368,9 @@ def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> Wh
 
 
 def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is missing, unexpected or of another shape in `tensors`."""
+    """What is missing, unexpected, of another shape, or no tensor with values in `tensors`."""
+    if strange := [f"{name} is {_kind(t)}" for name, t in tensors.items() if not isinstance(t, Tensor) or t.is_meta]:
+        return strange
     problems = [f"{name} is missing" for name in mine if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in mine]
     return problems + [
@@ -373,6 +378,10 @@ def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> lis
         for name, t in mine.items()
         if name in tensors and tensors[name].shape != t.shape
     ]
+
+
+def _kind(t: Any) -> str:
+    return "on the meta device" if isinstance(t, Tensor) else f"a {type(t).__name__}, and no tensor"
 
 
 def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:

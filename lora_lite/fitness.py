@@ -25,6 +25,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     if isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward:
         return "nn.MultiheadAttention reads its weight without calling it"
     layer: Any = target.layer
+    if 0 in shape(layer):
+        return "it has no inputs or no outputs"
     if isinstance(layer, Stack):
         return unfit_stack(layer)
     weight: Any = weight_of(layer)

@@ -1,16 +1,18 @@
 """What an attachment does not adapt, by kind of weight: how many, how large a part of the model, and why."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .params import Params
 from .shapes import shape
 from .stacks import Stack
-from .targets import candidates, fold, is_linear
+from .targets import SHAPELESS, candidates, fold, is_linear, is_shapeless, plain_name
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ def unreachable(model: nn.Module) -> tuple[LeftOut, ...]:
     return tuple(each for each in left_out(model, {}, linear) if each.why)
 
 
+def out_of_reach(model: nn.Module, pattern: str) -> str:
+    """What a pattern finds that belongs to no linear layer, and why; empty: nothing."""
+    linear = {target.name for target in candidates(model)}
+    found = {plain_name(path if _is_weight(name) else name): why for path, name, _, why in _weights(model) if why}
+    named = [f"{name}: {why}" for name, why in found.items() if re.search(pattern, name) and name not in linear]
+    return "; ".join(named[:3])
+
+
 def _is_weight(name: str) -> bool:
     return name.rpartition(".")[2] in ("weight", "W_q", "qweight")
 
@@ -77,6 +87,8 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
                 yield path, name, 0 if tied else math.prod(shape(linear)), ""
             elif tied:
                 continue
+            elif is_lazy(t):
+                yield path, name, 0, SHAPELESS if key == "weight" and is_shapeless(module) else ""
             else:
                 yield path, name, _size(module, key, t), _out_of_reach(path, module, key, t)
 

@@ -3,9 +3,10 @@
 unchanged: that their weights stay as they are for a while.
 """
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -48,17 +49,32 @@ def use(
     if not of_rows:
         raise ValueError("use: name at least one adapter; disabled(model) is a context without any")
     model = unwrap(model)
+    if strange := [name for name in of_rows if not isinstance(name, str) and not (by_row and name is None)]:
+        raise ValueError(f"use: a name is a string{', or None for no adapter' if by_row else ''}; got {strange[0]!r}")
     wanted = {require_attachment(model, cast(str, name)).name for name in of_rows if not (by_row and name is None)}
     off = frozenset(each.name for each in attachments(model)) - wanted
     rows = None
     if by_row:
-        rows = Rows(cast("tuple[str | None, ...]", of_rows), None if lengths is None else tuple(lengths), batch_dim)
+        rows = Rows(cast("tuple[str | None, ...]", of_rows), _whole_numbers(lengths, len(of_rows)), batch_dim)
         _require_rows(model, rows, wanted)
     elif lengths is not None or batch_dim:
         raise ValueError("use: lengths and batch_dim belong to a list of names, one for each entry")
     settle([(each.whole, each.name not in off) for each in attachments(model)])
     for site in sites_of(model):
         site.off, site.rows = off, rows
+
+
+def _whole_numbers(lengths: Any, count: int) -> tuple[int, ...] | None:
+    """The lengths as Python's numbers; a tensor's too."""
+    if lengths is None:
+        return None
+    try:
+        found = tuple(operator.index(n) for n in lengths)
+    except TypeError:
+        found = ()
+    if len(found) != count or any(n < 0 for n in found):
+        raise ValueError(f"use: lengths must hold a number of tokens for each of {count} names; got {lengths!r}")
+    return found
 
 
 def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:
@@ -69,8 +85,6 @@ def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:
     if rows.batch_dim not in (0, 1):
         raise ValueError(f"use: batch_dim must be 0 or 1; got {rows.batch_dim}")
     if rows.lengths is not None:
-        if len(rows.lengths) != len(rows.names) or not all(isinstance(n, int) and n >= 0 for n in rows.lengths):
-            raise ValueError(f"use: lengths must hold a number of tokens for each of {len(rows.names)} names")
         if rows.batch_dim:
             raise ValueError("use: lengths are of sequences that are packed in order; leave batch_dim out")
         return

@@ -69,6 +69,14 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+SHAPELESS = "it has no shape before its first call; run one batch through the model before attach"
+
+
+def is_shapeless(module: nn.Module) -> bool:
+    """Whether it is a linear layer that gets its shape from its first input (nn.LazyLinear)."""
+    return features(module) is not None and (weight := weight_of(module)) is not None and is_lazy(weight)
+
+
 def candidates(model: nn.Module) -> list[Target]:
     """Every linear layer of the model, every stack of experts, and every embedding, in its order."""
     everything = dict(_layers(model))
@@ -200,7 +208,12 @@ def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], ta
     if cfg.names_given:
         for pattern in cfg.target_names:
             if not _finds(pattern, chosen):
-                raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg))
+                raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg, pattern))
+        for path, module in model.named_modules():
+            name = plain_name(path)
+            wanted, excluded = (any(_finds(each, [name]) for each in p) for p in (cfg.target_names, cfg.exclude_names))
+            if wanted and not excluded and is_shapeless(module):
+                raise AttachError(f"{name}, which target_names matches, can't be adapted yet: {SHAPELESS}")
     for index in cfg.layers or ():
         if not any(target.block == index for target in targets):
             raise AttachError(_no_match(f"{index} of ", model, found, cfg))
@@ -321,15 +334,17 @@ def _role(name: str, layer: Any, widths: set[int]) -> Role:
     return "reader" if reads else "writer" if writes else "inner"
 
 
-def _no_match(entry: str, model: nn.Module, found: list[Target], cfg: AdapterConfig) -> str:
-    """One line a kind of layer: block indices are folded, so a deep model's list stays short."""
-    from .left_out import unreachable
+def _no_match(entry: str, model: nn.Module, found: list[Target], cfg: AdapterConfig, pattern: str = "") -> str:
+    """One line a kind of layer: block indices are folded, so a deep model's list stays short. `pattern`: the one of
+    target_names that matches none."""
+    from .left_out import out_of_reach, unreachable
 
     kinds: dict[str, int] = Counter(f"{fold(t.name)} ({t.role})" for t in found)
     listing = "\n".join(f"  {kind} ×{count}" for kind, count in kinds.items()) or "  (the model has no linear layer)"
-    pattern = entry.partition("' of ")[0].strip("'\"") if "'" in entry else ""
     near = _nearest(pattern, (t.name for t in found)) if pattern else ""
-    others = [each for each in unreachable(model) if each.matters or (pattern and re.search(pattern, each.kind))]
+    others = [each for each in unreachable(model) if each.matters]
+    if pattern and (named := out_of_reach(model, pattern)):
+        near = f". It finds what is not adaptable ({named})"
     rest = "".join(f"\n  {each.kind} ×{each.count}: not adaptable, {each.why}" for each in others)
     return (
         f"no layer matches {entry}target_names={cfg.target_names}, target_roles={cfg.target_roles}, "

@@ -1,5 +1,6 @@
 """Calibration: the statistics against the exact ones of all data, what may be passed, and what is refused."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -441,6 +442,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] =
     "one dict": (lambda: {"input_ids": token_ids()}, ll.CalibrationError, ("calibration_data is one dict", "[batch]")),
     "one tensor": (token_ids, ll.CalibrationError, ("one tensor of shape (2, 17)", "counts batches", "[batch]")),
     "no batches": (lambda: 5, ll.CalibrationError, ("calibration_data is one int",)),
+    "a batch of nothing": (lambda: [None], ll.CalibrationError, ("a batch that is None", "dicts, tuples or tensors")),
+    "a number for a batch": (lambda: [5], ll.CalibrationError, ("a batch that is 5",)),
     "a list for a mask": (
         lambda: [{"input_ids": token_ids(), "attention_mask": [[1] * 17] * 2}],
         ll.CalibrationError,
@@ -510,7 +513,18 @@ def test_a_layer_that_never_ran_is_named() -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "delora", "ia3", "ia3_ff", "hra", "road"])
 def test_variants_without_calibration_ignore_the_data(variant: str) -> None:
-    """One call site serves all variants: data that a variant does not need is not consumed."""
+    """One call site serves all variants: data that a variant does not need is not consumed, and it is said."""
     data = iter([token_ids()])
-    attach(llama(), variant, data)
+    with pytest.warns(UserWarning, match=rf"not used: {variant} takes none; .*\(antipasto, eva"):
+        attach(llama(), variant, data)
     assert next(data) is not None
+    with pytest.raises(ll.CalibrationError, match="calibration_data is one int"):
+        attach(llama(), variant, 5)
+
+
+def test_data_for_one_of_several() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.attach(llama(), {"a": config("lora"), "b": config("eva")}, calibration_data=iter(calibration_batches()))
+    with pytest.warns(UserWarning, match="not used: lora, ia3 takes none"):
+        ll.attach(llama(), {"a": config("lora"), "b": config("ia3")}, calibration_data=calibration_batches())

@@ -336,6 +336,25 @@ def test_save_with_nothing_attached(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "arrays": (lambda t: {name: each.numpy() for name, each in t.items()}, "lora_A is a ndarray, and no tensor"),
+    "nothing in it": (lambda t: {**t, f"{Q0}.lora_A": None}, "q_proj.lora_A is a NoneType, and no tensor"),
+    "no values": (lambda t: {name: each.to("meta") for name, each in t.items()}, "lora_A is on the meta device"),
+    "nothing": (lambda t: None, "tensors must be a dict by name; got NoneType"),
+    "pairs": (lambda t: list(t.items()), "tensors must be a dict by name; got list"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_state_dicts_of_something_else(case: str) -> None:
+    change, message = WRONG[case]
+    model = trained()
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError, match=f"load_state_dict: .*{message}"):
+        ll.load_state_dict(model, change({name: torch.zeros_like(t) for name, t in ll.state_dict(model).items()}))
+    assert_same(model, before)
+
+
 # ---- Files that are no good ----
 
 

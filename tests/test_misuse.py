@@ -196,7 +196,27 @@ def test_weight_on_the_meta_device(variant: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("sizes", [(8, 0), (0, 8)])
+def test_a_layer_without_inputs_or_outputs(variant: str, sizes: tuple[int, int]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(*sizes))
+    cfg = config(variant, target_names=("1",))
+    message = f"1 ({sizes[0]} → {sizes[1]}): it has no inputs or no outputs"
+    refused(ll.AttachError, lambda: ll.attach(model, cfg), message)
+    assert "it has no inputs or no outputs" in ll.attach(model, ll.LoRAConfig(r=2, target_roles=())).summary()
+
+
 # ---- Arguments of attach ----
+
+
+@pytest.mark.parametrize("model", [None, [nn.Linear(3, 3)], nn.Linear, "model"], ids=lambda v: type(v).__name__)
+def test_no_model(model: Any) -> None:
+    with pytest.raises(ll.AttachError, match=f"model must be a torch.nn.Module; got {type(model).__name__}"):
+        ll.attach(model, ll.LoRAConfig())
+
+
+def test_a_dict_of_no_configs() -> None:
+    refused_attach({}, "cfg is an empty dict; give it a config for each adapter's name")
 
 
 @pytest.mark.parametrize("backend", ["cuda", "", None, "Triton"])

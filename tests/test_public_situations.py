@@ -82,6 +82,52 @@ def test_what_is_named_must_be_there(fields: dict[str, Any], message: str) -> No
     refused(llama(), L(**{"r": 4, **fields}), message)
 
 
+class WithBags(nn.Module):
+    """An embedding that no adapter can stand on, among layers that have and have not their shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.first, self.norm = nn.EmbeddingBag(9, 8), nn.Linear(8, 8), nn.LazyBatchNorm1d()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.LazyLinear(4)}), nn.ModuleDict({"fc": nn.Linear(4, 4)})])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.blocks[1]["fc"](self.blocks[0]["fc"](self.norm(self.first(self.bag(ids)))))  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_names": ("bag",)}, "It finds what is not adaptable \\(bag: read by EmbeddingBag itself, which"),
+        ({"target_names": (r"^bag$", "first")}, "'\\^bag\\$' of (.|\n)*\\(bag: read by EmbeddingBag itself"),
+        ({"target_names": (r"\.0\.fc$",)}, r"\(blocks\.0\.fc: it has no shape before its first call; run one batch"),
+        ({"target_names": ("fc",)}, r"blocks\.0\.fc, which target_names matches, can't be adapted yet: .*run one"),
+        ({"modules_to_save": ("0.fc",)}, r"blocks\.0\.fc, which modules_to_save matches, can't train yet: .*run one"),
+        ({"modules_to_save": ("norm",)}, r"norm, which modules_to_save matches, can't train yet: .*run one batch"),
+    ],
+)
+def test_what_is_named_and_out_of_reach(fields: dict[str, Any], message: str) -> None:
+    model = WithBags()
+    with pytest.raises(ll.AttachError, match=message):
+        ll.attach(model, L(r=2, **fields))
+    assert all(p.requires_grad for p in model.parameters())
+    ll.attach(model, L(r=2, target_names=("fc",), exclude_names=(r"0\.fc",)))
+
+
+def test_a_layer_that_has_no_shape_yet(tmp_path: Path) -> None:
+    """It is left out and said so; it gets its shape, stays frozen, and trains again after detach."""
+    model, ids = WithBags(), torch.randint(9, (5, 3))
+    attachment = ll.attach(model, L(r=2, target_roles=()))
+    assert [t.name for t in attachment.targets] == ["first", "blocks.1.fc"]
+    assert "blocks.*.fc ×1 (0.0 %): it has no shape before its first call; run one batch" in attachment.summary()
+    model(ids).sum().backward()
+    with pytest.warns(UserWarning, match="buffers that have changed since attach"):
+        ll.save(model, tmp_path / "a")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_lite" not in name)
+    ll.detach(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(ll.attach(model, L(r=2, target_names=("fc",))).targets) == 2
+
+
 def test_explicit_names_are_not_filtered_by_defaults() -> None:
     head = ll.attach(llama(), L(r=4, target_names=("q_proj$", "lm_head$")))
     assert [t.name for t in head.targets][-1] == "lm_head"

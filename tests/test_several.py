@@ -227,6 +227,9 @@ def test_names() -> None:
         ll.use(model)
     with pytest.raises(ValueError, match="got None"):
         ll.use(model, None)  # type: ignore[arg-type]
+    for names in (("a", None), (["a"], [None]), ("a", ["b"])):
+        with pytest.raises(ValueError, match="use: a name is a string; got"):
+            ll.use(model, *names)
 
 
 # ---- a different adapter for each entry of a batch -------------------------------------------------------------------
@@ -486,6 +489,11 @@ def test_rows_must_fit_the_batch() -> None:
         (["a"], {"lengths": [3], "batch_dim": 1}, "leave batch_dim out"),
         (["a"], {"batch_dim": 2}, "batch_dim must be 0 or 1; got 2"),
         ("a", {"lengths": [3]}, "belong to a list of names"),
+        (["a"], {"lengths": 5}, "lengths must hold a number of tokens for each of 1 names; got 5"),
+        (["a"], {"lengths": [None]}, "lengths must hold"),
+        (["a"], {"lengths": [2.0]}, "lengths must hold"),
+        ([5], {}, "a name is a string, or None for no adapter; got 5"),
+        ([["a"]], {}, "a name is a string, or None"),
     ):
         with pytest.raises(ValueError, match=message):
             ll.use(model, names, **options)
