@@ -28,11 +28,12 @@ class LayerDiagnosis:
         layer: its name.
         gradients: norm of each trainable tensor's `.grad`; None for one that has none.
         relative_change: ‖ΔW‖ / ‖W‖ in the Frobenius norm, ΔW being what the adapter adds to the layer's linear map. NaN
-            where the layer's weight can't be read.
+            where the layer's weight can't be read, or is not finite, or the adapter isn't.
         effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
             directions share the change. 0 where ΔW is zero. Of a stack of experts the experts' mean.
         after_backward: whether the adapter has gradients in any layer: then a missing one is dead too.
         idle: why the adapter does nothing: its layer never ran, or has left the model. Empty: nothing is known.
+        not_finite: its tensors that have NaN or infinity.
     """
 
     layer: str
@@ -41,6 +42,7 @@ class LayerDiagnosis:
     effective_rank: float
     after_backward: bool = False
     idle: str = ""
+    not_finite: tuple[str, ...] = ()
 
     @property
     def grad_norm(self) -> float | None:
@@ -65,13 +67,15 @@ class Diagnosis:
     def summary(self) -> str:
         """A table."""
         table = Table(title=f"{len(self.rows)} layers")
-        for heading in ("layer", "gradient", "dead", "‖ΔW‖ / ‖W‖", "effective rank", "idle"):
-            table.add_column(heading, justify="left" if heading in ("layer", "dead", "idle") else "right")
+        for heading in ("layer", "gradient", "dead", "‖ΔW‖ / ‖W‖", "effective rank", "idle", "NaN or ∞"):
+            right = heading in ("gradient", "‖ΔW‖ / ‖W‖", "effective rank")
+            table.add_column(heading, justify="right" if right else "left")
         for row in self.rows:
             gradient = "–" if row.grad_norm is None else f"{row.grad_norm:.1e}"
             rank = f"{row.effective_rank:.1f}"
             dead = ", ".join(row.dead) or "–"
-            table.add_row(row.layer, gradient, dead, f"{row.relative_change:.1e}", rank, row.idle or "–")
+            broken = ", ".join(row.not_finite) or "–"
+            table.add_row(row.layer, gradient, dead, f"{row.relative_change:.1e}", rank, row.idle or "–", broken)
         console = Console(width=140, no_color=True)
         with console.capture() as capture:
             console.print(table)
@@ -121,8 +125,13 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
         }
         changed, sizes, ranks = zip(*_each(adapter, target.layer), strict=True)
         change, size, why = math.hypot(*changed), math.hypot(*sizes), idle.get(target.name, "")
-        change = change / size if size else math.inf if change else 0.0
-        rows.append(LayerDiagnosis(target.name, gradients, change, sum(ranks) / len(ranks), trained, why))
+        if not (math.isfinite(change) and math.isfinite(size)):
+            change = math.nan
+        else:
+            change = change / size if size else math.inf if change else 0.0
+        named = (*adapter.named_parameters(), *adapter.named_buffers())
+        broken = tuple(name for name, t in named if not (t.is_meta or t.isfinite().all()))  # meta: offloaded
+        rows.append(LayerDiagnosis(target.name, gradients, change, sum(ranks) / len(ranks), trained, why, broken))
     return Diagnosis(rows)
 
 
@@ -146,14 +155,21 @@ def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, " S"]:
     """Of ΔW, in float32."""
     if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
-        return primitive.scale * torch.linalg.svdvals(left @ right.t())
+        return primitive.scale * _svdvals(left @ right.t())
     W = dense_weight(layer, torch.float32)
     eye = torch.eye(W.shape[1], device=W.device)
     constant = around(primitive, layer, torch.zeros_like(eye[:1]))
-    return torch.linalg.svdvals((around(primitive, layer, eye) - constant).t() - W)
+    return _svdvals((around(primitive, layer, eye) - constant).t() - W)
+
+
+def _svdvals(M: Float[Tensor, "N K"]) -> Float[Tensor, " S"]:
+    """NaN where M is not finite, and no error."""
+    return torch.linalg.svdvals(M) if M.isfinite().all() else M.new_full((min(M.shape),), math.nan)
 
 
 def _effective_rank(S: Float[Tensor, " S"]) -> float:
+    if S.isnan().any():
+        return math.nan
     if not S.sum() > 0:
         return 0.0
     shares = S / S.sum()

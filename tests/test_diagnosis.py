@@ -1,5 +1,6 @@
 """`diagnose`: its figures against dense formulas, and that it changes nothing."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_at_the_start(tmp_path: Path) -> None:
     assert "lora_A" in text
     diagnosis.plot(tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("where", ["the adapter", "the weight"])
+def test_not_finite(where: str, variant: str) -> None:
+    """Such a layer is reported, and so are the others."""
+    model = llama()
+    attachment = attach(model, variant, target_names=("up_proj", "down_proj"))
+    target, adapter = attachment.targets[1], next(iter(attachment.adapters.values()))
+    name, p = next(iter(adapter.named_parameters()))
+    if where == "the adapter":
+        p.data.view(-1)[0] = torch.inf
+    else:
+        attachment.targets[0].layer.weight.data[0, 0] = torch.nan  # type: ignore[union-attr,operator]
+    first, second, *_ = (diagnosis := ll.diagnose(model)).rows
+    assert math.isnan(first.relative_change)
+    assert first.not_finite == ((name,) if where == "the adapter" else ())
+    assert (second.layer, math.isfinite(second.relative_change), second.not_finite) == (target.name, True, ())
+    assert "NaN or ∞" in diagnosis.summary()
 
 
 def test_nothing_attached() -> None:

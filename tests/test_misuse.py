@@ -206,6 +206,18 @@ def test_a_layer_without_inputs_or_outputs(variant: str, sizes: tuple[int, int])
     assert "it has no inputs or no outputs" in ll.attach(model, ll.LoRAConfig(r=2, target_roles=())).summary()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("fields", [{}, {"svd": "exact"}], ids=str)
+@pytest.mark.parametrize("variant", NEED_WEIGHT)
+def test_weight_that_is_not_finite(variant: str, fields: dict[str, Any], value: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight.data[3, 5] = value
+    cfg = config(variant, **fields if variant in ("pissa", "antipasto") else {})
+    message = "1 (64 → 64): its weight has NaN or infinity"
+    refused(ll.AttachError, lambda: ll.attach(model, cfg), message, "exclude_names")
+    ll.attach(model, config(variant, exclude_names=("1",)))
+
+
 # ---- Arguments of attach ----
 
 

@@ -13,7 +13,7 @@ from ..linalg import SVD, top_svd
 from ..params import Params, ParamSpec
 from ..quantized import dense_weight
 from ..variant import Variant
-from ._checks import check_rank
+from ._checks import check_rank, finite
 
 Triplets = tuple[Float[Tensor, "N R"], Float[Tensor, " R"], Float[Tensor, "R K"]]
 
@@ -31,7 +31,7 @@ class SVDConfig(AdapterConfig):
 
 def strongest(layer: nn.Module, r: int, cfg: Any) -> Triplets:
     """U, S and Vᵀ of the r largest singular values of the layer's weight, in float32."""
-    return top_svd(dense_weight(layer, torch.float32), r, cfg.svd)
+    return top_svd(finite(dense_weight(layer, torch.float32)), r, cfg.svd)
 
 
 class KeepsTriplets(Variant):

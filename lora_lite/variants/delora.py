@@ -16,7 +16,7 @@ from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
 from ..quantized import dense_weight
 from ..variant import Variant, register
-from ._checks import check_rank
+from ._checks import check_rank, finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class DeLoRA(Variant):
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
-        p.fill("lora_wnorm", dense_weight(layer, p.lora_wnorm.dtype).norm(dim=0))
+        p.fill("lora_wnorm", finite(dense_weight(layer, p.lora_wnorm.dtype).norm(dim=0)))
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> LowRankAdd:

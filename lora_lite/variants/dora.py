@@ -16,7 +16,7 @@ from ..params import Params, ParamSpec
 from ..primitives import LowRankAddRescale
 from ..quantized import bias_of, dense_weight, stored_weight
 from ..variant import Variant, register
-from ._checks import check_rank
+from ._checks import check_rank, finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class DoRA(Variant):
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
-        p.fill("lora_m", dense_weight(layer, p.lora_m.dtype).norm(dim=1))
+        p.fill("lora_m", finite(dense_weight(layer, p.lora_m.dtype).norm(dim=1)))
 
     @staticmethod
     def derive(p: Params, layer: nn.Module, cfg: Any) -> None:
