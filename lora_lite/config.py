@@ -17,6 +17,7 @@ from .errors import ConfigError
 
 Role = Literal["reader", "writer", "inner", "expert", "embedding"]
 ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert", "embedding")
+_FLOAT32 = torch.finfo(torch.float32)
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
@@ -124,8 +125,8 @@ class AdapterConfig:
                 except TypeError:
                     self.require(False, name, "a sequence")
             object.__setattr__(self, name, value)
-            words = " or ".join(_words(each) for each in _alternatives(hint))
-            self.require(_fits(value, hint), name, words)
+            if not _fits(value, hint):
+                self.require(False, name, " or ".join(map(_words, _alternatives(hint))))
 
     def require(self, ok: bool, field: str, wanted: str) -> None:
         """Raise a ConfigError that says what `field` must be, unless `ok`."""
@@ -199,7 +200,7 @@ def is_number(value: Any) -> bool:
     infinity."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return value == 0 or torch.finfo(torch.float32).tiny <= abs(value) <= torch.finfo(torch.float32).max
+    return value == 0 or _FLOAT32.tiny <= abs(value) <= _FLOAT32.max
 
 
 # ---- what annotations say --------------------------------------------------------------------------------------------
@@ -223,6 +224,7 @@ def _hints(cls: type[AdapterConfig]) -> dict[str, Any]:
     return {f.name: found.get(f.name, Any) for f in fields(cls)}
 
 
+@functools.cache
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
