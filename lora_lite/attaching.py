@@ -91,8 +91,6 @@ def attach(
         ConfigError: a field of `cfg` has a value that no file can hold.
         In each case the model is as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"attach: model must be a torch.nn.Module; got {type(model).__name__}")
     model = unwrap(model)
     if calibration_data is not None:
         require_batches(calibration_data)

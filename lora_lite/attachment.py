@@ -230,7 +230,9 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that torch.compile, Fabric, DataParallel, DistributedDataParallel or DeepSpeed wraps: names don't
-    depend on them."""
+    depend on them. An AttachError where it is no module."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise AttachError(
             "the model is a torch.jit.ScriptModule, which no hook reaches; adapt it before it is scripted"

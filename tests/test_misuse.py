@@ -222,9 +222,27 @@ def test_weight_that_is_not_finite(variant: str, fields: dict[str, Any], value: 
 
 
 @pytest.mark.parametrize("model", [None, [nn.Linear(3, 3)], nn.Linear, "model"], ids=lambda v: type(v).__name__)
-def test_no_model(model: Any) -> None:
-    with pytest.raises(ll.AttachError, match=f"model must be a torch.nn.Module; got {type(model).__name__}"):
-        ll.attach(model, ll.LoRAConfig())
+def test_no_model(model: Any, tmp_path: Path) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: ll.attach(model, ll.LoRAConfig()),
+        lambda: ll.detach(model),
+        lambda: ll.use(model, "default"),
+        lambda: ll.disabled(model).__enter__(),
+        lambda: ll.unchanged(model).__enter__(),
+        lambda: ll.parameters(model),
+        lambda: ll.state_dict(model),
+        lambda: ll.save(model, tmp_path / "a"),
+        lambda: ll.load(model, tmp_path / "a"),
+        lambda: ll.verify(model, {}),
+        lambda: ll.diagnose(model),
+        lambda: ll.merged_state_dict(model),
+        lambda: ll.save_merged(model, tmp_path),
+        lambda: ll.export_peft(model, tmp_path),
+        lambda: ll.import_peft(model, tmp_path),
+    ]
+    for call in calls:
+        with pytest.raises(ll.AttachError, match=f"model must be a torch.nn.Module; got {type(model).__name__}"):
+            call()
 
 
 def test_a_dict_of_no_configs() -> None:
