@@ -368,16 +368,17 @@ def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> Wh
 
 
 def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is missing, unexpected, of another shape, or no tensor with values in `tensors`."""
+    """What is missing, unexpected, of another shape or kind of number, or no tensor with values in `tensors`."""
     if strange := [f"{name} is {_kind(t)}" for name, t in tensors.items() if not isinstance(t, Tensor) or t.is_meta]:
         return strange
     problems = [f"{name} is missing" for name in mine if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in mine]
-    return problems + [
-        f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}"
-        for name, t in mine.items()
-        if name in tensors and tensors[name].shape != t.shape
+    both = [(name, t, tensors[name]) for name, t in mine.items() if name in tensors]
+    problems += [
+        f"{n} has shape {tuple(its.shape)}, not {tuple(t.shape)}" for n, t, its in both if its.shape != t.shape
     ]
+    kinds = [(n, t.dtype, its.dtype) for n, t, its in both if its.is_floating_point() != t.is_floating_point()]
+    return problems + [f"{n} is of {its}, which is not as {t} is" for n, t, its in kinds]
 
 
 def _kind(t: Any) -> str:

@@ -338,6 +338,10 @@ def test_save_with_nothing_attached(tmp_path: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "arrays": (lambda t: {name: each.numpy() for name, each in t.items()}, "lora_A is a ndarray, and no tensor"),
+    "whole numbers": (
+        lambda t: {**t, f"{Q0}.lora_A": t[f"{Q0}.lora_A"].long()},
+        "q_proj.lora_A is of torch.int64, which is not as torch.float32 is",
+    ),
     "nothing in it": (lambda t: {**t, f"{Q0}.lora_A": None}, "q_proj.lora_A is a NoneType, and no tensor"),
     "no values": (lambda t: {name: each.to("meta") for name, each in t.items()}, "lora_A is on the meta device"),
     "nothing": (lambda t: None, "tensors must be a dict by name; got NoneType"),
