@@ -280,8 +280,9 @@ def of_input_after_the_call(layer: nn.Module, seen: Seen) -> Any:
 
 @pytest.mark.parametrize("ask", [of_backward_hook, of_all_backward_hooks, of_input, of_input_after_the_call])
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "shared"])
-def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any]) -> None:
+def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layer's input; and x gets all of it."""
+    monkeypatch.setattr(in_place, "WORTH_A_FUNCTION", 0)
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
@@ -304,6 +305,7 @@ def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any]) -
 def test_the_gradient_is_written_to(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """dh A is added where the layer's gradient lies, once for each backward of a graph that is kept; not into one that
     is to be differentiated again."""
+    monkeypatch.setattr(in_place, "WORTH_A_FUNCTION", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
