@@ -23,7 +23,7 @@ class Beside:
         self.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         self.size = sum(p.numel() for p in model.parameters() if not is_lazy(p))
         self.samples = {name: _sample(p) for name, p in model.named_parameters() if _readable(p)}
-        self.buffers = {name: t.detach().clone() for name, t in _buffers(model).items()}
+        self.buffers = {name: t.detach().clone() for name, t in buffers(model).items()}
 
     def freeze(self, model: Any) -> None:
         """Nothing of the base trains. transformers' Trainer, which takes a quantised model only with adapters that it
@@ -48,7 +48,7 @@ class Beside:
         the base's tensors that some adapter's file holds."""
         own = {id(p) for module in model.modules() if isinstance(module, Params) for p in module.parameters()}
         trains = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
-        changed = [name for name, t in _buffers(model).items() if _differs(self.buffers.get(name), t)]
+        changed = [name for name, t in buffers(model).items() if differs(self.buffers.get(name), t)]
         moved = [
             name
             for name, p in model.named_parameters()
@@ -108,7 +108,7 @@ def _rebuild(adapted: Any) -> Any:
     return _trainable, (adapted.of_the_base,)
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
+def buffers(model: nn.Module) -> dict[str, Tensor]:
     """The small buffers of the base that a state dict holds."""
     found = {}
     for path, module in model.named_modules():
@@ -132,7 +132,7 @@ def _sample(p: Tensor, count: int = 64) -> Tensor:
     return flat[:: max(1, flat.numel() // count)].clone()
 
 
-def _differs(before: Tensor | None, now: Tensor) -> bool:
+def differs(before: Tensor | None, now: Tensor) -> bool:
     """Whether a buffer holds other values, apart from the rounding of a change of dtype."""
     if before is None:
         return False  # it was not there, or held no values

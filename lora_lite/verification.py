@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .adapter import Adapter, wider
 from .attachment import require_attachment, unwrap
+from .beside import buffers, differs
 from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
 from .idle import here_and_gone, listing, whole_kinds
@@ -123,14 +124,16 @@ def _unseen(sites: Iterable[Site]) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """What a forward in training writes to buffers, such as BatchNorm's statistics, is undone."""
-    before = [(t, t.clone()) for t in model.buffers() if not t.is_meta]
+    """What a forward in training writes to the base's buffers, such as BatchNorm's statistics, is undone. One that it
+    leaves alone is not written to: whoever has made something of it would make that anew."""
+    before = [(t, t.clone()) for t in buffers(model).values()]
     try:
         yield
     finally:
         with torch.no_grad():
             for t, values in before:
-                t.copy_(values)
+                if differs(values, t):
+                    t.copy_(values)
 
 
 def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], partial: bool) -> None:

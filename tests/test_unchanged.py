@@ -257,3 +257,19 @@ def test_under_torch_compile_it_computes_as_always() -> None:
 def test_without_an_adapter_it_raises() -> None:
     with pytest.raises(ll.AttachError), ll.unchanged(llama()):
         pass
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_verify_within(variant: str) -> None:
+    """It undoes what its forward writes to buffers, and writes to none else: those of adapters among them."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+    model, batches = model.train(), [torch.randn(40, 16)]
+    own = {"antipasto": {"block_size": 2}, "road": {"group_size": 4}}.get(variant, {})
+    given = batches if variant in ("eva", "antipasto") else None
+    attach(model, variant, given, r=2, target_names=("0", "2"), target_roles=(), **own)
+    mean = model[1].running_mean.clone()
+    with ll.unchanged(model):
+        want = model.eval()(batches[0])
+        ll.verify(model.train(), batches[0])
+        assert torch.equal(model.eval()(batches[0]), want)
+    assert torch.equal(model[1].running_mean, mean)
