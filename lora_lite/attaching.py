@@ -9,7 +9,6 @@ from typing import Any, cast, overload
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from .adapter import Adapter
 from .attachment import (
@@ -40,7 +39,7 @@ from .quantized import is_dense, weight_of
 from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
-from .targets import SHAPELESS, Target, choose, stacks_among
+from .targets import Target, choose, stacks_among
 from .variant import REGISTRY, Variant, variant_of
 from .whole_modules import WholeModules, inside, matched, settle
 
@@ -315,10 +314,6 @@ def whole_modules(model: nn.Module, names: list[str]) -> WholeModules:
     Raises:
         AttachError: one carries an adapter, is quantised, sharded, on the meta device or without a shape.
     """
-    for name in names:
-        for p in (*(module := model.get_submodule(name)).parameters(), *module.buffers()):
-            if is_lazy(p):
-                raise AttachError(f"{name}, which modules_to_save matches, can't train yet: {SHAPELESS}")
     return WholeModules(model, names, [each.whole for each in attachments(model)])
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .params import Params
-from .shapes import shape
+from .shapes import SHAPELESS, shape
 from .stacks import Stack
-from .targets import SHAPELESS, candidates, fold, is_linear, is_shapeless, plain_name
+from .targets import candidates, fold, is_linear, is_shapeless, plain_name
 
 
 @dataclass(frozen=True)

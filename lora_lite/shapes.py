@@ -7,6 +7,8 @@ from torch import nn
 
 from .stacks import Stack
 
+SHAPELESS = "it has no shape before its first call; run one batch through the model before attach"
+
 
 def features(layer: Any) -> tuple[int, int] | None:
     """(in_features, out_features) of a layer that acts on the last dimension, or on ids; None: it is no such layer."""

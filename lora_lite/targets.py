@@ -18,7 +18,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
-from .shapes import features, is_embedding, shape
+from .shapes import SHAPELESS, features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
 
@@ -67,9 +67,6 @@ def is_linear(module: nn.Module) -> bool:
         and (weight := weight_of(module)) is not None
         and not is_lazy(weight)
     )
-
-
-SHAPELESS = "it has no shape before its first call; run one batch through the model before attach"
 
 
 def is_shapeless(module: nn.Module) -> bool:

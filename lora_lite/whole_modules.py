@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import is_sharded, whole
+from .shapes import SHAPELESS
 
 
 class _Place(NamedTuple):
@@ -100,6 +102,8 @@ class WholeModules:
                         "leave it out"
                     )
                 for _, key, t in _held(module):
+                    if is_lazy(t):
+                        raise AttachError(f"{name}, which modules_to_save matches, can't train yet: {SHAPELESS}")
                     original = originals.get(id(t), t)
                     if original.shape != t.shape:
                         raise AttachError(
