@@ -437,6 +437,13 @@ def test_peft_s_files_both_ways(name: str, stacks: tuple[str, ...], tmp_path: Pa
     assert_close(logits(model), want, 1e-6)
 
 
+def by_peft(base: Any, folder: Path) -> Any:
+    """The base with the adapter in a folder. PEFT warns of experts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, folder)
+
+
 # Models in which PEFT takes the names of dense and shared feed-forwards for those of experts.
 CONVERTED = {
     "deepseek_v3": MIXTURES["deepseek_v3"],
@@ -467,9 +474,7 @@ def test_feed_forwards_that_peft_takes_for_experts(name: str, experts: bool, tmp
     ll.export_peft(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert {f"{layer}.weight" for layer in feed_forwards} <= set(written["target_parameters"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(CONVERTED[name](), tmp_path)
+    theirs = by_peft(CONVERTED[name](), tmp_path)
     assert_close(logits(theirs), want, 1e-5)
     ll.detach(model)
     again: Any = ll.import_peft(model, tmp_path)
@@ -494,9 +499,7 @@ def test_what_peft_would_take_for_experts_is_no_dora(tmp_path: Path) -> None:
     attach(model, "dora", exclude_names=("mlp",))
     randomize(model)
     ll.export_peft(model, tmp_path / "b")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(CONVERTED["glm4_moe"](), tmp_path / "b")
+    theirs = by_peft(CONVERTED["glm4_moe"](), tmp_path / "b")
     assert_close(logits(theirs), logits(model), 1e-5)
 
 
@@ -517,9 +520,7 @@ def test_what_transformers_renames_for_peft(tmp_path: Path) -> None:
     attach(model, "lora", exclude_names=("shared_experts", "lm_head"))
     randomize(model)
     ll.export_peft(model, tmp_path / "b")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "b")
+    theirs = by_peft(make(), tmp_path / "b")
     assert_close(logits(theirs), logits(model), 1e-5)
 
 
