@@ -1241,7 +1241,7 @@ def _perturbed(seed: int) -> Any:
 def test_dora_normalises_by_the_weight_that_is_there(change: str, compiled: bool) -> None:
     """Its norm takes ‖W‖² from before; here W is another afterwards."""
     if compiled and not change.startswith("load_state_dict"):
-        pytest.skip("a graph can't ask whether a weight has been written to: docs/silent_failures.md")
+        pytest.skip("runs uncompiled: a graph can't ask whether a weight has been written to (docs/silent_failures.md)")
     model, x = _perturbed(0), torch.randn(5, 8)
     model(x)
     CHANGES[change](model)
