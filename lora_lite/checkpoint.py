@@ -164,10 +164,15 @@ def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors:
     of what is not finite."""
     held = {name for each in attachments(model) for name in each.whole.entries}
     texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
-    if broken := [name for name, t in tensors.items() if not t.isfinite().all()]:
+    if broken := not_finite(tensors):
         texts.append(f"there is NaN or infinity in {first_of(broken)}; an earlier file may be whole")
     if found := ". ".join(text for text in texts if text):
         warnings.warn(f"{what}: {found}", stacklevel=3)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that have NaN or infinity."""
+    return [name for name, t in tensors.items() if not (t.is_meta or t.isfinite().all())]
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import reference
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
-from .checkpoint import replace_files, replace_folder, writing_folder
+from .checkpoint import first_of, not_finite, replace_files, replace_folder, writing_folder
 from .errors import AttachError
 from .fitness import run_one_row
 from .idle import describe
@@ -56,7 +56,7 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
 
     Raises:
         AttachError: nothing is attached, `use` has given each entry of a batch an adapter of its own, a method adds a
-            bias to a layer that has none, or PEFT was put on the model after attach.
+            bias to a layer that has none, an adapter has NaN or infinity, or PEFT was put on the model after attach.
     """
     model = unwrap(model)
     _check(model, "merged_state_dict")
@@ -178,16 +178,24 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(model: nn.Module, what: str) -> None:
-    """An AttachError where there is nothing to merge, or PEFT is on the model; one warning of adapters that do nothing,
-    for which the merged model is not the adapted one."""
+    """An AttachError where there is nothing to merge, or PEFT is on the model, or an adapter is not finite; one
+    warning of adapters that do nothing, for which the merged model is not the adapted one."""
     attached = chosen(model, None)
     require_no_peft(model, "merging")
-    texts = [describe(each.watch.idle(model)) for each in attached if each.acts]
+    acting = [each for each in attached if each.acts]
+    texts = [describe(each.watch.idle(model)) for each in acting]
     if found := ". ".join(text for text in texts if text):
         warnings.warn(
             f"{what}: {found}. Merged weights have what adapters make of layers that do not run, and nothing of those "
             "on layers that are no longer part of the model",
             stacklevel=3,
+        )
+    adapters = [(name, adapter) for each in acting for name, adapter in each.adapters.items()]
+    tensors = {f"{name}.{key}": whole(t) for name, adapter in adapters for key, t in adapter.state_dict().items()}
+    if broken := not_finite(tensors):
+        raise AttachError(
+            f"{what}: there is NaN or infinity in {first_of(broken)}, which would leave no weight of such a layer as "
+            "it is; load an earlier file"
         )
 
 

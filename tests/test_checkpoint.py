@@ -451,6 +451,8 @@ def test_values_that_are_not_finite_are_said(tmp_path: Path) -> None:
     for write in (ll.save, ll.export_peft, ll.export_diffusers):
         with pytest.warns(UserWarning, match=rf"{write.__name__}: there is NaN or infinity in {Q0}\.lora_B"):
             write(model, tmp_path / write.__name__)
+    with pytest.raises(ll.AttachError, match=rf"merged_state_dict: there is NaN or infinity in {Q0}\.lora_B"):
+        ll.merged_state_dict(model)
 
 
 def test_a_folder_for_a_file(saved: Path, tmp_path: Path) -> None:
