@@ -3,17 +3,13 @@
 import hashlib
 import json
 import os
-import shutil
-import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +20,8 @@ from .backend import check_backend
 from .beside import require_no_peft
 from .config import AdapterConfig
 from .embeddings import require_size
-from .errors import AttachError, CheckpointError, LoraLiteError
+from .errors import AttachError, CheckpointError, LoraLiteError, first_of
+from .files import read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
 from .params import SITE
@@ -175,79 +172,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, t in tensors.items() if not (t.is_meta or t.isfinite().all())]
 
 
-def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """Write each file beside its path, flush it to disk, and rename all over their paths once all are there: a full
-    disk, or a crash, leaves the earlier ones. A link stays, and the file that it leads to is replaced."""
-    with ExitStack() as left_over:
-        ready = []
-        for path, write in writers.items():
-            path = Path(os.path.realpath(path)) if path.is_symlink() else path
-            temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-            left_over.callback(_remove, temporary)
-            write(temporary)
-            _flush(temporary)
-            ready.append((temporary, path))
-        for temporary, path in ready:
-            os.replace(temporary, path)
-
-
-def replace_folder(folder: Path, write: Callable[[Path], Any], obsolete: Callable[[str, set[str]], bool]) -> None:
-    """`write` files into a folder in `folder`, and once all are there rename each over the one of its name. Then those
-    of the earlier ones go that are `obsolete`, given a name and the names written."""
-    temporary = folder / f".{uuid.uuid4().hex}"
-    try:
-        write(temporary)
-        written = [path for path in temporary.rglob("*") if path.is_file()]
-        for path in written:
-            _flush(path)
-        for path in written:
-            target = folder / path.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        names = {path.name for path in written if path.parent == temporary}
-        for path in folder.iterdir():
-            if names and path.name not in names and path.is_file() and obsolete(path.name, names):
-                path.unlink()
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as written:
-        os.fsync(written.fileno())
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
-
-
-@contextmanager
-def writing(what: str, path: Path) -> Iterator[None]:
-    """A CheckpointError where what is in this context can't write to `path`."""
-    try:
-        if "\0" in str(path):
-            raise OSError("a path has no null characters")
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{what}: can't write {path}: {error}; whatever was there still is") from error
-
-
-@contextmanager
-def writing_folder(what: str, folder: Path) -> Iterator[None]:
-    """`writing` to a folder, which is made where it is missing, and goes again if nothing could be written."""
-    with writing(what, folder):
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        except BaseException:
-            if is_new:
-                with suppress(OSError):
-                    folder.rmdir()
-            raise
-
-
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -395,33 +319,6 @@ def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:
     return {t.name: "not in the adapter's file" for t in candidates(model) if t.name not in adapters}
 
 
-def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
-    if is_folder(path):
-        raise CheckpointError(f"it is a folder; {_reader_of(path)}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is a folder; no name that the system refuses is one."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _reader_of(folder: Path) -> str:
-    """What to do with a folder where a file was expected."""
-    if (folder / "adapter_config.json").exists():
-        return "it holds PEFT's adapter_config.json: call import_peft(model, folder)"
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    return f"name the file in it ({', '.join(files[:3]) or 'there is no .safetensors'})"
-
-
 def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
     is_original = "format" not in metadata and "cfg" in metadata
     if metadata.get("format") != "lora-lite" and not is_original:
@@ -496,9 +393,3 @@ def _shape(layer: Any) -> list[int]:
 
 def _fingerprint(shapes: dict[str, list[int]]) -> str:
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-
-
-def first_of(problems: list[str], shown: int = 3) -> str:
-    """The first few, and how many more there are."""
-    more = f" (and {len(problems) - shown} more)" if len(problems) > shown else ""
-    return "; ".join(problems[:shown]) + more

@@ -32,3 +32,9 @@ class CheckpointError(LoraLiteError, RuntimeError):
 
 class KernelMismatchError(LoraLiteError, ArithmeticError):
     """A backend's output or gradient is further from the reference than rounding explains."""
+
+
+def first_of(problems: list[str], shown: int = 3) -> str:
+    """The first few, and how many more there are."""
+    more = f" (and {len(problems) - shown} more)" if len(problems) > shown else ""
+    return "; ".join(problems[:shown]) + more

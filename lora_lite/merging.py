@@ -24,8 +24,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import reference
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
-from .checkpoint import first_of, not_finite, replace_files, replace_folder, writing_folder
-from .errors import AttachError
+from .checkpoint import not_finite
+from .errors import AttachError, first_of
+from .files import replace_files, replace_folder, writing_folder
 from .fitness import run_one_row
 from .idle import describe
 from .params import SITE, Params

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
-from .checkpoint import first_of, mismatches, replace_files, save, save_gathered, writing_folder
-from .errors import AttachError, CheckpointError
+from .checkpoint import mismatches, save, save_gathered
+from .errors import AttachError, CheckpointError, first_of
+from .files import replace_files, writing_folder
 from .merging import merged_parameters
 from .params import SITE
 from .selection import disabled

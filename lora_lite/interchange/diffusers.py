@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..attachment import DEFAULT, Attachment, require_attachment, unwrap
-from ..checkpoint import first_of, is_folder, read_tensors, replace_files, warn_of_losses, writing_folder
-from ..errors import AttachError, CheckpointError
+from ..checkpoint import warn_of_losses
+from ..errors import AttachError, CheckpointError, first_of
+from ..files import is_folder, read_tensors, replace_files, writing_folder
 from ..renaming import Renaming
 from .exporting import as_lora, as_they_are, patterns
 from .formats import PREFIX

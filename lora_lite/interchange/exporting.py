@@ -18,8 +18,9 @@ from torch.nn.functional import pad
 
 from ..adapter import Adapter
 from ..attachment import Attachment, require_attachment, unwrap
-from ..checkpoint import names_now, replace_files, standalone, warn_of_losses, writing_folder
+from ..checkpoint import names_now, standalone, warn_of_losses
 from ..errors import AttachError
+from ..files import replace_files, writing_folder
 from ..idle import current_names
 from ..primitives import LowRankAdd
 from ..shapes import is_conv1d

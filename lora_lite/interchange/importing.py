@@ -15,9 +15,10 @@ from ..adapter import Adapter
 from ..attaching import build, check_free, derive, init, install, whole_modules
 from ..attachment import DEFAULT, Attachment, unwrap
 from ..backend import check_backend
-from ..checkpoint import fill, filled, first_of, named_targets, not_in_file, read_tensors
+from ..checkpoint import fill, filled, named_targets, not_in_file
 from ..config import AdapterConfig
-from ..errors import CheckpointError, LoraLiteError
+from ..errors import CheckpointError, LoraLiteError, first_of
+from ..files import read_tensors
 from ..renaming import Renaming, proposal
 from ..stacks import Stack
 from ..targets import Target, candidates

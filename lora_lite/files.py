@@ -1,0 +1,114 @@
+"""Files and folders on disk: safetensors read strictly, and whatever is written replaced once all of it is there."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
+    if is_folder(path):
+        raise CheckpointError(f"it is a folder; {_reader_of(path)}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; no name that the system refuses is one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _reader_of(folder: Path) -> str:
+    """What to do with a folder where a file was expected."""
+    if (folder / "adapter_config.json").exists():
+        return "it holds PEFT's adapter_config.json: call import_peft(model, folder)"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"name the file in it ({', '.join(files[:3]) or 'there is no .safetensors'})"
+
+
+def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """Write each file beside its path, flush it to disk, and rename all over their paths once all are there: a full
+    disk, or a crash, leaves the earlier ones. A link stays, and the file that it leads to is replaced."""
+    with ExitStack() as left_over:
+        ready = []
+        for path, write in writers.items():
+            path = Path(os.path.realpath(path)) if path.is_symlink() else path
+            temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+            left_over.callback(_remove, temporary)
+            write(temporary)
+            _flush(temporary)
+            ready.append((temporary, path))
+        for temporary, path in ready:
+            os.replace(temporary, path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], Any], obsolete: Callable[[str, set[str]], bool]) -> None:
+    """`write` files into a folder in `folder`, and once all are there rename each over the one of its name. Then those
+    of the earlier ones go that are `obsolete`, given a name and the names written."""
+    temporary = folder / f".{uuid.uuid4().hex}"
+    try:
+        write(temporary)
+        written = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in written:
+            _flush(path)
+        for path in written:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        names = {path.name for path in written if path.parent == temporary}
+        for path in folder.iterdir():
+            if names and path.name not in names and path.is_file() and obsolete(path.name, names):
+                path.unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """A CheckpointError where what is in this context can't write to `path`."""
+    try:
+        if "\0" in str(path):
+            raise OSError("a path has no null characters")
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{what}: can't write {path}: {error}; whatever was there still is") from error
+
+
+@contextmanager
+def writing_folder(what: str, folder: Path) -> Iterator[None]:
+    """`writing` to a folder, which is made where it is missing, and goes again if nothing could be written."""
+    with writing(what, folder):
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
