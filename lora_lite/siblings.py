@@ -17,7 +17,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook
 
 from .calls import Call, begin, end, under_way
 from .in_place import backend
@@ -70,7 +70,7 @@ class Siblings:
             self.groups, self.regrouped = self.regrouped, None
 
     def _note_checkpoint(self, packing: Any) -> None:
-        if packing is not None and torch.is_grad_enabled():
+        if packing is not None and torch.is_grad_enabled() and _is_checkpoints(packing[0]):
             self.to_rerun.append(ref(packing[1]))  # kept with each tensor that is saved
         if self.regrouped is not None:
             self.note_reentrant()
@@ -161,8 +161,11 @@ class Family:
 
 
 def share(parent: Call, layer: nn.Module, x: Tensor) -> Shared | None:
-    """What the call of its parent has ready for the layer; None: it computes alone, or the call is not its parent's."""
-    return parent.kept.share(parent.module, layer, x) if isinstance(parent.kept, Family) else None
+    """What the call of its parent has ready for the layer; None: it computes alone, as where the call is not its
+    parent's, or one of both is compiled by itself."""
+    if not isinstance(parent.kept, Family) or (parent.frame is None) != torch.compiler.is_compiling():
+        return None
+    return parent.kept.share(parent.module, layer, x)
 
 
 def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -189,17 +192,24 @@ def _packing() -> Any:
     return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
 
 
+def _is_checkpoints(pack: Any) -> bool:
+    """Whether this way of saving tensors is a checkpoint's. Others run nothing again, and may live for ever."""
+    code = getattr(pack, "__code__", None)
+    return code is not None and code in _checkpoint_hook.__init__.__code__.co_consts
+
+
 def _groupable(x: Tensor) -> bool:
     """Not where something differentiates forward, maps or traces, nor where no version tells whether x has changed."""
     return not transformed() and (torch.compiler.is_compiling() or not x.is_inference())
 
 
 def _context(x: Tensor) -> tuple[Any, ...]:
-    """What must not change between the calls of two that share: x itself, and how it is computed."""
+    """What must not change between the calls of two that share: x itself, where its gradient goes, and how it is
+    computed."""
     kind, compiling = x.device.type, torch.compiler.is_compiling()
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    version = 0 if compiling else x._version
-    return (version, torch.is_grad_enabled(), autocast)
+    own = () if compiling else (x._version, x.requires_grad, x.grad_fn)
+    return (torch.is_grad_enabled(), autocast, *own)
 
 
 def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]:

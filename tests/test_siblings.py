@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -264,6 +264,28 @@ def test_whoever_reads_what(plan: str) -> None:
     assert not _thread.calls
 
 
+@pytest.mark.parametrize("between", ["requires_grad_", "detach_"])
+def test_an_x_whose_gradient_goes_elsewhere_from_then_on(between: str) -> None:
+    """As what the one layer got, x wants no gradient, or passes it on; as what the others get, the other way round."""
+
+    def plan(m: Any, x: Tensor, o: Tensor) -> Tensor:
+        x = x.detach() if between == "requires_grad_" else x * 1
+        first = m.q_proj(x)
+        getattr(x, between)()
+        seen.append(x)
+        return first * o + m.k_proj(x) * m.v_proj(x)
+
+    seen: list[Tensor] = []
+    for make in (attention, lambda plan: alone(attention(plan))):
+        torch.manual_seed(0)
+        seen.append(run(make(plan), *torch.randn(2, 2, 5, 16, dtype=F64)))  # type: ignore[arg-type]
+    x, got, single_x, want = cast(list[Any], seen)
+    assert (x.grad is None) == (single_x.grad is None) == (between == "detach_")
+    if x.grad is not None:
+        assert rel_error(x.grad, single_x.grad) < 1e-12
+    assert_alike(got, want)
+
+
 def test_cross_attention_finds_its_groups() -> None:
     """q reads one tensor, k and v another: after the first call k and v are a group of their own."""
     module = attention(PLANS["cross"])
@@ -460,6 +482,54 @@ def test_a_checkpoint_inside_of_the_parent(around: str, reentrant: bool) -> None
 
     xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
     assert_alike(run(attention(plan), *xs), run(alone(attention(plan)), *xs))
+
+
+def _as_it_is(t: Any) -> Any:
+    return t
+
+
+SAVING: dict[str, Any] = {
+    "functions that live for ever": partial(torch.autograd.graph.saved_tensors_hooks, _as_it_is, _as_it_is),
+    "what takes no weak reference": partial(torch.autograd.graph.saved_tensors_hooks, Tensor.numpy, torch.from_numpy),
+    "on the CPU": torch.autograd.graph.save_on_cpu,
+}
+
+
+@pytest.mark.parametrize("saving", SAVING)
+def test_who_saves_tensors_another_way_runs_nothing_again(saving: str) -> None:
+    """Groups change as without it, and nothing is kept of a call."""
+    module, single = attention(PLANS["cross"]), alone(attention(PLANS["cross"]))
+    for i in range(3):
+        torch.manual_seed(i)
+        xs = torch.randn(2, 2, 5, 16, dtype=F64)
+        with SAVING[saving]():
+            got = run(module, *xs)
+        assert_alike(got, run(single, *xs))
+        assert not vars(module)[SIBLINGS].to_rerun
+        assert groups(module) == [[["q_proj"], ["k_proj", "v_proj"]]]
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in its place", "not"])
+@pytest.mark.parametrize("parts", [("q_proj",), ("k_proj", "v_proj")], ids=str)
+def test_layers_that_are_compiled_by_themselves(parts: tuple[str, ...], how: str) -> None:
+    """Or, "not", those that a compiled parent leaves out."""
+    torch._dynamo.reset()
+    together, single = attention(PLANS["self"]), alone(attention(PLANS["self"]))
+    module: Any = together
+    for name in parts:
+        if how == "wrapped":
+            setattr(together, name, torch.compile(getattr(together, name), backend="aot_eager"))
+        elif how == "in its place":
+            getattr(together, name).compile(backend="aot_eager")
+        else:
+            layer = getattr(together, name)
+            layer.forward = torch.compiler.disable(layer.forward)
+            module = torch.compile(together, backend="aot_eager")
+    for i in range(2):
+        torch.manual_seed(i)
+        xs = torch.randn(2, 2, 5, 16, dtype=F64)
+        got = {name.replace("_orig_mod.", ""): t for name, t in run(module, *xs).items()}
+        assert_alike(got, run(single, *xs))
 
 
 def test_compile_with_changing_lengths() -> None:
