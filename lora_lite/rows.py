@@ -43,7 +43,7 @@ class Rows:
             self._check_tokens(x.numel() // x.shape[-1], layer)
             return self._once(("packed", *by_row, x.device), lambda: Segments(self._ends(x.device), which))
         each = self._times(x, layer) * (x[0].numel() // x.shape[-1])
-        return self._once(("equal", each, *by_row, x.device), lambda: Segments.equal(which, each))
+        return self._once(("equal", each, *by_row, x.device), lambda: Segments(self._equal(each, x.device), which))
 
     def of_experts(self, segments: Segments, tokens: Tokens, by_row: Sequence[str], layer: str) -> Segments:
         """The runs of rows that are sorted by expert, then by token: one for each expert and entry. Expert e of the
@@ -59,7 +59,7 @@ class Rows:
                     f"use(model, [...]) named the adapters of {len(self.names)} entries on dimension {self.batch_dim}, "
                     f"and {layer} got {tokens.total} tokens; name one for each entry of the batch, on dimension 0"
                 )
-            ends = torch.arange(each, tokens.total + 1, each, device=device)[: len(self.names)]
+            ends = self._equal(each, device).long()
         experts = torch.arange(E, device=device)
         places = segments.matrix_of_rows(len(tokens.of_rows)) * tokens.total + tokens.of_rows  # ascending
         wanted = experts[:, None] * tokens.total + ends
@@ -122,18 +122,29 @@ class Rows:
         lengths = self.lengths or ()
         return self._once(("ends", device), lambda: torch.tensor(lengths, device=device).cumsum(0).int())
 
+    def _equal(self, each: int, device: torch.device) -> Int[Tensor, "entries"]:
+        """The ends of entries of as many rows each, which may be none."""
+        return each * torch.arange(1, len(self.names) + 1, device=device, dtype=torch.int32)
+
 
 def _times_in_generate() -> int:
     """How many entries transformers' `generate`, if it is among this thread's callers, has made of each by now: it
-    repeats them for beams and returned sequences, next to each other, once an encoder has run."""
-    if torch.compiler.is_compiling():
+    repeats them for beams and returned sequences, next to each other, once an encoder has run. Whisper's own repeats
+    them for returned sequences before that, and then calls the common one."""
+    calls = [] if torch.compiler.is_compiling() else _calls_of_generate()
+    if not calls:
         return 1
-    frame = sys._getframe(1)
+    config, repeated = (calls[0].get(name) for name in ("generation_config", "input_ids"))
+    times = 1 if config is None or repeated is None else max(config.num_beams or 1, config.num_return_sequences or 1)
+    whispers = next((each for each in calls if "batch_idx_map" in each), {})
+    return times * (whispers.get("num_return_sequences") or 1)
+
+
+def _calls_of_generate() -> list[dict[str, Any]]:
+    """The variables of each, the innermost first."""
+    found, frame = [], sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers."):
-            config, repeated = (frame.f_locals.get(name) for name in ("generation_config", "input_ids"))
-            if config is None or repeated is None:
-                return 1
-            return max(config.num_beams or 1, config.num_return_sequences or 1)
+            found.append(frame.f_locals)
         frame = frame.f_back
-    return 1
+    return found

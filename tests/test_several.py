@@ -517,3 +517,45 @@ def test_what_is_attached_later_acts_too(rows: bool) -> None:
     with torch.no_grad():
         gain.fill_(3.0)
     assert_close(layer(x), 3 * want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 2}, {"num_return_sequences": 2}, {"num_beams": 3, "num_return_sequences": 2}], ids=str
+)
+def test_whisper_repeats_its_features_before_the_encoder(options: dict[str, int]) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 56, "decoder_ffn_dim": 56, "max_source_positions": 20,
+        "max_target_positions": 24, "num_mel_bins": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None,
+    }  # fmt: skip
+    made = build(transformers.WhisperForConditionalGeneration, transformers.WhisperConfig(**sizes))
+    model, features, names = three_methods(made), torch.randn(3, 8, 40), ["b", "a", "c"]
+    more: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": "num_beams" not in options}
+
+    def generated(features: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(features, top_k=1, **more, **options)
+
+    want = []
+    for i, name in enumerate(names):
+        ll.use(model, name)
+        want.append(generated(features[i : i + 1]))
+    ll.use(model, names)
+    assert torch.equal(generated(features), torch.cat(want))
+
+
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("hra", "dora")], ids=str)
+def test_entries_without_a_token(methods: tuple[str, str]) -> None:
+    model: Any = qwen3_moe()
+    for name, variant in zip("ab", methods, strict=True):
+        ll.attach(model, config(variant, target_names=("q_proj$", r"\.experts\.")), name=name)
+    randomize(model, by=0.3)
+    block, x = model.model.layers[0], torch.randn(2, 0, 32)
+    options: list[dict[str, Any]] = [{}, {"batch_dim": 1}, {"lengths": [0, 0]}]
+    for each in options:
+        ll.use(model, ["a", "b"], **each)
+        batch = x.transpose(0, 1) if "batch_dim" in each else x
+        assert block.self_attn.q_proj(batch).shape == (*batch.shape[:2], 32)
+        if "batch_dim" not in each:
+            assert block.mlp(batch).shape == batch.shape
