@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from models import (
+    SIZES,
     VARIANTS,
     assert_close,
     assert_same,
@@ -21,15 +22,17 @@ from models import (
     llama,
     load_tests,
     qwen3,
+    qwen3_moe,
     randomize,
     snapshot,
     token_ids,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zoo import ZOO
+from zoo import ZOO, of
 
 import lora_lite as ll
+from lora_lite.targets import find_targets
 
 against_peft = load_tests("test_peft")
 TOLERANCE = 1e-5
@@ -144,6 +147,307 @@ def test_patterns(rslora: bool, dora: bool, tmp_path: Path) -> None:
     assert_close(logits(read_by_peft(llama(), tmp_path / "ours")), logits(theirs), TOLERANCE)
 
 
+def agrees(make: Callable[[], Any], config: Any, folder: Path) -> Any:
+    """The model with what PEFT's model of random tensors saved: it computes what PEFT makes of the file."""
+    saved_by_peft(make(), config, folder)
+    return read_by_both(make, folder)
+
+
+def read_by_both(make: Callable[[], Any], folder: Path) -> Any:
+    theirs, ours = read_by_peft(make(), folder), make()
+    want = output(theirs)
+    assert (want - output(ours)).norm() > 0.01 * want.norm()
+    ll.import_peft(ours, folder)
+    assert_close(output(ours), want, TOLERANCE)
+    return ours
+
+
+@torch.no_grad()
+def output(model: Any) -> Tensor:
+    return torch.cat([t.flatten() for t in model(input_ids=token_ids()).values() if isinstance(t, Tensor)])
+
+
+STARTS: list[Any] = ["gaussian", "Gaussian", "orthogonal", "MICA", "eva", False]
+
+
+@pytest.mark.parametrize(("start", "dora"), [("mica", False), *((start, dora) for start in STARTS for dora in (0, 1))])
+def test_starts_that_leave_the_base_alone(start: Any, dora: bool, tmp_path: Path) -> None:
+    fields: Any = {"init_lora_weights": start, "use_dora": bool(dora)}
+    agrees(llama, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **fields), tmp_path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("start", "dora"), [("olora", False), ("OLoRA", False), ("olora", True), ("pissa", True), ("pissa_niter_4", True)]
+)
+def test_starts_that_change_the_base(start: Any, dora: bool, rslora: bool, tmp_path: Path) -> None:
+    refused(a_lora(tmp_path, init_lora_weights=start, use_dora=dora, use_rslora=rslora), f"weights='{start}'.*merge it")
+
+
+@pytest.mark.parametrize("start", ["corda", "loftq", "lora_ga", "PiSSA", "EVA", "of a later version"])
+def test_starts_that_may_have_changed_the_base(start: str, tmp_path: Path) -> None:
+    """Those that need more than a config, and names that PEFT refuses or does not know yet."""
+    refused(with_config(a_lora(tmp_path), init_lora_weights=start), f"changed the base.*init_lora_weights='{start}'")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pissa_beside_an_embedding(tied: bool, rslora: bool, tmp_path: Path) -> None:
+    """PEFT starts embeddings the ordinary way, and leaves their rows as they are."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "embed_tokens"], use_rslora=rslora
+    )
+    ours = agrees(lambda: llama(tie_word_embeddings=tied), config, tmp_path / "theirs")
+    want = logits(ours)
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(logits(ours), want, TOLERANCE)
+    assert_close(logits(read_by_peft(llama(tie_word_embeddings=tied), tmp_path / "ours")), want, TOLERANCE)
+
+
+def test_pissa_on_a_head(tmp_path: Path) -> None:
+    """PEFT saves what is left of its weight; where an embedding is tied to it, that has changed too."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=["q_proj", "lm_head"])
+    agrees(llama, config, tmp_path / "untied")
+    tied = llama(tie_word_embeddings=True)
+    saved_by_peft(tied, config, tmp_path / "tied")
+    with pytest.raises(ll.CheckpointError, match=r"PEFT changed model\.embed_tokens\.weight and lm_head.weight, which"):
+        ll.import_peft(llama(tie_word_embeddings=True), tmp_path / "tied")
+
+
+KEYS = [
+    r"^model.layers.0|v_proj",
+    r"^model\.layers\.1\.self_attn\.q_proj|down_proj",
+    r"self_attn.q_proj|^down_proj",
+    r"(layers)\.0.*\.(q|down)_proj",
+    r"q_proj$|^model.layers.1.mlp.down_proj$",
+    r"self_a(t)\3n.q_proj|layers.0.mlp.down_proj",
+    r"_proj",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_patterns(key: str, tmp_path: Path) -> None:
+    """PEFT's own reading of an expression, of which ^, $ and | are parts; and of what we write of it."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={key: 2},
+        alpha_pattern={key: 60, "v_proj": 7},
+    )  # fmt: skip
+    ours = agrees(llama, config, tmp_path / "theirs")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(logits(read_by_peft(llama(), tmp_path / "ours")), logits(ours), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        (peft.LoraConfig(target_modules=["q_proj", "down_proj"]), ()),
+        (peft.LoraConfig(target_modules=["q_proj"], use_rslora=True), ("use_rslora",)),
+        (peft.LoraConfig(target_modules=["q_proj"], alpha_pattern={"q_proj": 60}), ("alpha_pattern",)),
+        (peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 3}), ("rank_pattern",)),
+        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), ("use_dora",)),
+        (peft.DeloraConfig(target_modules=["q_proj"]), ()),
+        (peft.HRAConfig(target_modules=["q_proj"]), ()),
+        (peft.RoadConfig(target_modules=["q_proj"]), ()),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), ("feedforward_modules",)),
+    ],
+)
+def test_fields_that_a_file_does_not_have(config: Any, kept: tuple[str, ...], tmp_path: Path) -> None:
+    """A config of some fields alone is read with PEFT's defaults."""
+
+    def make() -> Any:
+        return llama(hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1)
+
+    saved_by_peft(make(), config, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: fields[name] for name in ("peft_type", "target_modules", *kept)}))
+    read_by_both(make, tmp_path)
+
+
+CLASSIFIER: dict[str, Any] = {**SIZES, "pad_token_id": 0}
+CLASSIFIERS: dict[str, tuple[str, str, str, list[str]]] = {
+    "llama": ("LlamaForSequenceClassification", "LlamaConfig", "SEQ_CLS", ["q_proj", "v_proj"]),
+    "bert": ("BertForSequenceClassification", "BertConfig", "SEQ_CLS", ["query", "dense"]),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", "SEQ_CLS", ["query", "dense"]),
+    "tokens": ("BertForTokenClassification", "BertConfig", "TOKEN_CLS", ["query"]),
+    "answers": ("BertForQuestionAnswering", "BertConfig", "QUESTION_ANS", ["query"]),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_heads_of_a_task(kind: str, old: bool, tmp_path: Path) -> None:
+    """PEFT lists heads under all of their usual names, of which a model has one. Its earlier versions listed none."""
+    model, config, task, targets = CLASSIFIERS[kind]
+    make = of(model, config, **{**CLASSIFIER, "num_labels": 2 if task == "QUESTION_ANS" else 3})
+    saved_by_peft(make(), peft.LoraConfig(r=4, task_type=task, target_modules=targets), tmp_path)  # type: ignore[arg-type]
+    if old:
+        with_config(tmp_path, modules_to_save=None)
+    ours: Any = read_by_both(make, tmp_path)
+    (attachment,) = ll.attachment.attachments(ours)
+    assert attachment.whole.names
+    path = tmp_path / "adapter_model.safetensors"
+    other = "classifier" if kind == "llama" else "score"
+    save_file({**load_file(path), f"base_model.model.{other}.weight": torch.ones(3)}, path)
+    if task != "QUESTION_ANS":
+        with pytest.raises(ll.CheckpointError, match=r"the model has no module (score|classifier), which"):
+            ll.import_peft(make(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("targets", "in_full"),
+    [
+        (["q_proj", "down_proj"], ["mlp"]),
+        (r".*proj|lm_head", ["lm_head"]),
+        ("all-linear", ["mlp", "lm_head"]),
+        (["q_proj", "embed_tokens"], ["embed_tokens"]),
+        (["q_proj"], ["layers.1"]),
+    ],
+)
+def test_targets_within_modules_that_train_in_full(targets: Any, in_full: list[str], tmp_path: Path) -> None:
+    agrees(llama, peft.LoraConfig(r=4, target_modules=targets, modules_to_save=in_full), tmp_path)
+
+
+def test_tensors_of_layers_that_train_in_full(tmp_path: Path) -> None:
+    """PEFT would pass over them, with a warning."""
+    folder = a_lora(tmp_path, modules_to_save=["norm"])
+    path = folder / "adapter_model.safetensors"
+    q = {key: t for key, t in load_file(path).items() if ".layers.0." in key}
+    save_file({**load_file(path), **{key.replace("q_proj", "norm.q_proj"): t for key, t in q.items()}}, path)
+    refused(folder, r"its target_modules do not match model\.layers\.0\.self_attn\.norm\.q_proj")
+
+
+@pytest.mark.parametrize("fields", [{}, {"layers_pattern": "layers"}, {"layers_pattern": ["h", "layers"]}])
+@pytest.mark.parametrize("blocks", [1, [0], [0, 1], []])
+def test_some_blocks(blocks: Any, fields: Any, tmp_path: Path) -> None:
+    agrees(llama, peft.LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=blocks, **fields), tmp_path)
+
+
+def test_what_an_embedding_can_t_take(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], lora_dropout=0.1)
+    saved_by_peft(llama(), config, tmp_path / "dropout")
+    refused(
+        tmp_path / "dropout", r"^import_peft: .*dropout: model\.embed_tokens: .* set it to 0 in adapter_config\.json"
+    )
+    read_by_both(llama, with_config(tmp_path / "dropout", lora_dropout=0.0))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    saved_by_peft(llama(), config, tmp_path / "dora")
+    refused(tmp_path / "dora", r"^import_peft: .*dora: model\.embed_tokens: lora-lite has no dora on an embedding")
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig, peft.OFTConfig, peft.VeraConfig, peft.BOFTConfig])
+def test_other_methods_are_named(config: Any, tmp_path: Path) -> None:
+    saved_by_peft(llama(), config(target_modules=["q_proj"]), tmp_path)
+    refused(tmp_path, rf"its peft_type is '{config().peft_type.value}'; lora-lite takes LORA, DELORA")
+
+
+def test_a_router_among_the_parameters(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["gate.weight"])
+    saved_by_peft(qwen3_moe(), config, tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"target_parameters name gate\.weight, and lora-lite adapts stacked"):
+        ll.import_peft(qwen3_moe(), tmp_path)
+
+
+class Net(nn.Module):
+    """Layers whose names end alike, `fc` in a part's midst too, and a block and a layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.fc, self.ffc, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+            self.block = nn.ModuleDict({"fc": nn.Linear(8, 8), "last_norm": nn.LayerNorm(8)})
+            self.again, self.one, self.two = self.block, (one := nn.Linear(8, 8)), one
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = torch.sin(input_ids[:, :8].float())
+        x = self.again["fc"](self.block["last_norm"](self.block["fc"](x).relu()))
+        return {"out": self.two(self.one(self.norm(self.ffc(self.fc(x).relu())).relu()))}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "delora", "hra", "road"])
+def test_names_that_end_alike(variant: str, tmp_path: Path) -> None:
+    model = Net()
+    attach(model, variant, target_names=("^fc$",))
+    randomize(model)
+    ll.export_peft(model, tmp_path)
+    ours = read_by_both(Net, tmp_path)
+    assert_close(output(ours), output(model), TOLERANCE)
+    (attachment,) = ll.attachment.attachments(ours)
+    assert [target.name for target in find_targets(Net(), attachment.cfg)] == ["fc"]
+
+
+@pytest.mark.parametrize("outputs", [("^ffc$",), ("^block.fc$",)])
+def test_ia3_on_names_that_end_alike(outputs: tuple[str, ...], tmp_path: Path) -> None:
+    model = Net()
+    attach(model, "ia3_ff", target_names=("^fc$",))
+    ll.attach(model, ll.IA3Config(target_names=outputs), name="out")
+    randomize(model)
+    ll.export_peft(model, tmp_path, name=("default", "out"))
+    ours = read_by_both(Net, tmp_path)
+    assert_close(output(ours), output(model), TOLERANCE)
+    for each in ll.attachment.attachments(ours):
+        assert {target.name for target in find_targets(Net(), each.cfg)} == set(each.adapters)
+
+
+def test_modules_in_full_that_end_alike(tmp_path: Path) -> None:
+    model = Net()
+    attach(model, "lora", target_names=("^fc$",), modules_to_save=("^norm$",))
+    with pytest.raises(ll.AttachError, match=r"block\.last_norm ends as .* name both in modules_to_save"):
+        ll.export_peft(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    ll.detach(model)
+    attach(model, "lora", target_names=("^fc$",), modules_to_save=("norm$",))
+    randomize(model)
+    ll.export_peft(model, tmp_path)
+    assert_close(output(read_by_both(Net, tmp_path)), output(model), TOLERANCE)
+
+
+def test_parameters_that_end_alike(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            first, second = (layer.mlp for layer in qwen3_moe().model.layers)
+            self.mlp, self.block = first, nn.ModuleDict({"mlp": second})
+
+    model = Two()
+    attach(model, "lora", target_names=(r"^mlp\.experts",))
+    with pytest.raises(ll.AttachError, match=r"block\.mlp\.experts\.down_proj ends as an adapted parameter is named"):
+        ll.export_peft(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_layer_in_two_places(tmp_path: Path) -> None:
+    """PEFT adapts it in the first. A block in two places has layers in one each."""
+    model = Net()
+    attach(model, "lora", target_names=("^one$",))
+    with pytest.raises(ll.AttachError, match="one and two are one layer, and PEFT would adapt it in its first place"):
+        ll.export_peft(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    saved_by_peft(Net(), peft.LoraConfig(r=4, target_modules=["one"]), tmp_path / "one")
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError, match="one and two are one layer, in whose first place alone PEFT's"):
+        ll.import_peft(model, tmp_path / "one")
+    assert_same(model, before)
+    agrees(Net, peft.LoraConfig(r=4, target_modules=["block.fc"]), tmp_path / "block")
+    attach(model, "lora", target_names=(r"^block\.fc",))
+    randomize(model)
+    ll.export_peft(model, tmp_path / "ours")
+    assert_close(output(read_by_both(Net, tmp_path / "ours")), output(model), TOLERANCE)
+
+
+def test_a_model_that_is_a_layer(tmp_path: Path) -> None:
+    for model, fields in ((nn.Linear(8, 8), {}), (qwen3_moe().model.layers[0].mlp.experts, {"target_names": ("",)})):
+        attach(model, "lora", **{"target_roles": (), **fields})
+        with pytest.raises(ll.AttachError, match="PEFT adapts what is in a model, and not the model itself"):
+            ll.export_peft(model, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("variant", ["lora", "pissa", "dora", "ia3", "ia3_ff", "antipasto", "road"])
 def test_on_a_4bit_base(variant: str, tmp_path: Path) -> None:
     """PEFT's HRA and DeLoRA take the stored bytes for the weight, and are left out."""
@@ -220,12 +524,14 @@ def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
     [
         ("target_modules", "(", "a list of names or a regular expression"),
         ("exclude_modules", 3, "a list of names or a regular expression"),
-        ("modules_to_save", [3], "a list of names"),
+        ("modules_to_save", [3], "a list of names, read as regular expressions"),
+        ("modules_to_save", ["("], "a list of names, read as regular expressions"),
         ("target_parameters", "q_proj.weight", "a list of names"),
         ("rank_pattern", {"(": 4}, "a dict of regular expressions"),
         ("alpha_pattern", ["q_proj"], "a dict of regular expressions"),
         ("lora_dropout", "0.1", "a number"),
         ("layers_to_transform", [0.5], "an index or a list of indices"),
+        ("layers_pattern", ["("], "a regular expression or a list of them"),
     ],
 )
 def test_refuses_fields_of_another_kind(field: str, value: Any, wanted: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ..renaming import Renaming
 from .exporting import as_lora, as_they_are, patterns
 from .formats import PREFIX
 from .importing import attach_stored
+from .matching import listed, modules_of
 
 _FILE = "pytorch_lora_weights.safetensors"
 _METADATA = "lora_adapter_metadata"
@@ -121,7 +122,7 @@ def _of_model(model: nn.Module, attachment: Attachment, uniform: bool) -> tuple[
         **config,
         "bias": "none",
         "lora_dropout": attachment.cfg.dropout,
-        "target_modules": list(names.values()),
+        "target_modules": listed(list(names.values()), modules_of(model).keys() - set(names.values())),
     }, tensors
 
 

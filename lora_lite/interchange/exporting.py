@@ -22,14 +22,16 @@ from ..checkpoint import names_now, standalone, warn_of_losses
 from ..errors import AttachError
 from ..files import replace_files, writing_folder
 from ..idle import current_names
+from ..params import SITE
 from ..primitives import LowRankAdd
 from ..shapes import is_conv1d
 from ..stacks import Stack
-from ..targets import stacks_among
+from ..targets import plain_name, stacks_among
 from ..whole_modules import inside
 from .conversions import WEIGHT, taken_for_experts
 from .experts import flat, names_in_file
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
+from .matching import ends, in_two_places, listed, matches, modules_of
 from .servers import Reader, check_reader, check_served
 
 
@@ -57,7 +59,8 @@ def export_peft(
 
     Raises:
         AttachError: nothing is attached, PEFT, or whom the file is for, has nothing that computes what this method
-            does on one of its layers, or several names are not of an IA3 and an IA3-FF on different layers.
+            does on one of its layers, PEFT would find other layers or modules by these names, or several names are not
+            of an IA3 and an IA3-FF on different layers.
         CheckpointError: the folder can't be written, or a tensor has no values or not its shape.
     """
     check_reader(for_)
@@ -108,6 +111,11 @@ def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Att
 def as_they_are(model: nn.Module, attachment: Attachment, what: str) -> tuple[dict[str, str], dict[str, Adapter]]:
     """The names that the layers have now, by those at attach; and by the former the adapters, with whole tensors."""
     names = names_now(model, attachment, what)
+    if twice := in_two_places(model, attachment.targets):
+        raise AttachError(
+            f"{what}: {' and '.join(twice)} are one layer, and PEFT would adapt it in its first place alone; give the "
+            "model a copy in one of them before attach, or use save(model, path)"
+        )
     return names, {names[layer]: adapter for layer, adapter in standalone(attachment, what).items()}
 
 
@@ -258,20 +266,28 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str, by_weigh
         for layer in names.values()
         if layer not in stacks
     ]
+    names = [layer for _, layer in layers if layer not in by_weight]
     config = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
         "inference_mode": True,
-        "target_modules": [layer for _, layer in layers if layer not in by_weight],
+        "target_modules": listed(names, modules_of(model).keys() - set(names)),
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
     if parameters := [*stacks, *(layer + WEIGHT for layer in by_weight)]:
+        own = {plain_name(path) for path, _ in model.named_parameters() if SITE not in path.split(".")}
+        if more := [name for name in sorted(own - set(parameters)) if matches(parameters, name)]:
+            raise AttachError(
+                f"export_peft: {more[0]} ends as an adapted parameter is named, and PEFT would adapt it too; adapt "
+                "both, or use save(model, path)"
+            )
         config["target_parameters"] = parameters
     if kind in ("LORA", "IA3"):
         config["fan_in_fan_out"] = any(is_conv1d(t.layer) for each in attachments for t in each.targets)
     if kind in DROPOUT:  # of which PEFT's parameters have none
         config[DROPOUT[kind]] = 0.0 if parameters else attachments[0].cfg.dropout
     if kind == "IA3":
-        return {**config, "feedforward_modules": [layer for variant, layer in layers if variant == "ia3_ff"]}
+        inputs = [layer for variant, layer in layers if variant == "ia3_ff"]
+        return {**config, "feedforward_modules": listed(inputs, set(names) - set(inputs), ends)}
     return config if kind == "ROAD" else {**config, "bias": "none"}
 
 
@@ -283,7 +299,13 @@ def _in_full(model: nn.Module, attachment: Attachment, config: dict[str, Any]) -
         found |= {PREFIX + alias: stored[first].clone() for alias in names}
         modules |= {alias.rpartition(".")[0] for alias in names if not inside(alias, whole)}
     if modules:
-        config["modules_to_save"] = sorted({*config.get("modules_to_save", ()), *modules})
+        modules |= {*config.get("modules_to_save", ())}
+        if more := [name for name in modules_of(model) if ends(modules, name) and name not in modules]:
+            raise AttachError(
+                f"export_peft: {more[0]} ends as a module that trains in full is named, and PEFT would take it for "
+                "one; name both in modules_to_save, or use save(model, path)"
+            )
+        config["modules_to_save"] = sorted(modules)
     return found
 
 

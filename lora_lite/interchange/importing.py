@@ -19,14 +19,27 @@ from ..checkpoint import fill, filled, named_targets, not_in_file
 from ..config import AdapterConfig
 from ..errors import CheckpointError, LoraLiteError, first_of
 from ..files import read_tensors
+from ..quantized import weight_of
 from ..renaming import Renaming, proposal
 from ..stacks import Stack
-from ..targets import Target, candidates
+from ..targets import Target, candidates, plain_name
 from ..variant import REGISTRY
-from ..whole_modules import WholeModules
+from ..whole_modules import WholeModules, standing
 from .conversions import WEIGHT
 from .experts import names_in_file, stacked
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
+from .matching import (
+    as_searched,
+    ends,
+    in_full,
+    in_two_places,
+    is_all_linear,
+    is_in_block,
+    is_named,
+    matches,
+    modules_of,
+    value_of,
+)
 
 # Fields of PEFT's configs that say where an adapter came from or how it was trained, not what it computes; or are read.
 _HARMLESS = {
@@ -37,8 +50,9 @@ _HARMLESS = {
     "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora", "ensure_weight_tying", "module_dropout",
     "fan_in_fan_out", "modules_to_save", "target_parameters", "variant", "group_size",
 }  # fmt: skip
-# Starts that PEFT makes by changing the base weights, so that the file means nothing without what they became.
-_CHANGED_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+# What PEFT takes where a file does not say it, and our configs' defaults are others.
+_DEFAULTS = {"r": 8, "lora_alpha": 8, "init_lora_weights": True}
+_TYPES = {"LORA": "lora", "DELORA": "delora", "IA3": "ia3", "HRA": "hra", "ROAD": "road"}
 
 
 def import_peft(
@@ -88,14 +102,15 @@ def attach_stored(
     try:
         config, stored = read()
         _check_fields(config)
+        config = {**_DEFAULTS, **config, "modules_to_save": in_full(config)}
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
-        whole = _whole_modules(model, config.get("modules_to_save") or [], stored, moved)
-        tensors = _unstacked(model, config, _ours(named, _without_bases(model, stored, moved)), moved)
+        whole = _whole_modules(model, config["modules_to_save"], stored, moved)
+        tensors = _unstacked(model, config, _ours(named, _without_bases(model, named, stored, moved)), moved)
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors}, moved)
         for variant, of_variant in _by_variant(named, moved.keys(tensors)).items():
             own = f"{name}_ff" if ready else name
-            cfg = _config(variant, config, moved)
+            cfg = _config(variant, config, [key.rpartition(".")[0] for key in of_variant], moved)
             cfg = cfg.renamed({old: moved.new(old) for old in (key.rpartition(".")[0] for key in tensors)})
             ready[own] = (cfg, backend, *_adapters(model, cfg, config, of_variant, backend))
     except LoraLiteError as error:
@@ -127,14 +142,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_fields(config: dict[str, Any]) -> None:
     """Raise where a field is of another kind than PEFT has it."""
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "a list of names": ("modules_to_save target_parameters", _are_names),
+        "a list of names": ("target_parameters", _are_names),
+        "a list of names, read as regular expressions": (
+            "modules_to_save",  # so PEFT leaves out layers within them
+            lambda value: _are_names(value) and all(map(_is_expression, value)),
+        ),
+        "a regular expression or a list of them": (
+            "layers_pattern",
+            lambda value: all(map(_is_expression, value if isinstance(value, list) else [value])),
+        ),
         "a list of names or a regular expression": (
             "target_modules exclude_modules feedforward_modules",
             lambda value: _are_names(value) or _is_expression(value),
         ),
         "a dict of regular expressions": (
             "rank_pattern alpha_pattern",
-            lambda value: isinstance(value, dict) and all(map(_is_expression, value)),
+            lambda value: isinstance(value, dict) and all(map(_is_expression, map(as_searched, value))),
         ),
         "a number": ("lora_dropout module_dropout delora_lambda", lambda value: isinstance(value, int | float)),
         "an index or a list of indices": (
@@ -171,7 +194,9 @@ def _tensor_file(folder: Path) -> Path:
 
 
 def _variant(config: dict[str, Any]) -> str:
-    kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
+    kind, start, dora = config.get("peft_type"), config["init_lora_weights"], config.get("use_dora")
+    if kind not in _TYPES:
+        raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes {', '.join(_TYPES)}")
     refused = [
         f"{name}={value!r}"
         for name, value in config.items()
@@ -179,19 +204,24 @@ def _variant(config: dict[str, Any]) -> str:
     ]
     if refused:
         raise CheckpointError(f"lora-lite does not compute its {', '.join(refused)}")
-    if kind == "LORA" and start.startswith(_CHANGED_BASE):
-        raise CheckpointError(
-            f"PEFT changed the base weights for init_lora_weights={start!r}, and the file is no use without them; save "
-            "it with path_initial_model_for_weight_conversion"
-        )
-    match kind:
-        case "LORA":
-            return "dora" if config.get("use_dora") else "pissa" if start == "pissa" else "lora"
-        case "IA3":
-            return "ia3"
-        case "DELORA" | "HRA" | "ROAD":
-            return kind.lower()
-    raise CheckpointError(f"its peft_type is {kind!r}; lora-lite takes LORA, DELORA, IA3, HRA and ROAD")
+    if kind != "LORA":
+        return _TYPES[kind]
+    if _leaves_the_base(start):
+        return "dora" if dora else "lora"
+    if start == "pissa" and not dora:
+        return "pissa"  # of which the residual can be told from the base weights
+    raise CheckpointError(
+        f"PEFT changed the base weights for init_lora_weights={start!r}{' (with use_dora)' if dora else ''}, or "
+        "lora-lite does not know that start, and the file is no use without them; save it with "
+        "path_initial_model_for_weight_conversion, or merge it with PEFT"
+    )
+
+
+def _leaves_the_base(start: Any) -> bool:
+    """Whether PEFT starts layers so without a change of their weights. It takes capitals in some names."""
+    if isinstance(start, str):
+        return start in ("eva", "orthogonal") or start.lower() in ("gaussian", "mica")
+    return start is None or isinstance(start, bool)
 
 
 def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,13 +240,17 @@ def _ours(variant: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _without_bases(model: nn.Module, stored: dict[str, Tensor], moved: Renaming) -> dict[str, Tensor]:
-    """The tensors but the base's own embeddings, which PEFT saves beside an adapter of theirs."""
+def _without_bases(model: nn.Module, variant: str, stored: dict[str, Tensor], moved: Renaming) -> dict[str, Tensor]:
+    """The tensors but the base's own embeddings and heads, which PEFT saves beside an adapter of theirs: of a linear
+    layer's PiSSA what that left of them."""
     end, own = ".base_layer.weight", dict(model.named_parameters(remove_duplicate=False))
     for key in [key for key in stored if key.startswith(PREFIX) and key.endswith(end)]:
         layer = key.removeprefix(PREFIX).removesuffix(end)
-        base = own.get(f"{moved.new(layer)}.weight")
-        if base is not None and not torch.equal(base.detach().cpu(), stored[key].to(base.dtype)):
+        base, its = own.get(f"{moved.new(layer)}.weight"), stored[key]
+        is_rest = variant == "pissa" and f"{PREFIX}{layer}.{LORA['lora_A']}" in stored
+        if base is None or (is_rest and base.shape == its.shape):
+            continue
+        if not torch.equal(base.detach().cpu(), its.to(base.dtype)):
             raise CheckpointError(f"its base has another {layer} than this model: in its vocabulary or its values")
     return {key: t for key, t in stored.items() if not key.endswith(end)}
 
@@ -227,7 +261,7 @@ def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) 
     parameters, modules = config.get("target_parameters") or [], config.get("target_modules") or []
     linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t)]
     of_weights = {
-        name: [layer for layer in linears if _peft_matches([name], layer + WEIGHT)]
+        name: [layer for layer in linears if matches([name], layer + WEIGHT)]
         for name in parameters
         if name.endswith(WEIGHT)
     }
@@ -235,17 +269,11 @@ def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) 
     if not layers:
         return config
     if isinstance(modules, str):
-        modules = [layer for layer in linears if _peft_matches(modules, layer)]
+        modules = [layer for layer in linears if matches(modules, layer)]
     patterns = {}
     for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         old = config.get(field) or {}
-        own = {
-            f"^{re.escape(layer)}": next(
-                (value for key, value in old.items() if re.match(rf"(.*\.)?({key})$", layer + WEIGHT)),
-                config.get(usual),
-            )
-            for layer in layers
-        }
+        own = {f"^{re.escape(layer)}": value_of(old, layer + WEIGHT, config[usual]) for layer in layers}
         patterns[field] = {**own, **old} if old else {}
     rest = [name for name in parameters if not of_weights.get(name)]
     return {**config, **patterns, "target_parameters": rest, "target_modules": [*modules, *layers]}
@@ -259,8 +287,13 @@ def _unstacked(
     if not wanted:
         return tensors
     found = {moved.old(t.name): replace(t, name=moved.old(t.name)) for t in candidates(model) if _is_stack(t)}
-    mine = [t for t in found.values() if _peft_matches(wanted, t.name)]
-    if missing := [name for name in wanted if not any(_peft_matches([name], t.name) for t in mine)]:
+    mine = [t for t in found.values() if matches(wanted, t.name)]
+    if missing := [name for name in wanted if not any(matches([name], t.name) for t in mine)]:
+        own = [moved.old(plain_name(path)) for path, _ in model.named_parameters()]
+        if others := [name for name in missing if any(matches([name], each) for each in own)]:
+            raise CheckpointError(
+                f"its target_parameters name {first_of(others)}, and lora-lite adapts stacked experts and linear layers"
+            )
         raise CheckpointError(f"the model has no stacked experts {first_of(missing)} (target_parameters)")
     tensors = dict(tensors)
     for name, layer in names_in_file(mine).items():
@@ -274,9 +307,10 @@ def _unstacked(
 
 def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor], moved: Renaming) -> WholeModules:
     """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
-    old = {moved.old(path): path for path, _ in model.named_modules() if path}
-    modules = [path for name, path in old.items() if name.endswith(tuple(names))]  # PEFT asks for no whole parts here
-    if missing := [name for name in names if not any(path.endswith(name) for path in old)]:
+    old = {moved.old(name): first for name, first in modules_of(model).items() if name}
+    modules = list(dict.fromkeys(first for name, first in old.items() if ends(names, name)))
+    absent = [name for name in names if not any(ends([name], module) for module in old)]
+    if missing := [name for name in absent if any(f"{name}." in key for key in stored)]:
         raise CheckpointError(
             f"the model has no module {first_of(missing)}, which it trains in full (modules_to_save)"
             f"{proposal(missing, old)}"
@@ -305,20 +339,16 @@ def _proposal(name: str, stored: Mapping[str, Tensor]) -> str:
 def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str], moved: Renaming) -> None:
     """Raise where the file's layers are not those that its `target_modules` match, as PEFT matches them."""
     old = [(t, moved.old(t.name)) for t in candidates(model)]
-    wanted, left = config.get("target_modules") or [], config.get("exclude_modules") or []
-    blocks = config.get("layers_to_transform")
-    blocks = {blocks} if isinstance(blocks, int) else set(blocks or ())
+    wanted, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     names = [
         name
         for t, name in old
         if not _is_stack(t)
-        and _peft_matches(wanted, name)
-        and not _peft_matches(left, name)
-        and not (wanted == "all-linear" and (t.is_head or t.role == "embedding"))
-        and (not blocks or t.block in blocks)
+        and is_named(config, name)
+        and is_in_block(config, name)
+        and not (is_all_linear(wanted) and (t.is_head or t.role == "embedding"))
     ]
-    parameters = config.get("target_parameters") or []
-    extra = [name for name in sorted(layers) if not (_peft_matches(wanted, name) or _peft_matches(parameters, name))]
+    extra = [name for name in sorted(layers) if not (is_named(config, name) or matches(parameters, name))]
     if (wanted or parameters) and extra:
         raise CheckpointError(f"its target_modules do not match {first_of(extra)}, for which it has tensors")
     if missing := [name for name in names if name not in layers]:
@@ -331,12 +361,6 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
 def _is_stack(target: Target) -> bool:
     """Whether PEFT has it among `target_parameters`."""
     return isinstance(target.layer, Stack)
-
-
-def _peft_matches(wanted: str | list[str], name: str) -> bool:
-    if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
-    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -353,9 +377,19 @@ def _adapters(
     model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], tensors: dict[str, Tensor], backend: str
 ) -> tuple[list[Target], dict[str, Adapter]]:
     targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+    if twice := in_two_places(model, targets):
+        raise CheckpointError(
+            f"{' and '.join(twice)} are one layer, in whose first place alone PEFT's adapter acts, and one here would "
+            "in all; give the model a copy in one of them"
+        )
     adapters = {t.name: build(t, REGISTRY[cfg.variant], cfg, backend) for t in targets}
+    for t in targets:
+        _check_embedding(t, adapters[t.name])
     if cfg.variant == "pissa":
-        init(targets, adapters)  # the start that PEFT took from the base weights, and does not save
+        # The start that PEFT took from the base weights, and does not save; embeddings start as zero.
+        changed = [t for t in targets if t.role != "embedding"]
+        _check_ties(model, changed)
+        init(changed, adapters)
         tensors |= {
             f"{layer}.{key}": getattr(adapter, key)
             for layer, adapter in adapters.items()
@@ -367,12 +401,43 @@ def _adapters(
     return targets, adapters
 
 
-def _config(variant: str, config: dict[str, Any], moved: Renaming) -> AdapterConfig:
+def _check_ties(model: nn.Module, targets: list[Target]) -> None:
+    """Raise where PEFT's start took a part off another module's weight, too."""
+    names: dict[int, list[str]] = {}
+    for place, t in standing(model):
+        names.setdefault(id(t), []).append(place.name)
+    for target in targets:
+        if len(tied := names.get(id(weight_of(target.layer)), [])) > 1:
+            raise CheckpointError(
+                f"PEFT changed {' and '.join(tied)}, which are one, for init_lora_weights='pissa', and lora-lite "
+                "changes no base weights; save it with path_initial_model_for_weight_conversion"
+            )
+
+
+def _check_embedding(target: Target, adapter: Adapter) -> None:
+    """Raise where the file has for an embedding what lora-lite can't put there."""
+    if target.role != "embedding":
+        return
+    if adapter.cfg.dropout:
+        raise CheckpointError(
+            f"{target.name}: PEFT applies lora_dropout={adapter.cfg.dropout} to no embedding, and lora-lite has one "
+            "dropout for all layers; set it to 0 in adapter_config.json, which changes training alone"
+        )
+    if adapter.variant.name not in ("lora", "pissa"):
+        raise CheckpointError(
+            f"{target.name}: lora-lite has no {adapter.variant.name} on an embedding; merge it with PEFT"
+        )
+
+
+def _config(variant: str, config: dict[str, Any], layers: list[str], moved: Renaming) -> AdapterConfig:
+    """The config of an adapter on these layers of the model."""
     names, inputs = config.get("target_modules") or [], config.get("feedforward_modules") or []
-    if isinstance(names, list) and isinstance(inputs, list) and variant in ("ia3", "ia3_ff"):
-        names = [name for name in names if (name in inputs) == (variant == "ia3_ff")]
     fields: dict[str, Any] = {"target_roles": (), "exclude_names": ()}
-    if isinstance(names, list):
+    if isinstance(names, str) or isinstance(inputs, str):
+        fields["target_names"] = tuple(rf"^{re.escape(layer)}$" for layer in dict.fromkeys(layers))
+    else:
+        if variant in ("ia3", "ia3_ff"):
+            names = [name for name in names if (name in inputs) == (variant == "ia3_ff")]
         names = [*names, *(config.get("target_parameters") or ())]
         fields["target_names"] = tuple(rf"(^|\.){re.escape(moved.new(name))}$" for name in names)
     if variant == "delora":
@@ -385,22 +450,10 @@ def _config(variant: str, config: dict[str, Any], moved: Renaming) -> AdapterCon
         fields["dropout"] = float(dropout)
     if variant == "pissa":
         fields["svd"] = "exact"
-    if "r" in config:
-        fields["r"] = config["r"]
-        fields["rank_pattern"] = _as_searched(config.get("rank_pattern"))
-    if "lora_alpha" in config:
-        fields["alpha"] = config["lora_alpha"]
-        fields["rslora"] = bool(config.get("use_rslora"))
-        fields["alpha_pattern"] = _as_searched(config.get("alpha_pattern"))
+    for field in ("rank_pattern", "alpha_pattern"):
+        fields[field] = {as_searched(key): value for key, value in (config.get(field) or {}).items()}
+    fields |= {"r": config["r"], "alpha": config["lora_alpha"], "rslora": bool(config.get("use_rslora"))}
     return REGISTRY[variant].config(**fields)
-
-
-def _as_searched(patterns: dict[str, Any] | None) -> dict[str, Any]:
-    """PEFT wants its patterns at the end of a name, from its start or after a dot; ours are searched for."""
-    return {
-        rf"^{key.removeprefix('^')}$" if key.startswith("^") else rf"(^|\.)({key})$": value
-        for key, value in (patterns or {}).items()
-    }
 
 
 def _reshape(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:

@@ -72,6 +72,8 @@ def _unread_by_peft(model: nn.Module, attachment: Attachment, config: dict[str, 
 
     def why(target: Target) -> str:
         name = names[target.name]
+        if not (name.rpartition(".")[0] if isinstance(target.layer, Stack) else name):
+            return "PEFT adapts what is in a model, and not the model itself"
         if kind not in ("LORA", "IA3") and not isinstance(target.layer, nn.Linear):
             return f"PEFT has no {method} on a {type(target.layer).__name__}"
         if mamba and name.endswith("out_proj"):
