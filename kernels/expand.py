@@ -162,7 +162,10 @@ def launch_expand(
     through dropout."""
     out, y = y.new_empty(y.shape), rows_of(y)
     (M, N), R = y.shape, B.shape[-1]
-    B = B if MOST_RANKS_UNCAST["expand"] >= R else small(B, h.dtype)
+    if MOST_RANKS_UNCAST["expand"] < R:
+        B = small(B, h.dtype)
+    elif B.ndim == 3 and B.stride(0) != N * R:  # its matrices may lie across, but follow each other
+        B = B.contiguous()
     h = _rows_apart(h)
     inner = 64 if h.element_size() == 2 else 16  # ranks in one product; few where they lie in registers
     if M == 0:

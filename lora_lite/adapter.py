@@ -80,9 +80,10 @@ class Adapter(Params):
         weight = _stored(layer)
         if self.valueless or weight.is_meta or is_managed(layer) or is_sharded(weight):
             return
-        mark = _mark(weight)
-        known = _derived_from.setdefault(self, mark)  # a copy has its original's
-        if known != mark or is_parametrized(layer):
+        known = _derived_from.get(self)  # of a copy nothing: it may have got another weight since
+        if getattr(layer, "_is_replica", False):  # of DataParallel, made for one call
+            return
+        if known != _mark(weight) or is_parametrized(layer):
             self.derive(layer)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:

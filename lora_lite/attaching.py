@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,7 @@ def attach(
         planned: AdapterConfig = variant.plan(gathered, cfg)
         if planned is not cfg:
             cfg = planned
-            targets, adapters, reasons = _built(model, variant, cfg, backend)
+            targets, adapters, reasons = _built(model, variant, cfg, backend, planned=True)
         for t in targets:
             _calibrate(adapters[t.name], t.layer, gathered[t.name])
     else:
@@ -213,16 +214,17 @@ def _with_divided_ranks(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:
         raise AttachError(
             "divide_r_among_experts: no stack of experts is adapted; add 'expert' to target_roles or name them"
         )
-    return dataclasses.replace(cfg, rank_pattern={**cfg.rank_pattern, **ranks}, divide_r_among_experts=False)
+    added = {pattern: r for pattern, r in ranks.items() if pattern not in cfg.rank_pattern}
+    return dataclasses.replace(cfg, rank_pattern={**cfg.rank_pattern, **added}, divide_r_among_experts=False)
 
 
 def _built(
-    model: nn.Module, variant: type[Variant], cfg: AdapterConfig, backend: str
+    model: nn.Module, variant: type[Variant], cfg: AdapterConfig, backend: str, planned: bool = False
 ) -> tuple[list[Target], dict[str, Adapter], dict[str, str]]:
     """The layers that `cfg` selects and that can take an adapter, their adapters with the tensors as the specs start
     them, and of each other linear layer why it is left out. A layer that was asked for by name is not left out: that it
-    can't be adapted is an error."""
-    selected, reasons = choose(model, cfg)
+    can't be adapted is an error. `planned`: `cfg` is the variant's plan, which may leave out what the user's names."""
+    selected, reasons = choose(model, cfg, promised=not planned)
     targets: list[Target] = []
     adapters: dict[str, Adapter] = {}
     problem: UnfitError | None = None
@@ -363,7 +365,14 @@ def install(
     settle_modules(model)
     _settle_siblings(model)
     watch.start(model)
+    _forget_compiled()
     return attachment
+
+
+def _forget_compiled() -> None:
+    """Let all that torch.compile has compiled be compiled anew. It does not ask whether a layer has got hooks since."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
+        dynamo.reset_code_caches()
 
 
 def _settle_siblings(model: nn.Module) -> None:
@@ -395,6 +404,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         part(stacks_among(attachment.targets))
         forget(model, attachment)
         _settle_siblings(model)
+        _forget_compiled()
         if not attachments(model):
             attachment.beside.restore(model)
     if given_up:

@@ -20,6 +20,7 @@ from .left_out import LeftOut
 from .params import SITE
 from .placement import execution_device
 from .quantized import token_dtype, weight_of
+from .renaming import plain_name
 from .shapes import described
 from .site import Site
 from .targets import Target
@@ -225,7 +226,7 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
     """Of the model's state dict, or of one like it, what belongs to its adapters or trains in full with them."""
     whole = {name for each in attachments(model) for name in each.whole.entries}
     tensors = model.state_dict() if tensors is None else tensors
-    return {name: t for name, t in tensors.items() if SITE in name.split(".") or name in whole}
+    return {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in whole}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

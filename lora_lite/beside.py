@@ -1,7 +1,7 @@
 """What a model has beside its adapters: the flags to restore, what changed that no adapter's file holds, and PEFT."""
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import Params
 from .quantized import is_dense
+from .renaming import plain_name
 
 _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would cost their size again
 
@@ -20,9 +21,9 @@ class Beside:
     copy of its small buffers, BatchNorm's running statistics among them. No tensor of the base is kept alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+        self.flags = {name: p.requires_grad for name, p in _parameters(model, remove_duplicate=False)}
         self.size = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-        self.samples = {name: _sample(p) for name, p in model.named_parameters() if _readable(p)}
+        self.samples = {name: _sample(p) for name, p in _parameters(model) if _readable(p)}
         self.buffers = {name: t.detach().clone() for name, t in buffers(model).items()}
 
     def freeze(self, model: Any) -> None:
@@ -37,7 +38,7 @@ class Beside:
         """The flags as they were, by name: tensors may have been replaced meanwhile. One under a new name gets the flag
         that most had."""
         most = sum(self.flags.values()) * 2 > len(self.flags)
-        for name, p in model.named_parameters(remove_duplicate=False):
+        for name, p in _parameters(model, remove_duplicate=False):
             if p.is_floating_point() or p.is_complex():
                 p.requires_grad = self.flags.get(name, most)
         if (quantizer := getattr(getattr(model, "hf_quantizer", None), "of_the_base", None)) is not None:
@@ -47,11 +48,11 @@ class Beside:
         """What an adapter's file does not hold although it trains or has changed; empty: nothing. `held`: names of
         the base's tensors that some adapter's file holds."""
         own = {id(p) for module in model.modules() if isinstance(module, Params) for p in module.parameters()}
-        trains = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+        trains = [name for name, p in _parameters(model) if p.requires_grad and id(p) not in own]
         changed = [name for name, t in buffers(model).items() if differs(self.buffers.get(name), t)]
         moved = [
             name
-            for name, p in model.named_parameters()
+            for name, p in _parameters(model)
             if name in self.samples and name not in trains and _readable(p) and self._is_another(name, _sample(p))
         ]
         trains, changed, moved = ([name for name in names if name not in held] for names in (trains, changed, moved))
@@ -108,6 +109,11 @@ def _rebuild(adapted: Any) -> Any:
     return _trainable, (adapted.of_the_base,)
 
 
+def _parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's, by names that no wrapper is part of: a layer may be compiled meanwhile."""
+    return ((plain_name(path), p) for path, p in model.named_parameters(remove_duplicate=remove_duplicate))
+
+
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """The small buffers of the base that a state dict holds."""
     found = {}
@@ -117,7 +123,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
         for key, t in module.named_buffers(recurse=False):
             if t is None or is_lazy(t) or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
                 continue
-            found[f"{path}.{key}" if path else key] = t
+            found[plain_name(f"{path}.{key}" if path else key)] = t
     return found
 
 

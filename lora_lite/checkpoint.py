@@ -25,7 +25,7 @@ from .files import read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
 from .params import SITE
-from .renaming import Renaming, proposal
+from .renaming import Renaming, plain_name, proposal
 from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
@@ -71,7 +71,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
 def save_gathered(model: nn.Module, path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """`save` on one process, from a state dict of the model whose tensors another library has gathered."""
     attachment = require_attachment(model, name)
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): plain_name(path) for path, module in model.named_modules()}
+    tensors = {plain_name(key): t for key, t in tensors.items()}
     of_layer = {target.name: paths[id(target.layer)] for target in attachment.targets}
     found = {
         f"{layer}.{key}": f"{of_layer[layer]}.{SITE}.{name}.{key}"
@@ -284,7 +285,7 @@ def _described(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> Mappi
 
 def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
     """Modules that train in full, with these tensors; a CheckpointError where they are not the model's."""
-    modules = [path for path, _ in model.named_modules()]
+    modules = [plain_name(path) for path, _ in model.named_modules()]
     if strange := [name for name in names if name not in modules]:
         raise CheckpointError(
             f"the model has no module {first_of(strange)}, which the file holds in full{proposal(names, modules)}"

@@ -17,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
 from .beside import peft_in
+from .renaming import plain_name
 from .site import Site, waiting
-from .targets import Target, fold, plain_name
+from .targets import Target, fold
 from .whole_modules import WholeModules, standing
 
 _READERS = (
@@ -230,9 +231,9 @@ def astray(model: nn.Module, whole: WholeModules) -> list[str]:
     """Names of tensors that train in full under which the model has another module's by now, or none."""
     if not whole.entries:
         return []
-    now = {plain_name(place.name): id(place.held) for place, _ in standing(model)}
+    now = {place.name: id(place.held) for place, _ in standing(model)}
     places = [place for entry in whole.entries.values() for place in entry.places]
-    return [place.name for place in places if now.get(plain_name(place.name)) != id(place.held)]
+    return [place.name for place in places if now.get(place.name) != id(place.held)]
 
 
 def _is_frozen(adapter: Adapter) -> bool:

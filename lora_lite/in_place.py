@@ -15,14 +15,11 @@ from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
 from . import reference
-from .operators import transformed
 from .primitives import LowRankAdd, LowRankAddRescale, Primitive
 from .segments import Segments
 from .shapes import is_conv1d
 
 _ONCE = (LowRankAdd, LowRankAddRescale)  # use x and y once; another primitive may do with them what it likes
-
-WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as memory for a smaller one
 
 
 def serves(primitive: Primitive, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> bool:
@@ -79,8 +76,8 @@ def shrink(
     segments: Segments | None = None,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ); dh A is added into the gradient that the layer gives x."""
-    plain = segments is not None or dropout > 0 or not x.requires_grad or not torch.is_grad_enabled() or transformed()
-    if plain or x.nbytes < WORTH_A_FUNCTION or reference.product_dtype(x.device, x.dtype) != x.dtype:
+    dtype = reference.product_dtype(x.device, x.dtype)
+    if segments is not None or not reference.worth_a_function(x, dropout, dtype):
         return reference.shrink(x, A, dropout, segments)
     (x,), (h,) = shrink_together(x, [A])
     return x, h

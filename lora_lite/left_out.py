@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .params import Params
+from .renaming import plain_name
 from .shapes import SHAPELESS, shape
 from .stacks import Stack
-from .targets import candidates, fold, is_linear, is_shapeless, plain_name
+from .targets import candidates, fold, is_linear, is_shapeless
 
 
 @dataclass(frozen=True)

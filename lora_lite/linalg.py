@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .operators import transformed
+from .operators import transformed, watched
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
@@ -85,21 +85,20 @@ def rotations(
     """Cayley rotations (I − X)⁻¹(I + X) from the upper triangles of their generators, whose elements are bounded by
     tan(max_angle/2)·tanh(·). NaN in a generator gives NaN, and no error."""
     rot_T = rot_T.to(torch.promote_types(rot_T.dtype, torch.float32))  # model.to(bfloat16) reaches the adapter too
-    rows, cols, eye = _corner(size, rot_T)
-    upper = rot_T.new_zeros(*rot_T.shape[:-1], size, size)
-    upper[..., rows, cols] = rot_T
+    places, eye = _corner(size, rot_T)
+    upper = rot_T.new_zeros(*rot_T.shape[:-1], size * size).index_copy(-1, places, rot_T).unflatten(-1, (size, size))
     limit = math.tan(max_angle / 2)
     X = limit * torch.tanh((upper - upper.mT) * (1 / (4 * limit)))
     # X is skew, so that I − X is never singular: without the check, for which the host would wait for the device.
     return torch.linalg.solve_ex(eye - X, eye + X).result
 
 
-def _corner(size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns above the diagonal; I."""
+def _corner(size: int, like: Tensor) -> tuple[Tensor, ...]:
+    """The places above the diagonal, row after row; I."""
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
+    def make() -> tuple[Tensor, ...]:
         rows, cols = torch.triu_indices(size, size, offset=1, device=like.device).unbind(0)
-        return rows, cols, torch.eye(size, dtype=like.dtype, device=like.device)
+        return rows * size + cols, torch.eye(size, dtype=like.dtype, device=like.device)
 
     return _constants(("corner", size), like, make)
 
@@ -151,29 +150,29 @@ class _Reflections(torch.autograd.Function):
         return (dP + dP.mT) @ U if dU is None else dU + (dP + dP.mT) @ U
 
 
-def _triangles(U: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _triangles(U: Tensor) -> tuple[Tensor, ...]:
     """Of as many rows as U has: stril(1) + ½I; what keeps a row of zeros from dividing by zero; −I."""
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
+    def make() -> tuple[Tensor, ...]:
         eye = torch.eye(U.shape[-2], dtype=U.dtype, device=U.device)
         return torch.ones_like(eye).tril(-1) + eye / 2, eye * 1e-30, -eye
 
     return _constants(("triangles", U.shape[-2]), U, make)
 
 
-_made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
+_made: dict[Any, tuple[Tensor, ...]] = {}
 
 
 def _constants(
-    key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `make` makes, of the dtype and on the device of `like`: made once, but for a tensor of a class of its own,
-    whose trace it belongs to."""
+    key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """What `make` makes, of the dtype and on the device of `like`: made once, but for who watches operators (a trace, a
+    recomputation that expects those of the forward), or for a tensor of a class of its own."""
 
-    def outside() -> tuple[Tensor, Tensor, Tensor]:
+    def outside() -> tuple[Tensor, ...]:
         with torch.inference_mode(False):
             return make()
 
-    if type(like) not in (Tensor, torch.nn.Parameter):
+    if watched() or type(like) not in (Tensor, torch.nn.Parameter):
         return outside()
     return once(_made, (*key, like.dtype, like.device), outside)

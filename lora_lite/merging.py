@@ -33,6 +33,7 @@ from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
+from .renaming import plain_name
 from .shapes import is_conv1d, is_conv1d_in_files, is_embedding
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
@@ -47,8 +48,8 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
     quantised layers, made dense. The rest are the base's own, in whose memory nothing changes.
 
-    Warns by name about adapters that do nothing in the adapted model, and about weights that are tied there and not in
-    the merged one: a model that ties them would take one for the other.
+    Warns by name about adapters that do nothing in the adapted model, about numbers beyond float16's range, and about
+    weights that are tied there and not in the merged one: a model that ties them would take one for the other.
 
     Args:
         model: with adapters attached.
@@ -58,21 +59,27 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     Raises:
         AttachError: nothing is attached, `use` has given each entry of a batch an adapter of its own, a method adds a
             bias to a layer that has none, an adapter has NaN or infinity, or PEFT was put on the model after attach.
+        TypeError: the dtype is none for weights.
     """
     model = unwrap(model)
-    _check(model, "merged_state_dict")
+    _check(model, "merged_state_dict", dtype)
     _warn_of_parted(model, "merged_state_dict")
-    return _state_dict(model, dtype)
+    return _state_dict(model, dtype, "merged_state_dict")
 
 
 @torch.no_grad()
-def _state_dict(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _state_dict(model: nn.Module, dtype: torch.dtype | None, what: str) -> dict[str, Tensor]:
+    """Warns where a number is too large for float16, the narrowest range."""
     found: dict[str, Tensor] = {}
     of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
     for path, module in _base_modules(model, remove_duplicate=False):
         if id(module) not in of_module:
             of_module[id(module)] = _merged(module, dtype)
         found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
+    weights = {plain_name(path) for path, _ in model.named_parameters(remove_duplicate=False)}
+    narrow = {name: t for name, t in found.items() if t.dtype == torch.float16}
+    if beyond := not_finite({name: t for name, t in narrow.items() if name in weights}):
+        warnings.warn(f"{what}: {first_of(beyond)} has numbers beyond float16's range", stacklevel=4)
     return found
 
 
@@ -85,7 +92,7 @@ def merged_parameters(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
             head's and an embedding's.
     """
     model = unwrap(model)
-    _check(model, "merged_parameters")
+    _check(model, "merged_parameters", dtype)
     if parted := _parted(model):
         raise AttachError(
             f"{' and '.join(parted)} are tied, and an adapter acts on one of them, so that the merged model has "
@@ -123,10 +130,10 @@ def save_merged(
         AttachError: as `merged_state_dict` does, or the model computes something else where its config ties nothing, or
             its class can't be made from its config alone.
         CheckpointError: the folder can't be written.
-        TypeError: options are given for a model that is not transformers'.
+        TypeError: the dtype is none for weights, or options are given for a model that is not transformers'.
     """
     model, folder = unwrap(model), Path(folder)
-    _check(model, "save_merged")
+    _check(model, "save_merged", dtype)
     if not _is_transformers(model):
         if options:
             raise TypeError(
@@ -134,7 +141,7 @@ def save_merged(
                 f"{type(model).__name__} is written as one model.safetensors; leave them out"
             )
         _warn_of_parted(model, "save_merged")
-        tensors = _apart(_state_dict(model, dtype))
+        tensors = _apart(_state_dict(model, dtype, "save_merged"))
         with writing_folder("save_merged", folder):
             replace_files(
                 {folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})}
@@ -142,7 +149,7 @@ def save_merged(
         return
     if parted := _parted(model):
         _require_untied(model, parted)
-    tensors = _state_dict(model, dtype)
+    tensors = _state_dict(model, dtype, "save_merged")
     plain = _skeleton(model, tensors, tied=not parted)
     if parted:  # under all their names, also those that stay equal: nothing ties them when they are loaded
         tensors = _apart(tensors)
@@ -178,9 +185,12 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _check(model: nn.Module, what: str) -> None:
-    """An AttachError where there is nothing to merge, or PEFT is on the model, or an adapter is not finite; one
-    warning of adapters that do nothing, for which the merged model is not the adapted one."""
+def _check(model: nn.Module, what: str, dtype: torch.dtype | None) -> None:
+    """A TypeError where the dtype is none for weights. An AttachError where there is nothing to merge, or PEFT is on
+    the model, or an adapter is not finite; one warning of adapters that do nothing, for which the merged model is not
+    the adapted one."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise TypeError(f"{what}: dtype must be None or a floating-point torch.dtype of 16 bits or more; got {dtype!r}")
     attached = chosen(model, None)
     require_no_peft(model, "merging")
     acting = [each for each in attached if each.acts]
@@ -202,11 +212,13 @@ def _check(model: nn.Module, what: str) -> None:
 
 def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The base's, without what adapters have put there, and without what the weights that they change are made of."""
-    made_of: tuple[str, ...] = ()
+    made_of: tuple[str, ...] = ()  # the beginnings of names
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        if SITE in module._modules and is_parametrized(module, "weight"):
-            made_of += (f"{path}.parametrizations.weight" if path else "parametrizations.weight",)
-        if not isinstance(module, Params | Site | Stack) and not f"{path}.".startswith(tuple(f"{p}." for p in made_of)):
+        path = plain_name(path)
+        if SITE in module._modules:
+            made = [key for key in ("weight", "bias") if is_parametrized(module, key)]
+            made_of += tuple(f"{path}.parametrizations.{key}.".removeprefix(".") for key in made)
+        if not isinstance(module, Params | Site | Stack) and not f"{path}.".startswith(made_of):
             yield path, module
 
 

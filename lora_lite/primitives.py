@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
+from .operators import watched
+from .recomputation import in_checkpoint
 from .segments import Segments, once
 
 
@@ -197,27 +199,32 @@ class LowRankAddRescale(Shrinks):
         return share.to(y.dtype)
 
     def _norm(self, ops: Any) -> Float[Tensor, "*G N"]:
-        """The rows' norms: the last forward's, where a backward computes it again (checkpointing) and A and B are as
-        they were. Another forward takes it only where the user says that they are (`unchanged`): what is written to
-        `p.data` leaves no trace in a version."""
+        """The rows' norms: those of a checkpoint's forward where its backward computes them again, and A and B are as
+        they were. Another forward takes them only where the user says that they are (`unchanged`): what is written to
+        `p.data` leaves no trace in a version. Who watches operators expects the same in both."""
         operands = (self.W, self.A, self.B, self.scale, self.w_sq)
+        if watched():
+            return ops.row_norm(*operands)
         if self.made is not None:
             return once(self.made, (ops, torch.is_inference_mode_enabled()), lambda: ops.row_norm(*operands))
-        if torch.compiler.is_compiling() or type(self.A) is not torch.nn.Parameter or self.A.is_inference():
+        if type(self.A) is not torch.nn.Parameter or self.A.is_inference() or torch.is_inference_mode_enabled():
             return ops.row_norm(*operands)
         A, B, key = self.A, self.B, StorageWeakRef(self.m.untyped_storage())
         state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version)
-        before, norm = _norms.get(key, (None, None))
-        if norm is None or before != state or torch._C._current_graph_task_id() == -1:
-            norm = ops.row_norm(*operands)
-            if before is None:
+        if torch._C._current_graph_task_id() != -1:
+            before, norm = _norms.get(key, (None, None))
+            return norm if before == state and norm is not None else ops.row_norm(*operands)
+        norm = ops.row_norm(*operands)
+        if in_checkpoint():
+            if key not in _norms:
                 for dead in [each for each in list(_norms) if each.expired()]:
                     _norms.pop(dead, None)
             _norms[key] = (state, norm)
         return norm
 
 
-# Of each m what the norm was made of, and it; by m's memory: PyTorch may not swap a tensor that has a weak reference.
+# Of each m what the norm in its last checkpoint was made of, and it; by m's memory: PyTorch may not swap a tensor that
+# has a weak reference.
 _norms: dict[StorageWeakRef, tuple[Any, Any]] = {}
 
 

@@ -55,9 +55,17 @@ def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scale_low_precision(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
-    """t + (t − bias)∘δ with δ = g − 1 for a t of less precision than g: rounding g itself would lose g − 1."""
-    delta = (g - 1).to(t.dtype)
-    return torch.addcmul(t if bias is None else t - bias * delta, t, delta)
+    """For a t of less precision than g, which the products keep as two numbers of t's: rounded to one, a gain of 1.001
+    would be 1. The bias counts with (1 − g)."""
+    high, low = _in_two(g, t.dtype)
+    rest = t * low if bias is None else torch.addcmul((bias * (1 - g)).to(t.dtype), t, low)
+    return torch.addcmul(rest, t, high)
+
+
+def _in_two(g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """g as the sum of two of a dtype of half its precision."""
+    high = g.to(dtype)
+    return high, (g - high).to(dtype)
 
 
 class _ScaleLowPrecision(torch.autograd.Function):
@@ -77,7 +85,7 @@ class _ScaleLowPrecision(torch.autograd.Function):
         t, g, bias = ctx.saved_tensors
         dt = dg = None
         if ctx.needs_input_grad[0]:
-            dt = torch.addcmul(dy, dy, (g - 1).to(dy.dtype))
+            dt = _scale_low_precision(dy, g, None)
         if ctx.needs_input_grad[1]:
             if g.ndim > 1:  # each row has a g of its own
                 dg = dy.to(g.dtype) * (t if bias is None else t - bias)
@@ -104,8 +112,22 @@ def shrink(
     if segments is not None:
         return _shrink_segments(x, A, dropout, segments)
     dtype = product_dtype(x.device, x.dtype)
+    if worth_a_function(x, dropout, dtype):
+        (x,), (h,) = shrink_together(x, [A])
+        return x, h
     kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
     return x, _rows(kept) @ A.to(dtype).t()
+
+
+_WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as memory for a smaller one
+
+
+def worth_a_function(x: Tensor, dropout: float, dtype: torch.dtype) -> bool:
+    """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
+    a recomputation finds as it was decides: it has to save the same tensors again."""
+    if dropout or dtype != x.dtype or x.nbytes < _WORTH_A_FUNCTION or torch.compiler.is_compiling() or transformed():
+        return False
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -333,13 +355,14 @@ def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
 
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
-    """y + (y∘δ + partner(y)∘s) with δ = c − 1: what is added is small beside y, and little is lost in its rounding."""
-    added = _partner(y, group_size).mul_(s.to(y.dtype))
-    return torch.addcmul(added, y, (c - 1).to(y.dtype)).add_(y)  # no view: whoever gets it may write to it
+    """y∘c + partner(y)∘s, the largest of the three products last, so that little is lost in rounding the others."""
+    high, low = _in_two(c, y.dtype)
+    turned = torch.addcmul(_partner(y, group_size).mul_(s.to(y.dtype)), y, low)
+    return torch.addcmul(turned, y, high)  # no view: whoever gets it may write to it
 
 
 class _RotateLowPrecision(torch.autograd.Function):
-    """For a y of less precision than c and s: rounding c itself would lose c − 1."""
+    """For a y of less precision than c and s: `_in_two`."""
 
     @staticmethod
     def forward(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
@@ -392,5 +415,5 @@ def row_norm(
 def _row_norm(W: Tensor, A: Tensor, B: Tensor, w_sq: Tensor, scale: float) -> Tensor:
     A, B = A.to(w_sq.dtype), B.to(w_sq.dtype)
     cross = torch.cat([rows.to(A.dtype) @ A.t() for rows in W.split(1024)])
-    norm_sq = w_sq + ((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))).mul_(B).sum(1)
-    return norm_sq.clamp_min_(1e-12).sqrt_()
+    norm_sq = w_sq + (((2 * scale) * cross + (scale * scale) * (B @ (A @ A.t()))) * B).sum(1)
+    return norm_sq.clamp_min(1e-12).sqrt()  # not in place: a checkpoint may keep what each operator gave

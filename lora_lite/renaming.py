@@ -1,4 +1,4 @@
-"""Names of layers that have moved since a file was written, by the beginnings that have changed.
+"""Names of layers: without what wraps them, and of those that have moved since a file was written.
 
 A user passes `prefix_map={"model.layers": "model.language_model.layers"}`; where a file's layers are not in the model,
 `proposal` finds the map under which they would be.
@@ -8,8 +8,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 from .errors import CheckpointError
+from .stacks import STACKS
 
 T = TypeVar("T")
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", STACKS)
+
+
+def plain_name(name: str) -> str:
+    """The name without the wrappers that torch.compile and checkpointing put around modules."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 class Renaming:

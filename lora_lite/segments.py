@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .operators import operator
+from .operators import operator, transformed
 
 T = TypeVar("T")
 
@@ -89,7 +89,16 @@ class Segments:
 
 def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments) -> Float[Tensor, "M P"]:
     """Of each row its product with its matrix's transpose; zeros where it has none. x and stack are of one dtype."""
+    if transformed():
+        return _by_formula(x, stack, segments)
     return _product(x, stack, segments.ends, segments.which, segments.whole)
+
+
+def _by_formula(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P"]:
+    """`product` in operators that differentiate forward and map."""
+    runs = segments.runs(len(x))
+    parts = [x.new_zeros(len(x[rows]), stack.shape[1]) if i is None else x[rows] @ stack[i].t() for i, rows in runs]
+    return torch.cat(parts) if parts else x.new_zeros(0, stack.shape[1])
 
 
 def shrink(
@@ -97,7 +106,7 @@ def shrink(
 ) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "M P"]]:
     """(x, `product`), multiplied in `dtype`. Hand the returned x on: its gradient and the product's are then added in
     one."""
-    if not _on_cpu(x):
+    if not _by_hand(x):
         return x, product(x.to(dtype), stack.to(dtype), segments)
     return _Shrink.apply(x, stack, segments, dtype)  # type: ignore[return-value]
 
@@ -111,14 +120,14 @@ def expand_add(
     dtype: torch.dtype,
 ) -> Float[Tensor, "M P"]:
     """y + scale · `product` of h, multiplied and added in `dtype`."""
-    if not _on_cpu(y):
+    if not _by_hand(y):
         return (y + product(h.to(dtype), scale * stack.to(dtype), segments)).to(y.dtype)
     return _ExpandAdd.apply(y, h, stack, scale, segments, dtype)  # type: ignore[return-value]
 
 
-def _on_cpu(t: Tensor) -> bool:
-    """Where asking for the ends of runs is no sync. A graph that is compiled asks nothing."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+def _by_hand(t: Tensor) -> bool:
+    """Where asking for the ends of runs is no sync. A graph that is compiled asks nothing; who transforms derives."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
@@ -135,6 +144,9 @@ class _Shrink(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
         needs_x, needs_stack, _, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # this is to be differentiated again, which operators can be
+            dx, d_stack = _gradients(dh, x.to(dh.dtype), stack.to(dh.dtype), ctx.products.segments)
+            return (dx_base + dx).to(x.dtype), d_stack.to(stack.dtype), None, None
         dx = d_stack = None
         if needs_x:
             dx = ctx.products.add_wide(dx_base, dh, stack.to(dh.dtype).mT)
@@ -156,6 +168,10 @@ class _ExpandAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (h, stack) = grads, ctx.saved_tensors
         _, needs_h, needs_stack, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            scaled = ctx.scale * dy.to(ctx.dtype)
+            dh, d_stack = _gradients(scaled, h.to(ctx.dtype), stack.to(ctx.dtype), ctx.products.segments)
+            return dy, dh.to(h.dtype), d_stack.to(stack.dtype), None, None, None
         dys, dh, d_stack = ctx.products.cut(dy.to(ctx.dtype)), None, None
         if needs_h:
             dh = ctx.products.narrow(dys, stack.to(ctx.dtype).mT).mul_(ctx.scale).to(h.dtype)
@@ -163,6 +179,11 @@ class _ExpandAdd(torch.autograd.Function):
             d_stack = ctx.products.outer((ctx.scale * h).to(ctx.dtype), dys, len(stack))
             d_stack = d_stack.mT.contiguous().to(stack.dtype)
         return dy, dh, d_stack, None, None, None
+
+
+def _gradients(dy: Tensor, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Of `product`."""
+    return product(dy, stack.mT, segments), _outer(dy, x, segments.ends, segments.which, len(stack))
 
 
 def _products(segments: Segments, M: int, G: int, dtype: torch.dtype) -> "_InRuns | _InBlocks":
@@ -202,6 +223,7 @@ class _InBlocks:
     """The same products of n blocks of `length` slots each, a row in a slot, the last block of a run filled up: one
     batched product serves all runs, where one for each would take longer to start than to run."""
 
+    segments: Segments
     length: int
     row_of_slot: Int[Tensor, " slots"]  # in a slot that fills up: the run's last row
     slot_of_row: Int[Tensor, " M"]
@@ -228,7 +250,7 @@ class _InBlocks:
         ahead = length * torch.arange(len(blocks)) - start  # by how much a block's first slot is ahead of its first row
         slot_of_row = torch.arange(M) + ahead.repeat_interleave(size)
         idle = (size == 0).nonzero()[:, 0] if len(taken) < len(blocks) else None
-        return cls(length, row_of_slot.view(-1), slot_of_row, None if in_order else which, idle)
+        return cls(segments, length, row_of_slot.view(-1), slot_of_row, None if in_order else which, idle)
 
     def cut(self, t: Float[Tensor, "M D"]) -> Float[Tensor, "n length D"]:
         return t.index_select(0, self.row_of_slot).view(-1, self.length, t.shape[1])
@@ -317,7 +339,8 @@ def _aligned(t: Tensor) -> Tensor:
     strides = sorted(t.stride()[-2:])
     if strides[0] == 1 and all(stride % step == 0 for stride in (*t.stride()[:-2], strides[1])):
         return t
-    return torch.nn.functional.pad(t, (0, -t.shape[-1] % step)).contiguous()
+    padded = torch.nn.functional.pad(t, (0, -t.shape[-1] % step))
+    return padded.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves strides of dimensions of size one
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -357,3 +380,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_backward, setup_context=_save)
+
+
+def _save_outer(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_outer(ctx: Any, d_stack: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, ends, which = ctx.saved_tensors
+    return _product(x, d_stack, ends, which, False), _product(dy, d_stack.mT, ends, which, False), None, None, None
+
+
+_outer.register_autograd(_backward_outer, setup_context=_save_outer)

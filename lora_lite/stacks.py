@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .errors import AttachError
+from .operators import transformed
 from .params import SITE
 from .rows import Tokens
 from .segments import Segments, product
@@ -195,22 +196,27 @@ def experts_forward(
     segments = Segments(torch.searchsorted(experts_sorted, after, out_int32=True), whole=True)
     rows = torch.empty_like(order).scatter_(0, order, torch.arange(T * k, device=order.device)).view(T, k)
     tokens = Tokens(order // k, T)
-    hidden = up(_Gather.apply(hidden_states, tokens.of_rows, rows), segments=segments, tokens=tokens)
+    hidden = up(_gather(hidden_states, tokens.of_rows, rows), segments=segments, tokens=tokens)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     hidden = down(hidden, segments=segments, tokens=tokens)
     if experts.has_post_expert_norm:
         hidden = experts.post_expert_norm(hidden)
-    weighted = hidden * _Gather.apply(top_k_weights.reshape(-1, 1), order, rows.view(-1))
-    return _Gather.apply(weighted, rows, tokens.of_rows).to(hidden_states.dtype)  # type: ignore[attr-defined]
+    weighted = hidden * _gather(top_k_weights.reshape(-1, 1), order, rows.view(-1))
+    return _gather(weighted, rows, tokens.of_rows).to(hidden_states.dtype)
 
 
-class _Gather(torch.autograd.Function):
+def _gather(rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
     """The rows that `index` names, summed over its second dimension where it has one.
 
     `adjoint` names for each row the places that it goes to, so that the gradient is the same the other way: not added
     into place, which is slower, and in low precision less exact.
     """
+    if transformed():
+        return rows[index] if index.ndim == 1 else rows[index].sum(1)
+    return _Gather.apply(rows, index, adjoint)  # type: ignore[return-value]
 
+
+class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
         ctx.save_for_backward(index, adjoint)

@@ -18,6 +18,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
+from .renaming import WRAPPED, plain_name
 from .shapes import SHAPELESS, features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
@@ -29,9 +30,6 @@ _WRITERS = re.compile(
     r"|wo|w2|dense|dense2|dense_4h_to_h)$",
     re.IGNORECASE,
 )
-
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", STACKS)
-
 
 _ROLES: dict[Role, str] = {
     "reader": "reads from the residual stream",
@@ -63,7 +61,7 @@ def is_linear(module: nn.Module) -> bool:
     return (
         features(module) is not None
         and not is_embedding(module)
-        and not any(wrapped in module._modules for wrapped in _WRAPPED)
+        and not any(wrapped in module._modules for wrapped in WRAPPED)
         and (weight := weight_of(module)) is not None
         and not is_lazy(weight)
     )
@@ -125,11 +123,6 @@ def parent_of(model: nn.Module, name: str) -> nn.Module | None:
     return model.get_submodule(name.rpartition(".")[0]) if name else None
 
 
-def plain_name(name: str) -> str:
-    """The name without the wrappers that torch.compile and checkpointing put around modules."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
-
-
 def _is_within(name: str, other: str) -> bool:
     """Whether a module stands in another, which then only passes on a weight that both have."""
     return name != other and (other == "" or name.startswith(f"{other}."))
@@ -144,8 +137,9 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> list[Target]:
     return choose(model, cfg)[0]
 
 
-def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str, str]]:
-    """The layers that `cfg` selects, and of each other candidate why it is left out."""
+def choose(model: nn.Module, cfg: AdapterConfig, promised: bool = True) -> tuple[list[Target], dict[str, str]]:
+    """The layers that `cfg` selects, and of each other candidate why it is left out. An AttachError where there are
+    none or, as `promised`, something that `cfg` names is not among them."""
     found, in_full = candidates(model), matched(model, cfg.modules_to_save)
     others = [target.name for target in found if target.role != "embedding"]
     why = {
@@ -155,7 +149,8 @@ def choose(model: nn.Module, cfg: AdapterConfig) -> tuple[list[Target], dict[str
         for target in found
     }
     targets = [target for target in found if not why[target.name]]
-    _keep_promises(model, cfg, found, targets)
+    if promised:
+        _keep_promises(model, cfg, found, targets)
     if not targets and any(not _why_not(target, cfg, others) for target in found):
         raise AttachError(
             f"modules_to_save={cfg.modules_to_save}: {', '.join(in_full)} train in full, and hold all layers that an "
@@ -221,7 +216,7 @@ def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], ta
                     f"{field}: {pattern!r} matches none of the {len(chosen)} layers that are adapted, such as "
                     f"{chosen[0]}{_nearest(pattern, chosen)}; correct it or leave it out"
                 )
-    everything = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    everything = [plain_name(path) for path, _ in (*model.named_modules(), *model.named_parameters())]
     for pattern in cfg.exclude_names:
         if pattern not in USUALLY_LEFT_OUT and not _finds(pattern, everything):
             raise AttachError(

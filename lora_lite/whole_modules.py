@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import is_sharded, whole
+from .renaming import plain_name
 from .shapes import SHAPELESS
 
 
@@ -95,7 +96,7 @@ class WholeModules:
             places.setdefault(id(t), []).append(place)
         for name in self.names:
             for path, module in model.get_submodule(name).named_modules():
-                place = f"{name}.{path}".strip(".")
+                place = plain_name(f"{name}.{path}".strip("."))
                 if SITE in module._modules or isinstance(module, Params):
                     raise AttachError(
                         f"modules_to_save: {place} carries an adapter and can't train in full too; detach that, or "
@@ -189,8 +190,9 @@ def settle(groups: list[tuple[WholeModules, bool]]) -> None:
 def standing(model: nn.Module) -> Iterator[tuple[_Place, Tensor]]:
     """Where the model's parameters and persistent buffers stand, by each of their names."""
     for path, module in model.named_modules(remove_duplicate=False):
+        name = plain_name(path)
         for held, key, t in _held(module):
-            yield _Place(f"{path}.{key}" if path else key, held, key), t
+            yield _Place(f"{name}.{key}" if name else key, held, key), t
 
 
 def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -220,7 +222,8 @@ def matched(model: nn.Module, patterns: Iterable[str]) -> list[str]:
         AttachError: a pattern finds none.
     """
     found: list[str] = []
-    named = [name for name, module in model.named_modules() if name and SITE not in name.split(".")]
+    paths = [path for path, _ in model.named_modules() if path and SITE not in path.split(".")]
+    named = list(filter(None, dict.fromkeys(map(plain_name, paths))))
     for pattern in patterns:
         mine = [name for name in named if re.search(pattern, name)]
         if not mine:

@@ -1,6 +1,7 @@
 """A mixture's stacked experts: every method on them, against dense weights expert by expert."""
 
 import copy
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -295,6 +296,9 @@ def test_r_divided_among_experts(tmp_path: Path) -> None:
         "0.self_attn.q_proj": 8, "0.mlp.experts.gate_up_proj": 4, "0.mlp.experts.down_proj": 3,
         "1.self_attn.q_proj": 8, "1.mlp.experts.gate_up_proj": 4, "1.mlp.experts.down_proj": 4,
     }  # fmt: skip
+    whole_name = {r"^model\.layers\.0\.mlp\.experts\.down_proj$": 3}
+    own = ll.attach(mixture(), dataclasses.replace(cfg, rank_pattern=whole_name))
+    assert {name.partition("layers.")[2]: a.cfg.r for name, a in own.adapters.items()} == ranks
     ll.save(model, tmp_path / "a.safetensors")
     ll.detach(model)
     assert {a.cfg.r for a in ll.load(model, tmp_path / "a.safetensors").adapters.values()} == {8, 4, 3}

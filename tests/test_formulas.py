@@ -281,6 +281,28 @@ def test_gains_near_one_are_not_rounded_to_bfloat16(gain: float) -> None:
     assert rel_error(lora_lite.reference.scale(t, g), want) <= 1.05 * once
 
 
+@pytest.mark.parametrize("gain", [0.3, 0.01, -0.002, 40.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_gains_far_from_one(gain: float, dtype: torch.dtype, bias: bool) -> None:
+    """As good as float32 rounded once, in output and gradient."""
+    t, dy = (torch.randn(64, 96).to(dtype).requires_grad_() for _ in range(2))
+    g = (gain * (0.5 + torch.rand(96))).requires_grad_()
+    b = torch.randn(96).to(dtype) if bias else None
+    got = lora_lite.reference._scale(t, g, b)
+    turned = lora_lite.reference.rotate_pairs(t, g, 0.1 * g, 4)
+    exact = [each.detach().double().requires_grad_() for each in (t, g)]
+    offset = b.double() if b is not None else 0.0
+    want = exact[1] * (exact[0] - offset) + offset
+    swapped = exact[0].unflatten(-1, (-1, 2, 2)).flip(-2).flatten(1)
+    for mine, theirs in ((got, want), (turned, exact[0] * exact[1] + 0.1 * exact[1] * swapped)):
+        assert rel_error(mine, theirs) <= 1.5 * rel_error(theirs.to(dtype), theirs)
+        for own, its in zip(
+            torch.autograd.grad(mine, (t, g), dy), torch.autograd.grad(theirs, exact, dy.double()), strict=True
+        ):
+            assert rel_error(own, its) <= 1.5 * rel_error(its.to(dtype), its)
+
+
 @pytest.mark.parametrize("turn", [3e-3, 5e-3, 1e-2])
 def test_turns_near_none_are_not_rounded_to_bfloat16(turn: float) -> None:
     """As good as the sum in float32, rounded once: c − 1 is not lost, and y is rounded with what is added to it."""
@@ -397,6 +419,31 @@ RUNS = {
     "idle ones": ([0, 9, 0, 4, 12], None),
     "no rows": ([0, 0], None),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("K", "N", "R"), [(24, 20, 1), (1, 20, 3), (24, 1, 3), (1, 1, 1)])
+def test_dimensions_of_one(dtype: torch.dtype, K: int, N: int, R: int) -> None:
+    """Products of runs want strides of whole 16 bytes, which those of a dimension of one need not be."""
+    sizes, M = [5, 0, 8], 16
+    segments = Segments(torch.tensor(sizes).cumsum(0).int())
+    x, y, A, B = torch.randn(M, K), torch.randn(M, N), torch.randn(3, R, K), torch.randn(3, N, R)
+    for rows in (M, 0):
+        leaves = [t.to(dtype).requires_grad_() for t in (x[:rows], y[:rows], A, B)]
+        of_rows = segments if rows else Segments(torch.zeros(3, dtype=torch.int32))
+        same, h = lora_lite.reference.shrink(leaves[0], leaves[2], segments=of_rows)
+        out = lora_lite.reference.expand_add(leaves[1], h, leaves[3], SCALE, of_rows)
+        grads = torch.autograd.grad(out.sum() + same.sum(), leaves, materialize_grads=True)
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        which = of_rows.matrix_of_rows(rows).clamp_min(0)
+        has = (of_rows.matrix_of_rows(rows) >= 0)[:, None]
+        delta = torch.einsum("mk,mrk,mnr->mn", exact[0], exact[2][which], exact[3][which])
+        want = exact[1] + SCALE * has * delta
+        wanted = torch.autograd.grad(want.sum() + exact[0].sum(), exact, materialize_grads=True)
+        for mine, theirs in zip((out, *grads), (want, *wanted), strict=True):
+            assert mine.shape == theirs.shape
+            if rows:
+                assert rel_error(mine, theirs) <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("runs", RUNS)

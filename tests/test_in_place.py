@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
-from lora_lite import in_place
+from lora_lite import in_place, reference
 
 KINDS = {
     "linear": lambda: nn.Linear(5, 7),
@@ -282,7 +282,7 @@ def of_input_after_the_call(layer: nn.Module, seen: Seen) -> Any:
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "shared"])
 def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layer's input; and x gets all of it."""
-    monkeypatch.setattr(in_place, "WORTH_A_FUNCTION", 0)
+    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
@@ -305,7 +305,7 @@ def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any], m
 def test_the_gradient_is_written_to(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """dh A is added where the layer's gradient lies, once for each backward of a graph that is kept; not into one that
     is to be differentiated again."""
-    monkeypatch.setattr(in_place, "WORTH_A_FUNCTION", 0)
+    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
@@ -362,3 +362,14 @@ def test_no_rows() -> None:
     assert y.shape == (0, 7)
     assert x.grad is not None
     assert x.grad.shape == (0, 5)
+
+
+def test_a_recomputation_without_the_forwards_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It saves what the forward saved, whoever looked on then."""
+    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
+    model = adapted(nn.Linear(5, 7))
+    x, kept = torch.randn(4, 5, requires_grad=True), []
+    handle = model[0].register_forward_hook(lambda layer, args, y: kept.append(y.clone()))
+    y = checkpoint(model, x, use_reentrant=False)
+    handle.remove()
+    assert_exact(model, x, y)

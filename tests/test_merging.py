@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import diffusers
 import huggingface_hub
+import peft
 import pytest
 import sentence_transformers
 import torch
@@ -33,10 +34,12 @@ from models import (
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 from zoo import of
 
 import lora_lite as ll
+from lora_lite import merging
 
 quantized = load_tests("test_quantized")
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -46,6 +49,71 @@ def adapted(model: nn.Module, variant: str, **fields: Any) -> nn.Module:
     attach(model, variant, calibration_batches() if variant == "eva" else None, **fields)
     randomize(model, by=0.3)
     return model
+
+
+WRAPS = {"compiled": lambda module: torch.compile(module, backend="eager"), "checkpoint": checkpoint_wrapper}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_wrappers_are_no_part_of_names(wrap: str, tmp_path: Path) -> None:
+    model = llama()
+    names = model.state_dict().keys()
+    model.model.layers[0] = WRAPS[wrap](model.model.layers[0])
+    attach(model, "lora", modules_to_save=(r"input_layernorm$",))
+    randomize(model)
+    with torch.no_grad():
+        ll.state_dict(model)["model.layers.0.input_layernorm.weight"].mul_(1.5)
+    want = logits(model)
+    assert ll.merged_state_dict(model).keys() == names
+    assert {name for name, _ in merging.merged_parameters(model)} == names
+    ll.save_merged(model, tmp_path / "merged")
+    assert_close(logits(type(model).from_pretrained(tmp_path / "merged").eval()), want, 1e-5)
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.export_peft(model, tmp_path / "peft")
+    for read in (ll.load, ll.import_peft):
+        again = llama()
+        read(again, tmp_path / ("adapter.safetensors" if read is ll.load else "peft"))
+        assert_close(logits(again), want, 1e-5)
+    with_peft = peft.PeftModel.from_pretrained(llama(), tmp_path / "peft").eval()
+    assert_close(logits(with_peft), want, 1e-5)
+    ll.detach(model)
+    for read in (ll.load, ll.import_peft):
+        read(model, tmp_path / ("adapter.safetensors" if read is ll.load else "peft"))
+        assert_close(logits(model), want, 1e-5)
+        ll.detach(model)
+
+
+def test_a_bias_that_is_made_of_others() -> None:
+    class Doubled(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * t
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+    attach(model, "lora", target_roles=())
+    randomize(model)
+    plain, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    plain.load_state_dict(ll.merged_state_dict(model))
+    assert_close(plain(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, "bfloat16"], ids=str)
+def test_dtypes_that_are_none_for_weights(dtype: Any, tmp_path: Path) -> None:
+    model = llama()
+    attach(model, "lora")
+    for merge in (ll.merged_state_dict, lambda m, dtype: ll.save_merged(m, tmp_path / "m", dtype=dtype)):
+        with pytest.raises(TypeError, match=r"dtype must be None or a floating-point torch\.dtype of 16 bits or more"):
+            merge(model, dtype=dtype)
+    assert not (tmp_path / "m").exists()
+
+
+def test_numbers_beyond_float16_are_said() -> None:
+    layer = nn.Linear(4, 4)
+    attach(layer, "lora", target_roles=())
+    randomize(layer)
+    layer.weight.data[0, 0] = 1e5
+    with pytest.warns(UserWarning, match="merged_state_dict: weight has numbers beyond float16's range"):
+        ll.merged_state_dict(layer, dtype=torch.float16)
 
 
 @EACH_VARIANT

@@ -149,6 +149,25 @@ def test_rho_is_in_the_file(tmp_path: Path) -> None:
     assert torch.equal(model(token_ids()).logits, want)
 
 
+class _OneOfTwo(nn.Module):
+    """One layer's input is nearly of one direction, the other's is white."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.randn_like(self.a(x * torch.linspace(3, 0.01, 16) ** 4)))
+
+
+def test_rho_may_leave_out_all_that_a_name_finds() -> None:
+    model = nn.Sequential(_OneOfTwo(), _OneOfTwo())
+    cfg = ll.EVAConfig(r=1, rho=2.0, target_names=("a$", "b$"), alpha_pattern={"b$": 4.0})
+    attachment = ll.attach(model, cfg, calibration_data=[torch.randn(64, 16) for _ in range(3)])
+    assert list(attachment.adapters) == ["0.a", "1.a"]
+    assert any("excluded by" in each.why for each in attachment.left_out)
+
+
 @pytest.mark.parametrize("rho", [0.5, float("nan"), float("inf"), "2", None])
 def test_rho_is_a_number_of_at_least_one(rho: Any) -> None:
     with pytest.raises(ll.ConfigError, match=r"EVAConfig\.rho must be (a number|at least 1)"):

@@ -608,3 +608,29 @@ def test_params_of_each_kind() -> None:
     assert params.lora_c.dtype == torch.float32
     assert params.lora_c.requires_grad
     assert params.lora_c[6] == 6
+
+
+@pytest.mark.parametrize("what", ["model", "layer", "forward"])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_attached_to_what_is_compiled(what: str, with_grad: bool) -> None:
+    """torch.compile does not ask whether a layer of its has got hooks since, or lost them."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval().requires_grad_(False), torch.randn(4, 6)
+    run: Any = model
+    if what == "model":
+        run = torch.compile(model, backend="eager")
+    elif what == "layer":
+        model[0].compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    with torch.set_grad_enabled(with_grad):
+        base = run(x)
+        for name, layer in (("a", "0"), ("b", "1"), ("c", "0")):
+            ll.attach(model, ll.LoRAConfig(r=2, target_names=(layer,)), name=name)
+            randomize(model)
+            W = ll.merged_state_dict(model)
+            want = (x @ W["0.weight"].T + W["0.bias"]) @ W["1.weight"].T + W["1.bias"]
+            assert_close(run(x), want, 1e-5)
+            if name == "a":
+                ll.detach(model)
+                assert_close(run(x), base, 1e-6)

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import VARIANTS, assert_close, attach, randomize
+from models import VARIANTS, assert_close, attach, config, load_tests, randomize
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
+from zoo import ZOO
 
 import lora_lite as ll
 
 F64 = torch.float64
+stack_of = load_tests("test_experts").stack_of
 
 
 class Pair(nn.Module):
@@ -82,7 +84,11 @@ def test_derivatives_along_the_parameters_are_their_gradients(variant: str) -> N
 def test_second_derivatives_reach_the_parameters(variant: str) -> None:
     """Of layers that share an x too: a gradient penalty's own gradient, against its difference."""
     model, x = pair(variant, F64), torch.randn(4, 8, dtype=F64, requires_grad=True)
-    params = ll.parameters(model)
+    assert_penalty_has_its_gradient(model, x)
+
+
+def assert_penalty_has_its_gradient(model: nn.Module, x: Tensor) -> None:
+    params = [p for p in model.parameters() if p.requires_grad]
 
     def penalty() -> Tensor:
         (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -102,6 +108,57 @@ def test_second_derivatives_reach_the_parameters(variant: str) -> None:
     want = (values[0] - values[1]) / 2e-6
     got = sum((g * d).sum().item() for g, d in zip(grads, along, strict=True))
     assert abs(got - want) <= 1e-6 * abs(want)
+
+
+class OfRuns(nn.Module):
+    """A stack of experts, with the runs of its rows."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.stack, _, self.segments = stack_of(variant, F64, dtype=F64, r=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x, segments=self.segments)
+
+
+def in_runs(kind: str, variant: str) -> tuple[nn.Module, Tensor]:
+    """A module whose rows have adapters of their own, by entry of the batch or by expert, and its x."""
+    if kind == "a stack":
+        model: Any = OfRuns(variant)
+        return model, torch.randn(13, model.stack.in_features, dtype=F64, requires_grad=True)
+    if kind == "entries":
+        model, x = Pair(), torch.randn(3, 4, 8, dtype=F64, requires_grad=True)
+        for name in "ab":
+            ll.attach(model, config(variant, r=2, target_names=(), target_roles=()), name=name)
+        ll.use(model, ["a", None, "b"])
+    else:
+        model, x = ZOO["qwen3_moe"][0]().model.layers[0].mlp, torch.randn(1, 5, 32, dtype=F64, requires_grad=True)
+        model.experts.config._experts_implementation = "eager"
+        attach(model, variant, r=2, target_names=(r"experts\.",), target_roles=())
+    randomize(model, by=0.3)
+    return model.double(), x
+
+
+@pytest.mark.parametrize("kind", ["entries", "a stack", "experts"])
+@pytest.mark.parametrize("variant", ["lora", "hra", "ia3", "road"])
+def test_rows_in_runs(kind: str, variant: str) -> None:
+    model, x = in_runs(kind, variant)
+    if kind != "experts":  # whose router computes in float32
+        assert_penalty_has_its_gradient(model, x)
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    along = {name: torch.randn_like(p) for name, p in params.items()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, params, (x.detach(),)).square().sum()
+
+    grads = grad(loss)(params)
+    (slope,) = jvp(loss, (params,), (along,))[1:]
+    assert_close(slope, sum((grads[name] * along[name]).sum() for name in params), 1e-10)
+    model(x.detach()).square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None
+            assert_close(grads[name], p.grad, 1e-10, name)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,19 +1,22 @@
 """unchanged: what is made of weights alone is made once, equals what is made each time, and is never an old one."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import accelerate
 import pytest
 import torch
-from models import VARIANTS, assert_close, attach, config, llama, logits, qwen3_moe, randomize, token_ids
+from models import VARIANTS, assert_close, attach, config, llama, logits, qwen3_moe, randomize, rel_error, token_ids
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_lite as ll
-from lora_lite import promise, reference
+from lora_lite import linalg, promise, reference
 from lora_lite.adapter import Adapter
 
 
@@ -273,3 +276,80 @@ def test_verify_within(variant: str) -> None:
         ll.verify(model.train(), batches[0])
         assert torch.equal(model.eval()(batches[0]), want)
     assert torch.equal(model[1].running_mean, mean)
+
+
+def penalised(model: nn.Module, x: Tensor, between: Callable[[], Any] = lambda: None, **how: Any) -> list[Tensor]:
+    """Gradients of a step in a checkpoint, with something between its forward and its backward."""
+    loss = checkpoint(model, x, use_reentrant=False, **how).square().sum()
+    between()
+    return list(torch.autograd.grad(loss, ll.parameters(model)))
+
+
+def of_layers(variant: str, width: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    attach(model, variant, [torch.randn(40, width)], r=4, target_roles=(), target_names=())
+    randomize(model, by=0.3)
+    return model
+
+
+POLICIES: dict[str, Any] = {
+    "products": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    "all": lambda *args, **kwargs: CheckpointPolicy.MUST_SAVE,
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("width", [16, 24])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_selective_checkpointing(variant: str, width: int, policy: str) -> None:
+    """It takes what the forward's operators gave in their order, so that a recomputation has to call as many."""
+    model, x = of_layers(variant, width), torch.randn(16, width)
+    want = torch.autograd.grad(model(x).square().sum(), ll.parameters(model))
+    linalg._made.clear()
+    contexts = partial(create_selective_checkpoint_contexts, POLICIES[policy])
+    for within in (nullcontext(), ll.unchanged(model)):
+        with within:
+            got = penalised(model, x, context_fn=contexts)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_an_evaluation_before_the_backward() -> None:
+    """Of other weights, swapped in by `p.data`, or in inference mode, whose tensors no backward may save."""
+    model, x = of_layers("dora", 16), torch.randn(4, 16)
+    own = ll.parameters(model)
+
+    def of_averages() -> None:
+        kept = [p.detach().clone() for p in own]
+        for p in own:
+            p.data.mul_(2)
+        with torch.no_grad():
+            model(x)
+        for p, t in zip(own, kept, strict=True):
+            p.data.copy_(t)
+
+    def in_inference_mode() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    want = penalised(model, x)
+    for between in (of_averages, in_inference_mode):
+        assert all(torch.equal(a, b) for a, b in zip(penalised(model, x, between), want, strict=True))
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_that_gets_another_base(copied: str) -> None:
+    """DoRA's ‖W‖² follows the weight of a copy too."""
+    twin = COPIES[copied](of_layers("dora", 16))
+    with torch.no_grad():
+        twin[0].weight.mul_(0.5)
+        twin[1].weight.copy_(torch.randn(16, 16))
+    x = want = torch.randn(5, 16)
+    for layer in twin:
+        p = layer.lora_lite["default"]
+        V = layer.weight + p.cfg.scale * p.lora_B @ p.lora_A
+        want = want @ (p.lora_m[:, None] * V / V.norm(dim=1, keepdim=True)).mT + layer.bias
+    assert rel_error(twin(x), want) < 1e-5

@@ -13,6 +13,7 @@ import torch
 from models import load_tests
 from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 
+from lora_lite import reference
 from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
 from lora_lite.kernels.segments import SHARE
 from lora_lite.kernels.segments import Runs as Shares
@@ -58,6 +59,40 @@ def test_as_accurate_as_pytorch(
 
 def segments_of(lengths: list[int], which: list[int] | None) -> Segments:
     return Runs(tuple(lengths), which and tuple(which)).segments()
+
+
+@pytest.mark.parametrize("R", [2, 40])
+def test_stacks_that_do_not_follow_each_other(R: int) -> None:
+    """One matrix for all, every second of more, some ranks of more: what a method of one's own may hand over."""
+    segments, N = segments_of([30, 3], None), 24
+    y, h, g = torch.randn(33, N), torch.randn(33, R), torch.randn(2, N)
+    dense = torch.randn(2, N, R)
+    views = {
+        "one": (dense[:1].expand(2, N, R), g[:1].expand(2, N)),
+        "every second": (torch.randn(4, N, R)[::2], torch.randn(4, N)[::2]),
+        "of more ranks": (torch.randn(2, N, R + 3)[..., :R], torch.randn(2, N + 5)[:, :N]),
+        "across": (torch.randn(2, R, N).mT, torch.randn(N, 2).mT),
+    }
+    for B, gain in views.values():
+        for of, operands in (("expand_add", ()), ("expand_add_rescale", (gain, gain))):
+            with poisoned(), launches.watch():
+                got = getattr(ops, of)(y, h, B, 0.7, *operands, segments)
+            want = getattr(reference, of)(
+                *(t.double() for t in (y, h, B)), 0.7, *(t.double() for t in operands), segments
+            )
+            assert ((got - want).norm() / want.norm()).item() < 1e-6
+        for of in ("scale", "rotate_pairs"):
+            operands = (gain,) if of == "scale" else (gain, gain, 4)
+            with poisoned(), launches.watch():
+                got = getattr(ops, of)(y, *operands, segments)
+            exact = [t.double() if isinstance(t, torch.Tensor) else t for t in operands]
+            want = getattr(reference, of)(y.double(), *exact, segments)
+            assert ((got - want).norm() / want.norm()).item() < 1e-6
+    for A in (torch.randn(1, R, N).expand(2, R, N), torch.randn(4, R, N)[::2], torch.randn(2, N, R).mT):
+        with poisoned(), launches.watch():
+            got = ops.shrink(y, A, segments=segments)[1]
+        want = reference.shrink(y.double(), A.double(), segments=segments)[1]
+        assert ((got - want).norm() / want.norm()).item() < 1e-6
 
 
 @pytest.mark.parametrize("transposed", [False, True])
