@@ -30,11 +30,15 @@ from .variant import Variant
 
 
 class Adapter(Params):
-    """One layer's adapter of one name."""
+    """One layer's adapter of one name. `to_fill`: its values will come from a file, and no random numbers are drawn."""
 
-    def __init__(self, target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> None:
+    def __init__(
+        self, target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str, to_fill: bool = False
+    ) -> None:
         layer: Any = target.layer
         specs = variant.param_specs(*shape(layer), cfg)
+        if to_fill:
+            specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
         if (experts := copies(layer)) is not None:
             specs = {name: dataclasses.replace(spec, copies=experts) for name, spec in specs.items()}
         weight = weight_of(layer)

@@ -257,9 +257,9 @@ def require_fit(model: nn.Module, target: Target) -> None:
 
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
-    """A layer's adapter with its tensors as the specs start them, not yet on the layer."""
+    """A layer's adapter, not yet on the layer, whose tensors are to be filled."""
     with naming(target):
-        return Adapter(target, variant, cfg.for_layer(target.name), backend)
+        return Adapter(target, variant, cfg.for_layer(target.name), backend, to_fill=True)
 
 
 def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:

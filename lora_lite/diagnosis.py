@@ -17,6 +17,7 @@ from .attachment import require_attachment, unwrap
 from .errors import AttachError
 from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight
+from .reference import without_autocast
 from .stacks import Stack
 
 
@@ -123,7 +124,8 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
             for name, p in adapter.named_parameters()
             if p.requires_grad
         }
-        changed, sizes, ranks = zip(*_each(adapter, target.layer), strict=True)
+        with without_autocast(adapter.device):
+            changed, sizes, ranks = zip(*_each(adapter, target.layer), strict=True)
         change, size, why = math.hypot(*changed), math.hypot(*sizes), idle.get(target.name, "")
         if not (math.isfinite(change) and math.isfinite(size)):
             change = math.nan

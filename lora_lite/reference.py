@@ -112,7 +112,7 @@ def shrink(
     if segments is not None:
         return _shrink_segments(x, A, dropout, segments)
     dtype = product_dtype(x.device, x.dtype)
-    if worth_a_function(x, dropout, dtype):
+    if _worth_a_function(x, dropout, dtype):
         (x,), (h,) = shrink_together(x, [A])
         return x, h
     kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
@@ -122,7 +122,7 @@ def shrink(
 _WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as memory for a smaller one
 
 
-def worth_a_function(x: Tensor, dropout: float, dtype: torch.dtype) -> bool:
+def _worth_a_function(x: Tensor, dropout: float, dtype: torch.dtype) -> bool:
     """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
     a recomputation finds as it was decides: it has to save the same tensors again."""
     if dropout or dtype != x.dtype or x.nbytes < _WORTH_A_FUNCTION or torch.compiler.is_compiling() or transformed():

@@ -22,6 +22,8 @@ def test_figures(variant: str) -> None:
     before = snapshot(model)
     diagnosis = ll.diagnose(model)
     assert_same(model, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ll.diagnose(model).rows == diagnosis.rows
     assert [row.layer for row in diagnosis.rows] == list(attachment.adapters)
     for row, target in zip(diagnosis.rows, attachment.targets, strict=True):
         layer: Any = target.layer
