@@ -37,6 +37,7 @@ from .left_out import left_out
 from .params import SITE
 from .placement import replicate
 from .quantized import is_dense, weight_of
+from .shapes import shape
 from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
@@ -232,7 +233,9 @@ def _built(
         try:
             with naming(target):
                 require_fit(model, target)
-                adapters[target.name] = Adapter(target, variant, cfg.for_layer(target.name), backend)
+                own = cfg.for_layer(target.name)
+                variant.check_worth(*shape(target.layer), own)
+                adapters[target.name] = Adapter(target, variant, own, backend)
                 targets.append(target)
         except UnfitError as error:
             if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
@@ -257,9 +260,13 @@ def require_fit(model: nn.Module, target: Target) -> None:
 
 
 def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: str) -> Adapter:
-    """A layer's adapter, not yet on the layer, whose tensors are to be filled."""
+    """A layer's adapter, not yet on the layer, whose tensors are to be filled. A file's dropout is of the layers beside
+    an embedding: an id has no elements to leave out, and `attach` takes none there."""
+    own = cfg.for_layer(target.name)
+    if target.role == "embedding":
+        own = dataclasses.replace(own, dropout=0.0)
     with naming(target):
-        return Adapter(target, variant, cfg.for_layer(target.name), backend, to_fill=True)
+        return Adapter(target, variant, own, backend, to_fill=True)
 
 
 def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:

@@ -125,9 +125,9 @@ _WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as
 def _worth_a_function(x: Tensor, dropout: float, dtype: torch.dtype) -> bool:
     """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
     a recomputation finds as it was decides: it has to save the same tensors again."""
-    if dropout or dtype != x.dtype or x.nbytes < _WORTH_A_FUNCTION or torch.compiler.is_compiling() or transformed():
+    if torch.compiler.is_compiling() or dropout or dtype != x.dtype or x.nbytes < _WORTH_A_FUNCTION:
         return False
-    return x.requires_grad and torch.is_grad_enabled()
+    return x.requires_grad and torch.is_grad_enabled() and not transformed()
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,11 @@ class Variant:
         raise NotImplementedError
 
     @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        """Raise an UnfitError where the formula holds, and a layer of this shape is still none to train it on. Not
+        asked on load: a file may have what another library trained."""
+
+    @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
         """Fill what the specs could not: tensors that start from the layer's weight. Not called on load, nor where
         `calibrate` does this instead."""

@@ -327,15 +327,57 @@ def test_some_blocks(blocks: Any, fields: Any, tmp_path: Path) -> None:
 
 
 def test_what_an_embedding_can_t_take(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], lora_dropout=0.1)
-    saved_by_peft(llama(), config, tmp_path / "dropout")
-    refused(
-        tmp_path / "dropout", r"^import_peft: .*dropout: model\.embed_tokens: .* set it to 0 in adapter_config\.json"
-    )
-    read_by_both(llama, with_config(tmp_path / "dropout", lora_dropout=0.0))
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True)
     saved_by_peft(llama(), config, tmp_path / "dora")
     refused(tmp_path / "dora", r"^import_peft: .*dora: model\.embed_tokens: lora-lite has no dora on an embedding")
+
+
+def test_dropout_beside_an_embedding(tmp_path: Path) -> None:
+    """PEFT applies none to embeddings, and so do files of ours, while `attach` refuses to leave them out in silence."""
+    fields: Any = {"target_modules": ["q_proj", "embed_tokens"], "lora_dropout": 0.5}
+    ours = agrees(llama, peft.LoraConfig(r=4, **fields), tmp_path / "theirs")
+    (attachment,) = ll.attachment.attachments(ours)
+    ours.train()
+    ids, embed = token_ids(), ours.model.embed_tokens
+    assert torch.equal(embed(ids), embed(ids))
+    assert not torch.equal(logits(ours), logits(ours))
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    want = output(ours.eval())
+    assert_close(output(read_by_both(llama, tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    assert ll.load(ours, tmp_path / "file").cfg == attachment.cfg
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"model\.embed_tokens .*dropout=0.5 leaves elements"):
+        ll.attach(llama(), attachment.cfg)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
+    """The formula holds at any rank. `attach` leaves such layers out, or refuses them by name."""
+    make = of("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER, num_labels=3)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "score"], use_dora=dora)
+    ours = agrees(make, config, tmp_path / "theirs")
+    want, (attachment,) = output(ours), ll.attachment.attachments(ours)
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(output(read_by_both(make, tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"score \(32 → 3\): r=8 is larger than the layer allows; use r ≤ 3"):
+        ll.attach(make(), attachment.cfg)
+    assert "score" not in attach(make(), attachment.cfg.variant, r=8, exclude_names=()).adapters
+
+
+def test_pissa_of_twice_a_layer_s_width(tmp_path: Path) -> None:
+    """It leaves as a LoRA of twice its rank."""
+    make = of("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER, num_labels=3)
+    ours = make()
+    attach(ours, "pissa", r=3, target_names=("score", "q_proj"))
+    randomize(ours)
+    ll.export_peft(ours, tmp_path)
+    assert_close(output(read_by_both(make, tmp_path)), output(ours), TOLERANCE)
 
 
 @pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig, peft.OFTConfig, peft.VeraConfig, peft.BOFTConfig])

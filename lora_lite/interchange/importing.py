@@ -418,11 +418,6 @@ def _check_embedding(target: Target, adapter: Adapter) -> None:
     """Raise where the file has for an embedding what lora-lite can't put there."""
     if target.role != "embedding":
         return
-    if adapter.cfg.dropout:
-        raise CheckpointError(
-            f"{target.name}: PEFT applies lora_dropout={adapter.cfg.dropout} to no embedding, and lora-lite has one "
-            "dropout for all layers; set it to 0 in adapter_config.json, which changes training alone"
-        )
     if adapter.variant.name not in ("lora", "pissa"):
         raise CheckpointError(
             f"{target.name}: lora-lite has no {adapter.variant.name} on an embedding; merge it with PEFT"

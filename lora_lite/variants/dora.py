@@ -33,13 +33,16 @@ class DoRA(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        check_rank(cfg.r, in_features, out_features)
         return {
             "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
             "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
             "lora_m": ParamSpec((out_features,), init="ones"),
             "lora_w_sq": ParamSpec((out_features,), init="zeros", derived=True),  # ‖W‖², constant
         }
+
+    @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        check_rank(cfg.r, in_features, out_features)
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:

@@ -33,11 +33,14 @@ class LoRA(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        check_rank(cfg.r, in_features, out_features)
         return {
             "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
             "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
         }
+
+    @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        check_rank(cfg.r, in_features, out_features)
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
