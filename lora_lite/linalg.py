@@ -163,9 +163,7 @@ def _triangles(U: Tensor) -> tuple[Tensor, ...]:
 _made: dict[Any, tuple[Tensor, ...]] = {}
 
 
-def _constants(
-    key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
+def _constants(key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """What `make` makes, of the dtype and on the device of `like`: made once, but for who watches operators (a trace, a
     recomputation that expects those of the forward), or for a tensor of a class of its own."""
 

@@ -348,9 +348,12 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         and is_in_block(config, name)
         and not (is_all_linear(wanted) and (t.is_head or t.role == "embedding"))
     ]
-    extra = [name for name in sorted(layers) if not (is_named(config, name) or matches(parameters, name))]
+    meant = {name for name in layers if is_named(config, name) and is_in_block(config, name)}
+    extra = [name for name in sorted(layers - meant) if not matches(parameters, name)]
     if (wanted or parameters) and extra:
-        raise CheckpointError(f"its target_modules do not match {first_of(extra)}, for which it has tensors")
+        raise CheckpointError(
+            f"its target_modules, or its layers_to_transform, do not match {first_of(extra)}, for which it has tensors"
+        )
     if missing := [name for name in names if name not in layers]:
         raise CheckpointError(
             f"its target_modules match {len(names)} layers of this model, and it has no tensors for "

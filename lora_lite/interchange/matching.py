@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..params import SITE
+from ..renaming import plain_name
 from ..stacks import Stack
-from ..targets import Target, plain_name
+from ..targets import Target
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
