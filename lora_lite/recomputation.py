@@ -1,6 +1,7 @@
 """Whether a backward will run again what runs now: in a checkpoint (torch.utils.checkpoint)."""
 
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook
 
 
-def packing() -> Any:
-    """How tensors are saved for the backward, in two functions; None: as they are."""
+def saving() -> Any:
+    """How tensors are saved for the backward, in two functions: a checkpoint's own way, inside of one; None: as they
+    are."""
     return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
 
 
@@ -20,14 +22,21 @@ def is_checkpoints(pack: Any) -> bool:
     return code is not None and code in _checkpoint_hook.__init__.__code__.co_consts
 
 
-def in_checkpoint() -> bool:
-    """Whether the forward of one is under way. A reentrant one's runs without gradients, and shows in the frames."""
-    if torch.is_grad_enabled():
-        saving = packing()
-        return saving is not None and is_checkpoints(saving[0])
+def reentrant() -> Iterator[tuple[Any, bool]]:
+    """The calls of reentrant checkpointing under way, the innermost first, each with whether it is its forward, which
+    runs without gradients, or its backward, which runs that again. To look for them takes a while."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
+            yield frame.f_locals["ctx"], True
+        elif frame.f_code is CheckpointFunction.backward.__code__:
+            yield frame.f_locals["ctx"], False
         frame = frame.f_back
-    return False
+
+
+def in_checkpoint() -> bool:
+    """Whether the forward of one is under way."""
+    if torch.is_grad_enabled():
+        way = saving()
+        return way is not None and is_checkpoints(way[0])
+    return any(is_forward for _, is_forward in reentrant())

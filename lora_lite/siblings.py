@@ -7,17 +7,13 @@ computes alone, and belongs from later calls on to those that get that one: from
 run an earlier call again, as it was.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook
 
 from .calls import Call, begin, end, under_way
 from .in_place import backend
@@ -25,6 +21,7 @@ from .operators import transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
 from .primitives import LowRankAdd, Shrinks
+from .recomputation import is_checkpoints, reentrant, saving
 from .shapes import shape
 from .targets import Target
 
@@ -51,7 +48,7 @@ class Siblings:
     def enter(self, parent: nn.Module, args: Any) -> None:
         """Forward pre-hook of the parent."""
         under_way()
-        packing = _packing()
+        packing = saving()
         if not torch.compiler.is_compiling():
             self._settle()
             self._note_checkpoint(packing)
@@ -70,7 +67,7 @@ class Siblings:
             self.groups, self.regrouped = self.regrouped, None
 
     def _note_checkpoint(self, packing: Any) -> None:
-        if packing is not None and torch.is_grad_enabled() and _is_checkpoints(packing[0]):
+        if packing is not None and torch.is_grad_enabled() and is_checkpoints(packing[0]):
             self.to_rerun.append(ref(packing[1]))  # kept with each tensor that is saved
         if self.regrouped is not None:
             self.note_reentrant()
@@ -78,14 +75,11 @@ class Siblings:
     def note_reentrant(self) -> None:
         """Remember the calls of reentrant checkpointing that this is in, and forget those that it runs again. To look
         for them takes a while, and is worth it where groups are to change."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is CheckpointFunction.forward.__code__:
-                self.to_rerun.append(ref(frame.f_locals["ctx"]))
-            elif frame.f_code is CheckpointFunction.backward.__code__:
-                done = frame.f_locals["ctx"]
-                self.to_rerun = [each for each in self.to_rerun if each() is not done]
-            frame = frame.f_back
+        for call, is_forward in reentrant():
+            if is_forward:
+                self.to_rerun.append(ref(call))
+            else:
+                self.to_rerun = [each for each in self.to_rerun if each() is not call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "to_rerun": []}  # a copy has no calls to run again
@@ -129,7 +123,8 @@ class Family:
             ((i, name) for i, group in enumerate(self.groups) for name in group if parent._modules.get(name) is layer),
             None,
         )
-        if found is None or not _groupable(x) or _packing() != self.packing:
+        # A checkpoint in the middle of the parent's forward runs its own layers again, and must find them alone.
+        if found is None or not _groupable(x) or saving() != self.packing:
             return None
         i, name = found
         self.read[name] = x
@@ -184,18 +179,6 @@ def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
             standing.groups, standing.regrouped = groups, None
         elif standing is not None:
             standing.remove(parent)
-
-
-def _packing() -> Any:
-    """How tensors are saved for the backward: a checkpoint's own way, inside of one. It runs what is in it again, and
-    not what is around it, so that a checkpoint in the middle of the parent's forward must find its layers alone."""
-    return None if torch.compiler.is_compiling() else _top_saved_tensors_default_hooks(True)
-
-
-def _is_checkpoints(pack: Any) -> bool:
-    """Whether this way of saving tensors is a checkpoint's. Others run nothing again, and may live for ever."""
-    code = getattr(pack, "__code__", None)
-    return code is not None and code in _checkpoint_hook.__init__.__code__.co_consts
 
 
 def _groupable(x: Tensor) -> bool:
