@@ -1,18 +1,21 @@
 """Adapters that do nothing although they are attached: their layer never runs, or no gradient reaches them.
 
-A warning names them once: at the end of the first backward that reaches the attachment, or else after an optimiser's
-first step over the model. Experts to which a batch was not routed are no news, nor are blocks that chance leaves out
+A warning names them once: at the end of the first backward that reaches the attachment or, where an optimiser holds
+them, after its first step. Experts to which a batch was not routed are no news, nor are blocks that chance leaves out
 (LayerDrop): those count only if they have not run after some more steps. A layer that has left the model does.
 """
 
+import gc
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
@@ -26,6 +29,7 @@ _READERS = (
     "nn.MultiheadAttention, fused attention or state-space kernels, or a loss that multiplies by its weight, such as "
     "lm_head.weight, read a layer's weight without calling it; an encoder may also have been skipped or removed"
 )
+_IN_TURN = ("never", "unreached", "frozen")  # what an optimiser's first step decides about
 _PATIENCE = 20  # steps after which a block that has never run has not been left out by chance
 
 _watching: "weakref.WeakSet[Watch]" = weakref.WeakSet()
@@ -47,39 +51,30 @@ class Watch:
     ) -> None:
         self.name, self.targets, self.adapters, self.sites, self.whole = name, targets, adapters, sites, whole
         self.reached: set[str] = set()  # layers whose adapters got a gradient
-        self.steps = self.backwards = 0
+        self.steps = self.backwards = 0  # steps: of the optimiser that has made the most
+        self.trained = False  # whether an optimiser has stepped, with gradients
+        self._steps_of: Counter[int] = Counter()  # by the optimiser's id
+        self._stepped: set[str] = set()  # layers whose adapters such an optimiser holds
         self._said: set[str] = set()
+        self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._model: Any = lambda: None
         self._handles: list[Any] = []
 
     def start(self, model: nn.Module) -> None:
         """Wait for the first backward, and for optimisers' steps."""
-        me, queued = weakref.ref(self), [False]
+        me = weakref.ref(self)
         self._model = weakref.ref(model)
         _watching.add(self)
 
         def reached(layer: str) -> Callable[[Any], None]:
             def hook(p: Any) -> None:
-                watch = me()
-                if watch is None:
+                if _in_compiled_backward() or (watch := me()) is None:
                     return
                 if p.grad is not None:  # PyTorch calls this too where the gradient is None
                     watch.reached.add(layer)
-                if not queued[0]:
-                    queued[0] = True
-                    _at_the_end_of_backward(ended)
+                watch._await_the_end()
 
             return hook
-
-        def ended() -> None:
-            queued[0] = False
-            if (watch := me()) is not None:
-                watch._report("after the first backward", watch.never_trained())
-                if watch.backwards == 0:
-                    watch._report_recast()
-                watch.backwards += 1
-                if watch.backwards >= _PATIENCE:
-                    watch._unhook()
 
         for layer, adapter in self.adapters.items():
             for p in adapter.parameters():
@@ -96,23 +91,77 @@ class Watch:
             handle.remove()
         self._handles = []
 
+    def _await_the_end(self) -> None:
+        """Look once this backward is over."""
+        backward = torch._C._current_graph_task_id()
+        if backward in (-1, self._backward):
+            return
+        self._backward, me = backward, weakref.ref(self)
+
+        def ended() -> None:
+            if (watch := me()) is not None:
+                watch._ended()
+
+        _at_the_end_of_backward(ended)
+
+    def _ended(self) -> None:
+        if self._backward == -1:  # the end of another backward that this one ran inside of
+            return
+        within, self._backward, self._stepped_within = self._stepped_within, -1, False
+        self.backwards += 1
+        if within:
+            self._look_at_steps(within=True)
+        else:
+            unseen = self.backwards >= _PATIENCE and not self.steps  # who holds them makes no steps that can be seen
+            when = f"after {self.backwards} backwards" if unseen else "after the first backward"
+            self._report(when, self.never_trained(), everything=unseen)
+        if self.backwards == 1:
+            self._report_recast()
+        if self.backwards >= _PATIENCE:
+            self._unhook()
+
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of an optimiser."""
         model = self._model()
         if model is None:
             return self.stop()
         mine = {id(p) for module in (model, *self.adapters.values()) for p in module.parameters()}
-        if not self._acts() or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        own = [p for p in _parameters(optimizer) if id(p) in mine]
+        if not self._acts() or not own:
             return None
-        self.steps += 1
         # Also those that came another way than by a backward: torch.autograd.grad, torch.func.grad.
         self.reached |= {layer for layer, a in self.adapters.items() if any(p.grad is not None for p in a.parameters())}
-        if self.steps == 1:
-            self._report("after the first step", self.idle(model))
-        elif self.steps >= _PATIENCE:
-            self._report(f"after {self.steps} steps", self.idle(model))
-            self.stop()
+        self._steps_of[id(optimizer)] += 1
+        count = self._steps_of[id(optimizer)]
+        self.steps = max(self.steps, count)
+        due = count in (1, _PATIENCE)
+        held = self._held(own)
+        # A step without a gradient says nothing: it may come before the first backward, or in the other's turn.
+        if count >= _PATIENCE or held & self.reached or any(p.grad is not None for p in own):
+            self.trained = True
+            due = due or not held <= self._stepped
+            self._stepped |= held
+        if due and torch._C._current_graph_task_id() != -1:
+            self._stepped_within = True
+            self._await_the_end()
+        elif due:
+            self._look_at_steps(within=False)
         return None
+
+    def _look_at_steps(self, within: bool) -> None:
+        model = self._model()
+        if model is None:
+            return
+        if self.steps < _PATIENCE:
+            self._report("after the first step", self.idle(model))
+        else:
+            self._report(f"after {self.steps} steps", self.idle(model), everything=within)
+            self.stop()
+
+    def _held(self, parameters: Iterable[Any]) -> set[str]:
+        """Layers of whose adapters a tensor is among these."""
+        ids = {id(p) for p in parameters}
+        return {layer for layer, a in self.adapters.items() if any(id(p) in ids for p in a.parameters())}
 
     def _acts(self) -> bool:
         return any(self.name not in site.off for site in self.sites.values())
@@ -135,7 +184,7 @@ class Watch:
         here, gone = here_and_gone(model, self.targets)
         elsewhere = astray(model, self.whole)
         here = [t for t in here if self.name not in self.sites[t.name].off]
-        trained = bool(self.reached) or self.steps > 0
+        trained = bool(self.reached) or self.trained
         if not (trained or any(site.ran for site in self.sites.values())):
             return {"gone": gone, "astray": elsewhere}
         ran = {t.name for t in here if self.sites[t.name].ran or t.name in self.reached}
@@ -155,8 +204,15 @@ class Watch:
             "astray": elsewhere,
         }
 
-    def _report(self, when: str, found: dict[str, list[str]]) -> None:
+    def _report(self, when: str, found: dict[str, list[str]], everything: bool = False) -> None:
+        """Say what was not said before. Of a generator and a discriminator each waits for its turn: layers, unless
+        `everything` is to be said, while all optimisers that hold them have yet to step."""
         news = {kind: [name for name in names if name not in self._said] for kind, names in found.items()}
+        # What has trained is frozen by intent, in the other's turn.
+        news["frozen"] = [name for name in news.get("frozen", []) if name not in self.reached]
+        if not everything and any(news.get(kind) for kind in _IN_TURN):
+            later = self._held(p for each in _optimizers() for p in _parameters(each)) - self._stepped
+            news |= {kind: [name for name in news.get(kind, []) if name not in later] for kind in _IN_TURN}
         self._said |= {name for names in news.values() for name in names}
         if text := describe(news):
             warnings.warn(f"{when}: {text}", stacklevel=2)
@@ -172,7 +228,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.
-        return {**vars(self), "_handles": [], "_model": None}
+        return {**vars(self), "_handles": [], "_model": None, "_backward": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -241,12 +297,33 @@ def _is_frozen(adapter: Adapter) -> bool:
     return bool(trains) and not any(getattr(adapter, name).requires_grad for name in trains)
 
 
+@_disable_dynamo  # where a step is compiled, this runs beside it
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for watch in list(_watching):
         watch.step(optimizer)
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def _optimizers() -> list[torch.optim.Optimizer]:
+    """All that exist: PyTorch keeps no list, the garbage collector does."""
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    """What it holds; nothing, if it is half made."""
+    return (p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
+
+
+def _in_compiled_backward() -> bool:
+    """Whether compiled autograd traces this. It can put nothing at the backward's end; gradients are then looked at
+    after the optimiser's step."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch._dynamo import compiled_autograd
+
+    return compiled_autograd.in_compiled_autograd_region
 
 
 def _at_the_end_of_backward(callback: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """What people have met with, in their own software and in others': each ended with an adapter that was idle, wrong or
 lost. Here it acts, or its user is told by name. docs/silent_failures.md has the list."""
 
+import contextlib
 import copy
 import json
 import re
@@ -679,7 +680,9 @@ def test_a_peft_file_that_lacks_a_layer(kind: str, tmp_path: Path) -> None:
     assert_same(model, before)
     text = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "layers_to_transform": [0]}))
-    assert len(ll.import_peft(model, tmp_path).adapters) == 3  # type: ignore[union-attr]
+    with pytest.raises(ll.CheckpointError, match=r"do not match model.layers.1.self_attn.q_proj, for which it has"):
+        ll.import_peft(model, tmp_path)  # PEFT leaves that layer as it is, without a word
+    assert_same(model, before)
 
 
 # ---- what trained beside the adapter ----
@@ -1435,3 +1438,204 @@ def test_a_script_and_a_submodule_of_our_name() -> None:
     with pytest.raises(ll.AttachError, match="ScriptModule"):
         ll.attach(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), L(r=2))
     refused(nn.ModuleDict({"a": nn.ModuleDict({"lora_lite": nn.Linear(8, 8)})}), L(r=2), "^a has a submodule named")
+
+
+# ---- steps and backwards that are not one of each ----
+
+
+class Adversaries(nn.Module):
+    """A generator and a discriminator, and in each a layer that nobody calls, if so wanted."""
+
+    def __init__(self, idle: bool) -> None:
+        super().__init__()
+        self.gen, self.disc = (nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, 8)}) for _ in range(2))
+        for part in (self.gen, self.disc) if idle else ():
+            part["spare"] = nn.Linear(8, 8)
+
+    def forward(self, part: str, x: Tensor) -> Tensor:
+        layers = getattr(self, part)
+        return layers["out"](layers["fc"](x).relu())
+
+
+def _generated(model: Adversaries, how: str, z: Tensor) -> Tensor:
+    """What the discriminator learns from."""
+    with torch.set_grad_enabled(how != "no_grad"):
+        return model("gen", z).detach()
+
+
+def _turns(model: Adversaries, how: str, rounds: int) -> None:
+    """How people train such a pair."""
+    own = {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in ("gen", "disc")}
+    gen, disc = (torch.optim.SGD(own[part], lr=1e-3) for part in ("gen", "disc"))
+    z = torch.randn(4, 8)
+    if how == "evaluated first":
+        with torch.no_grad():
+            model("disc", model("gen", z))
+    if how in ("an empty step first", "evaluated first"):
+        gen.step()
+    for _ in range(rounds):
+        if how == "frozen in turns":
+            for p in own["disc"]:
+                p.requires_grad_(False)
+            model("disc", model("gen", z)).sum().backward()
+            gen.step()
+            for part in ("gen", "disc"):
+                for p in own[part]:
+                    p.requires_grad_(part == "disc")
+            model("disc", _generated(model, how, z)).sum().backward()
+            disc.step()
+            for p in own["gen"]:
+                p.requires_grad_(True)
+        elif how == "two backwards before a step":
+            model("gen", z).sum().backward()
+            model("disc", z).sum().backward()
+            gen.step()
+            disc.step()
+        elif how == "both step in each turn":
+            for part in ("disc", "gen"):
+                model(part, z).sum().backward()
+                for each in (gen, disc):
+                    each.step()
+                    each.zero_grad()
+        else:
+            disc.zero_grad()
+            model("disc", _generated(model, how, z)).sum().backward()
+            disc.step()
+            gen.zero_grad()
+            model("disc", model("gen", z)).sum().backward()
+            gen.step()
+
+
+TURNS = (
+    "no_grad", "detached", "frozen in turns", "two backwards before a step", "both step in each turn",
+    "an empty step first", "evaluated first",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("how", TURNS)
+def test_a_generator_and_a_discriminator(how: str, idle: bool) -> None:
+    """Each is judged by its own optimiser's step, and what is idle in it is said then."""
+    model = Adversaries(idle)
+    ll.attach(model, L(r=2, target_roles=(), target_names=("gen", "disc")))
+    first = warned(lambda: _turns(model, how, 2))
+    assert all(text.startswith("after the first step: these adapted layers never ran") for text in first)
+    assert {name for name in ("gen", "disc") if any(f"{name}.spare" in text for text in first)} == (
+        {"gen", "disc"} if idle else set()
+    )
+    assert not any(each in text for text in first for each in (".fc", ".out"))
+    assert not warned(lambda: _turns(model, how, 25))
+
+
+@pytest.mark.parametrize("way", ["trains", "a part under no_grad", "one is idle", "no adapter gets a gradient"])
+def test_optimizers_that_step_within_the_backward(way: str) -> None:
+    """One for each tensor, as PyTorch's recipe has it. Who gets no gradient then makes no step either."""
+    model = Adversaries(idle=way == "one is idle")
+    ll.attach(model, L(r=2, target_roles=(), target_names=("gen",)))
+    head = model.disc["fc"].requires_grad_(way == "no adapter gets a gradient")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = {p: torch.optim.SGD([p], lr=1e-3) for p in trained}
+
+    def hook(p: Tensor) -> None:
+        optimizers[p].step()  # type: ignore[index]
+        optimizers[p].zero_grad()  # type: ignore[index]
+
+    for p in trained:
+        p.register_post_accumulate_grad_hook(hook)
+    z = torch.randn(4, 8)
+
+    def backward() -> None:
+        if way == "no adapter gets a gradient":
+            return head(model("gen", z).detach()).sum().backward()
+        with torch.set_grad_enabled(way != "a part under no_grad"):
+            h = model.gen["fc"](z)
+        return model.gen["out"](h).sum().backward()
+
+    before = [p.detach().clone() for p in trained]
+    said = [text for _ in range(25) for text in warned(backward)]
+    assert all(p.grad is None for p in trained)
+    if way == "trains":
+        assert not said
+        assert not any(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    else:
+        (text,) = said
+        idle = {"a part under no_grad": "gen.fc", "one is idle": "gen.spare", "no adapter gets a gradient": "gen.fc"}
+        assert text.startswith("after 20 steps: ")
+        assert idle[way] in text
+
+
+def test_an_optimizer_that_never_gets_a_gradient() -> None:
+    """What trains beside the adapters has another optimizer, or none."""
+    model, x = Body(), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_names=("body",)))
+    model.head.requires_grad_(True)
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+
+    def train() -> None:
+        model(x, "detached").sum().backward()
+        optimizer.step()
+
+    (text,) = [text for _ in range(25) for text in warned(train)]
+    assert text.startswith("after 20 steps: these ran, but no gradient reached")
+    assert "body.* ×2" in text
+
+
+def test_an_optimizer_whose_steps_are_not_seen() -> None:
+    """It exists, and steps in a way of its own or not at all: the backwards tell after a while."""
+    model, x = Body(), torch.randn(3, 8)
+    ll.attach(model, L(r=2))
+    kept = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+    for _ in range(19):
+        assert not warned(lambda: model(x, "skipped").sum().backward())
+    with pytest.warns(UserWarning, match=r"after 20 backwards: these adapted layers never ran.*body\.\* ×2"):
+        model(x, "skipped").sum().backward()
+    del kept
+
+
+def test_a_backward_that_fails_half_way() -> None:
+    """The next one is looked at as the first."""
+    model, x = Body(), torch.randn(3, 8)
+    ll.attach(model, L(r=2))
+    h = model.body(x)
+    h.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.head(h).sum().backward()
+    for site in (model.body[0].lora_lite, model.body[1].lora_lite):
+        site.ran = site.ran_with_grad = False
+    (text,) = warned(lambda: model(x, "skipped").sum().backward())
+    assert text.startswith("after the first backward: these adapted layers never ran")
+
+
+@pytest.mark.parametrize("how", ["around a compiled step", "alone", "not by Dynamo"])
+def test_a_compiled_backward(how: str) -> None:
+    """Compiled autograd traces hooks of parameters. The model trains as without, and the step tells who is idle."""
+    from torch._dynamo.compiled_autograd import _enable
+
+    def trained(compiled: bool) -> Tensor:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Adversaries(idle=True)
+        ll.attach(model, L(r=2, target_roles=(), target_names=("gen",)))
+        randomize(model, by=0.3)
+        optimizer, x = torch.optim.SGD(ll.parameters(model), lr=1e-2), torch.randn(4, 8)
+
+        def backward() -> None:
+            model("gen", x).square().mean().backward()
+
+        with contextlib.ExitStack() as stack:
+            call: Callable[[], None] = backward
+            if compiled and how == "around a compiled step":
+                stack.enter_context(torch._dynamo.config.patch(compiled_autograd=True))
+                call = torch.compile(backward, backend="eager")
+            elif compiled:
+                stack.enter_context(_enable(torch.compile(backend="eager") if how == "alone" else lambda graph: graph))
+            (text,) = [*warned(call), *warned(optimizer.step)]
+            assert text.startswith("after the first step: these adapted layers never ran")
+            assert "gen.spare" in text
+            for _ in range(3):
+                optimizer.zero_grad()
+                call()
+                optimizer.step()
+        return torch.cat([p.detach().flatten() for p in ll.parameters(model)])
+
+    assert_close(trained(True), trained(False), 1e-6)
