@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
@@ -352,6 +353,7 @@ def install(
     if not others:
         beside.freeze(model)
     join(stacks_among(targets))
+    fresh = any(SITE not in target.layer._modules for target in targets)
     sites = {target.name: Site.of(target.layer, target.name) for target in targets}
     for target in targets:
         adapter, site = adapters[target.name].train(target.layer.training), sites[target.name]
@@ -372,14 +374,26 @@ def install(
     settle_modules(model)
     _settle_siblings(model)
     watch.start(model)
-    _forget_compiled()
+    if fresh:
+        _forget_compiled()
     return attachment
 
 
+# PyTorch's own that is compiled by itself, and calls no layer: flex attention, optimisers' steps.
+_WITHOUT_LAYERS = tuple(str(Path(torch.__file__).parent.joinpath(*each)) for each in (("nn", "attention"), ("optim",)))
+
+
 def _forget_compiled() -> None:
-    """Let all that torch.compile has compiled be compiled anew. It does not ask whether a layer has got hooks since."""
-    if (dynamo := sys.modules.get("torch._dynamo")) is not None:
-        dynamo.reset_code_caches()
+    """Let torch.compile compile anew what may have run these layers: it does not ask whether they have got hooks since,
+    as it does whether what their hooks found there has changed."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    frames = dynamo.convert_frame
+    with frames.compile_lock:
+        for seen in (*frames.input_codes.seen, *frames.output_codes.seen):
+            if (code := seen()) is not None and not code.co_filename.startswith(_WITHOUT_LAYERS):
+                dynamo.reset_code(code)
 
 
 def _settle_siblings(model: nn.Module) -> None:
@@ -411,7 +425,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         part(stacks_among(attachment.targets))
         forget(model, attachment)
         _settle_siblings(model)
-        _forget_compiled()
         if not attachments(model):
             attachment.beside.restore(model)
     if given_up:

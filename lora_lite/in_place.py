@@ -76,8 +76,7 @@ def shrink(
     segments: Segments | None = None,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ); dh A is added into the gradient that the layer gives x."""
-    dtype = reference.product_dtype(x.device, x.dtype)
-    if segments is not None or not reference._worth_a_function(x, dropout, dtype):
+    if segments is not None or not reference._worth_a_function(x, dropout):
         return reference.shrink(x, A, dropout, segments)
     (x,), (h,) = shrink_together(x, [A])
     return x, h

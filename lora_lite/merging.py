@@ -325,6 +325,7 @@ def _other(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 def _stack(site: Site, stack: Stack, base: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A stack's parameters, one expert merged after the other."""
+    stack = _gathered(stack)
     primitives = _acting(site, stack)
     key, W, bias = stack.key, torch.empty_like(base), stack.bias
     merged = W.mT if stack.experts.is_transposed else W
@@ -339,6 +340,7 @@ def _stack(site: Site, stack: Stack, base: Tensor, dtype: torch.dtype | None) ->
 
 def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A linear layer's weight and bias, dense, with what its site makes of them."""
+    layer = _gathered(layer)
     weight: Any = weight_of(layer)
     site = layer._modules.get(SITE)
     dense = is_dense(weight)
@@ -354,6 +356,20 @@ def _linear(layer: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
     others = {name: t for name, t in _own(layer, dtype).items() if name not in sources} if dense else {}
     found = {**others, "weight": (W.t().contiguous() if is_conv1d_in_files(layer) else W).to(dtype)}
     return found if bias is None else {**found, "bias": bias.detach().to(dtype)}
+
+
+def _gathered(layer: Any) -> Any:
+    """The layer with whole tensors, where it has an adapter and FSDP2 has sharded it."""
+    holder = layer.experts if isinstance(layer, Stack) else layer
+    if SITE not in layer._modules or not any(hasattr(p, "full_tensor") for p in holder._parameters.values()):
+        return layer
+    twin, parts = copy.copy(holder), holder._parameters.items()
+    twin._parameters = {key: None if p is None else nn.Parameter(whole(p).detach(), False) for key, p in parts}
+    if not isinstance(layer, Stack):
+        return twin
+    stack = copy.copy(layer)
+    stack.rebind(twin)
+    return stack
 
 
 def _require_linear_map(layer: Any, name: str, W: Float[Tensor, "N K"], bias: Tensor | None) -> None:
@@ -379,6 +395,7 @@ def _require_linear_map(layer: Any, name: str, W: Float[Tensor, "N K"], bias: Te
 
 def _embedding(layer: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """An embedding's weight, of which its site is asked for each id."""
+    layer = _gathered(layer)
     found, site = _own(layer, dtype), layer._modules.get(SITE)
     if site is None:
         return found
@@ -393,13 +410,14 @@ def _embedding(layer: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]
 
 
 def _acting(site: Site, layer: nn.Module) -> list[Primitive]:
-    """What a layer's adapters that act compute in evaluation."""
+    """What a layer's adapters that act compute in evaluation. Every process that has a part of a sharded one must call
+    it."""
     if site.rows is not None:
         raise AttachError(
             f"{site.name}: each entry of a batch has an adapter of its own, and a merged model has one set of weights; "
             "call use(model, name) first"
         )
-    return [adapter.at_rest(layer) for _, adapter in site.acting()]
+    return [(adapter.alone() if adapter.sharded else adapter).at_rest(layer) for _, adapter in site.acting()]
 
 
 def _through(

@@ -112,7 +112,7 @@ def shrink(
     if segments is not None:
         return _shrink_segments(x, A, dropout, segments)
     dtype = product_dtype(x.device, x.dtype)
-    if _worth_a_function(x, dropout, dtype):
+    if _worth_a_function(x, dropout):
         (x,), (h,) = shrink_together(x, [A])
         return x, h
     kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
@@ -122,12 +122,13 @@ def shrink(
 _WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as memory for a smaller one
 
 
-def _worth_a_function(x: Tensor, dropout: float, dtype: torch.dtype) -> bool:
+def _worth_a_function(x: Tensor, dropout: float) -> bool:
     """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
-    a recomputation finds as it was decides: it has to save the same tensors again."""
-    if torch.compiler.is_compiling() or dropout or dtype != x.dtype or x.nbytes < _WORTH_A_FUNCTION:
+    a recomputation finds as it was decides: it has to save the same tensors again. Of an x in another dtype than that
+    of the products it would save all, and not the copy."""
+    if torch.compiler.is_compiling() or transformed() or dropout or not (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return x.requires_grad and torch.is_grad_enabled() and not transformed()
+    return x.numel() * x.element_size() >= _WORTH_A_FUNCTION and _together_dtype(x) == x.dtype
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -189,8 +190,9 @@ def sharing(
     ) -> tuple[list[Float[Tensor, "*M K"]], list[Float[Tensor, "M R"]]]:
         """For each of several layers that read x: (x, x Aᵀ) as `shrink` has it, from one read of x; each with a mask of
         its own where it has dropout. A layer whose results get no gradient gives none to its A."""
-        with without_autocast(x.device):  # whose dtype the backward is to find again
-            found = list(Together.apply(x, dtype_of(x), draw(x, dropouts), *As))  # type: ignore[arg-type]
+        dtype = dtype_of(x)
+        with without_autocast(x.device):  # the backward is without it
+            found = list(Together.apply(x, dtype, draw(x, dropouts), *As))  # type: ignore[arg-type]
         return found[: -len(As)] or [x] * len(As), found[-len(As) :]
 
     return shrink_together

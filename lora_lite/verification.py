@@ -17,6 +17,7 @@ from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
+from .quantized import weight_of
 from .segments import Segments
 from .selection import only
 from .shapes import is_embedding
@@ -86,8 +87,8 @@ def verify(
 
     Raises:
         ValueError: rtol is not above 0.
-        AttachError: nothing is attached, adapted layers did not run, which the message names, or it is called within
-            torch.inference_mode, where nothing has a gradient.
+        AttachError: nothing is attached, adapted layers did not run, which the message names, one is sharded, or it is
+            called within torch.inference_mode, where nothing has a gradient.
         KernelMismatchError: a layer's error is larger than allowed; it names the worst one.
     """
     if rtol is not None and not rtol > 0:
@@ -97,6 +98,9 @@ def verify(
             "verify: nothing has a gradient in torch.inference_mode, and it compares those; call it outside"
         )
     attachment = require_attachment(unwrap(model), name)
+    for target in attachment.targets:
+        if hasattr(weight_of(target.layer), "full_tensor"):
+            raise AttachError(f"verify: {target.name} is sharded over processes; verify before fully_shard")
     with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()), _buffers_kept(model):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)

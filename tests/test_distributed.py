@@ -69,3 +69,6 @@ def compare(model: Any, other: Any, folder: Path, case: str) -> None:
     ll.load(other, folder / "adapter.safetensors")
     with torch.no_grad():
         assert_close(other(ids).logits, model(ids).logits, 1e-5, case)
+        ll.detach(other)
+        other.load_state_dict(seen["merged"])
+        assert_close(other(ids).logits, model(ids).logits, 1e-5, f"{case}: merged")

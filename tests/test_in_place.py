@@ -373,3 +373,31 @@ def test_a_recomputation_without_the_forwards_hook(monkeypatch: pytest.MonkeyPat
     y = checkpoint(model, x, use_reentrant=False)
     handle.remove()
     assert_exact(model, x, y)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("rows", [8, 600])
+def test_products_have_autocasts_dtype(together: bool, rows: int) -> None:
+    """Of an x of any size, alone and shared; and what is saved is the copy that was multiplied."""
+    x, A = torch.randn(rows, 512, requires_grad=True), torch.randn(4, 512, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ops in (reference, in_place):
+            h = ops.shrink_together(x, [A])[1][0] if together else ops.shrink(x, A)[1]
+            assert h.dtype == torch.bfloat16
+    assert_close(h.float(), x @ A.t(), 2e-2)
+    h.sum().backward()
+    assert A.grad is not None
+    assert_close(A.grad, x.detach().sum(0).expand(4, 512), 2e-2)
+
+
+def test_compiled_for_batches_of_any_length() -> None:
+    """One graph serves all lengths, and so does an exported one."""
+    model = adapted(nn.Linear(512, 7))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    exported = torch.export.export(
+        model, (torch.randn(3, 512),), dynamic_shapes=({0: torch.export.Dim("rows")},)
+    ).module()
+    for rows in (3, 5, 700, 9):
+        x = torch.randn(rows, 512, requires_grad=True)
+        for run in (compiled, exported):
+            assert_close(run(x), model(x), 1e-5)

@@ -84,8 +84,12 @@ def main(kind: str, variant: str, name: str, folder: Path) -> None:
     torch.nn.utils.clip_grad_norm_(ll.parameters(model), 1.0)
     ll.save(model, folder / "adapter.safetensors")
     assert (folder / "adapter.safetensors").exists()  # on every process, once save returns
+    merged = ll.merged_state_dict(model)
+    if kind != "ddp" and name == "llama":
+        with pytest.raises(ll.AttachError, match=r"verify: .* is sharded over processes; verify before fully_shard"):
+            ll.verify(model, {"input_ids": ids})
     if rank == 0:
-        torch.save({"losses": torch.stack(losses), "grads": grads}, folder / "seen.pt")
+        torch.save({"losses": torch.stack(losses), "grads": grads, "merged": merged}, folder / "seen.pt")
 
 
 def assert_unchanged_changes_nothing(model: Any, ids: torch.Tensor) -> None:
