@@ -55,12 +55,6 @@ class Segments:
     whole: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @classmethod
-    def equal(cls, which: Int[Tensor, " S"], rows: int) -> "Segments":
-        """Runs of as many rows each."""
-        S = len(which)
-        return cls(torch.arange(rows, (S + 1) * rows, rows, device=which.device, dtype=torch.int32)[:S], which)
-
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` makes, made once: layers and their backwards share what follows from the segments."""
         return once_for_training(self._made, key, make)

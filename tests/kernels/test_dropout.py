@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lora_lite.kernels import expand, ops, shrink, tuning
 from lora_lite.kernels.segments import Runs
-from lora_lite.segments import Segments
 
 correct = load_tests("kernels/test_correct")
 
@@ -123,7 +122,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
     """The mask is computed, not stored: each token-sized tensor is read and written as often as without dropout, and
     there is no other of that size."""
     M, K, N, R = 200, 260, 300, 20
-    segments = Segments.equal(torch.tensor([1, -1, 0, 1]), 50) if grouped else None
+    segments = operations.Runs((50,) * 4, (1, -1, 0, 1)).segments() if grouped else None
     stack = (3,) if grouped else ()
     bf16 = torch.bfloat16
     x, y, h = (torch.randn(M, size).to(bf16).requires_grad_() for size in (K, N, R))
@@ -150,7 +149,7 @@ def test_passes_are_the_same(grouped: bool) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_opcheck(dropout: float, grouped: bool) -> None:
-    segments = Segments.equal(torch.tensor([1, 0, -1]), 2) if grouped else None
+    segments = operations.Runs((2,) * 3, (1, 0, -1)).segments() if grouped else None
     stack = (2,) if grouped else ()
     seed = torch.tensor([seed_of(SEED, dropout)]) if dropout else None
     x, y, h = (torch.randn(3, 2, 12).requires_grad_(), torch.randn(3, 2, 10).requires_grad_(), torch.randn(6, 4))
