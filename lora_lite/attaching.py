@@ -73,7 +73,8 @@ def attach(
     until `use` says otherwise. Low-rank sums on one layer run as one; other adapters nest: each acts on the input that
     the one before it leaves, and on the output likewise.
 
-    After the first backward, one UserWarning names adapted layers that never ran or that no gradient reached.
+    After the first backward or, where an optimiser holds the adapters, its first step, one UserWarning names adapted
+    layers that never ran or that no gradient reached.
 
     Args:
         model: any module with linear layers, or what has their shape: quantised ones, Conv1D, stacks of experts.
