@@ -84,9 +84,7 @@ class Adapter(Params):
         weight = _stored(layer)
         if self.valueless or weight.is_meta or is_managed(layer) or is_sharded(weight):
             return
-        known = _derived_from.get(self)  # of a copy nothing: it may have got another weight since
-        if getattr(layer, "_is_replica", False):  # of DataParallel, made for one call
-            return
+        known = _derived_from.get(self)  # of a copy, or a replica, nothing: it may have got another weight since
         if known != _mark(weight) or is_parametrized(layer):
             self.derive(layer)
 
