@@ -5,7 +5,6 @@ That holds of PyTorch's own layers, whose results are new and not kept, where no
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +63,6 @@ def expand_add(
     return reference.expand_add(y, h, B, scale, segments, own=True)
 
 
-shrink_together = reference.sharing(
-    reference._together_dtype, reference._masks, reference._product, partial(reference._gradients, own=True)
-)
-
-
 def shrink(
     x: Float[Tensor, "*M K"],
     A: Float[Tensor, "*G R K"],
@@ -76,10 +70,10 @@ def shrink(
     segments: Segments | None = None,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ); dh A is added into the gradient that the layer gives x."""
-    if segments is not None or not reference._worth_a_function(x, dropout):
-        return reference.shrink(x, A, dropout, segments)
-    (x,), (h,) = shrink_together(x, [A])
-    return x, h
+    return reference.shrink(x, A, dropout, segments, True)
+
+
+shrink_together = reference._shrink_together_own
 
 
 def __getattr__(name: str) -> Any:

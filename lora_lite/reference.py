@@ -106,15 +106,16 @@ def shrink(
     A: Float[Tensor, "*G R K"],
     dropout: float = 0.0,
     segments: Segments | None = None,
+    own: bool = False,
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
-    argument, to the layer."""
+    argument, to the layer. Where the gradient that the layer gives it is our `own`, that may be written to."""
     if segments is not None:
         return _shrink_segments(x, A, dropout, segments)
-    dtype = product_dtype(x.device, x.dtype)
     if _worth_a_function(x, dropout):
-        (x,), (h,) = shrink_together(x, [A])
+        (x,), (h,) = (_shrink_together_own if own else shrink_together)(x, [A])
         return x, h
+    dtype = product_dtype(x.device, x.dtype)
     kept = (nn.functional.dropout(x, dropout) if dropout else x).to(dtype)
     return x, _rows(kept) @ A.to(dtype).t()
 
@@ -254,6 +255,7 @@ def _gradients(
 
 
 shrink_together = sharing(_together_dtype, _masks, _product, _gradients)
+_shrink_together_own = sharing(_together_dtype, _masks, _product, functools.partial(_gradients, own=True))
 
 
 def _writable(t: Tensor) -> bool:

@@ -131,7 +131,7 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, stack)
-        ctx.products = _products(segments, len(x), len(stack), dtype)
+        ctx.products, ctx.segments = _products(segments, len(x), len(stack), dtype), segments
         return x.view_as(x), ctx.products.narrow(ctx.products.cut(x.to(dtype)), stack.to(dtype))
 
     @staticmethod
@@ -139,7 +139,7 @@ class _Shrink(torch.autograd.Function):
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
         needs_x, needs_stack, _, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # this is to be differentiated again, which operators can be
-            dx, d_stack = _gradients(dh, x.to(dh.dtype), stack.to(dh.dtype), ctx.products.segments)
+            dx, d_stack = _gradients(dh, x.to(dh.dtype), stack.to(dh.dtype), ctx.segments)
             return (dx_base + dx).to(x.dtype), d_stack.to(stack.dtype), None, None
         dx = d_stack = None
         if needs_x:
@@ -155,7 +155,8 @@ class _ExpandAdd(torch.autograd.Function):
         ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(h, stack)
-        ctx.products, ctx.scale, ctx.dtype = _products(segments, len(y), len(stack), dtype), scale, dtype
+        ctx.products, ctx.segments = _products(segments, len(y), len(stack), dtype), segments
+        ctx.scale, ctx.dtype = scale, dtype
         return ctx.products.add_wide(y, (scale * h).to(dtype), stack.to(dtype))
 
     @staticmethod
@@ -164,7 +165,7 @@ class _ExpandAdd(torch.autograd.Function):
         _, needs_h, needs_stack, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             scaled = ctx.scale * dy.to(ctx.dtype)
-            dh, d_stack = _gradients(scaled, h.to(ctx.dtype), stack.to(ctx.dtype), ctx.products.segments)
+            dh, d_stack = _gradients(scaled, h.to(ctx.dtype), stack.to(ctx.dtype), ctx.segments)
             return dy, dh.to(h.dtype), d_stack.to(stack.dtype), None, None, None
         dys, dh, d_stack = ctx.products.cut(dy.to(ctx.dtype)), None, None
         if needs_h:
@@ -217,7 +218,6 @@ class _InBlocks:
     """The same products of n blocks of `length` slots each, a row in a slot, the last block of a run filled up: one
     batched product serves all runs, where one for each would take longer to start than to run."""
 
-    segments: Segments
     length: int
     row_of_slot: Int[Tensor, " slots"]  # in a slot that fills up: the run's last row
     slot_of_row: Int[Tensor, " M"]
@@ -244,7 +244,7 @@ class _InBlocks:
         ahead = length * torch.arange(len(blocks)) - start  # by how much a block's first slot is ahead of its first row
         slot_of_row = torch.arange(M) + ahead.repeat_interleave(size)
         idle = (size == 0).nonzero()[:, 0] if len(taken) < len(blocks) else None
-        return cls(segments, length, row_of_slot.view(-1), slot_of_row, None if in_order else which, idle)
+        return cls(length, row_of_slot.view(-1), slot_of_row, None if in_order else which, idle)
 
     def cut(self, t: Float[Tensor, "M D"]) -> Float[Tensor, "n length D"]:
         return t.index_select(0, self.row_of_slot).view(-1, self.length, t.shape[1])
@@ -333,8 +333,9 @@ def _aligned(t: Tensor) -> Tensor:
     strides = sorted(t.stride()[-2:])
     if strides[0] == 1 and all(stride % step == 0 for stride in (*t.stride()[:-2], strides[1])):
         return t
-    padded = torch.nn.functional.pad(t, (0, -t.shape[-1] % step))
-    return padded.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves strides of dimensions of size one
+    if pad := -t.shape[-1] % step:
+        return torch.nn.functional.pad(t, (0, pad))
+    return t.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves strides of dimensions of size one
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

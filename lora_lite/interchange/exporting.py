@@ -24,9 +24,10 @@ from ..files import replace_files, writing_folder
 from ..idle import current_names
 from ..params import SITE
 from ..primitives import LowRankAdd
+from ..renaming import plain_name
 from ..shapes import is_conv1d
 from ..stacks import Stack
-from ..targets import plain_name, stacks_among
+from ..targets import stacks_among
 from ..whole_modules import inside
 from .conversions import WEIGHT, taken_for_experts
 from .experts import flat, names_in_file

@@ -20,9 +20,9 @@ from ..config import AdapterConfig
 from ..errors import CheckpointError, LoraLiteError, first_of
 from ..files import read_tensors
 from ..quantized import weight_of
-from ..renaming import Renaming, proposal
+from ..renaming import Renaming, plain_name, proposal
 from ..stacks import Stack
-from ..targets import Target, candidates, plain_name
+from ..targets import Target, candidates
 from ..variant import REGISTRY
 from ..whole_modules import WholeModules, standing
 from .conversions import WEIGHT
