@@ -1,10 +1,9 @@
 """The Triton backend: the functions of `lora_lite.reference`, by the same names and signatures."""
 
-from .expand import expand_add, expand_add_rescale
+from .low_rank import expand_add, expand_add_rescale, shrink, shrink_together
 from .rotate import rotate_pairs
 from .row_norm import row_norm
 from .scale import scale
-from .shrink import shrink, shrink_together
 from .shrink_expand import shrink_expand
 
 __all__ = [

@@ -19,10 +19,12 @@ from torch import Tensor
 from ..operators import operator
 from ..segments import Segments
 from .common import compute_dtype, or_empty
-from .expand import launch_expand, launch_expand_backward
+from .expand import launch_expand
+from .expand_backward import launch_expand_backward
 from .launching import replayed
 from .segments import Runs
-from .shrink import launch_shrink, launch_shrink_backward
+from .shrink import launch_shrink
+from .shrink_backward import launch_shrink_backward
 
 # Up to these registers hold dA and dB of enough columns. With fewer columns h and dh, which are read again for each
 # block of them, take longer than another read of dy.

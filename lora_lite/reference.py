@@ -159,8 +159,10 @@ def sharing(
         """x Aᵀ of all layers, and where x needs a gradient an alias of x for each. The gradients of all come back
         together: they are added once, and multiplied in one product each for x and A."""
 
+        # With more names Dynamo leaves ctx out, without gradients, for as many tensors as there are names.
         @staticmethod
-        def forward(ctx: Any, x: Tensor, dtype: torch.dtype, masks: list[Tensor], *As: Tensor) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            x, dtype, masks, *As = inputs
             h, A = product(x, As, masks, dtype)
             ctx.save_for_backward(x, A, *masks, *As)
             ctx.dtype, ctx.dtypes, ctx.ranks = dtype, [A.dtype for A in As], [len(A) for A in As]

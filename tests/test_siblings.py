@@ -532,6 +532,18 @@ def test_layers_that_are_compiled_by_themselves(parts: tuple[str, ...], how: str
         assert_alike(got, run(single, *xs))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_compile_without_gradients(context: Any) -> None:
+    """Of two layers and of three."""
+    torch._dynamo.reset()
+    model = adapted()
+    with context(), counted() as served:
+        want = logits(alone(copy.deepcopy(model)))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert rel_error(logits(compiled), want) < 1e-12
+    assert set(served) == {2, 3}
+
+
 def test_compile_with_changing_lengths() -> None:
     torch._dynamo.reset()
     model, twin = adapted(), alone(adapted())

@@ -46,7 +46,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lora_lite.kernels import common, expand, rotate, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels import (
+    common,
+    expand,
+    expand_backward,
+    rotate,
+    row_norm,
+    scale,
+    shrink,
+    shrink_backward,
+    shrink_expand,
+    tuning,
+)
+from lora_lite.kernels.expand_backward import launch_expand_backward
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 from lora_lite.kernels.tuning import cdiv
 
 LAUNCH = 2e-6
@@ -173,9 +186,9 @@ def recorded(gpu: GPU) -> Iterator[tuple[list[Recorded], list[int]]]:
     with ExitStack() as stack:
         stack.enter_context(tuning.force(architecture=gpu.architecture, programs=gpu.processors))
         stack.enter_context(mock.patch.object(kernels_report.triton.JITFunction, "run", note))
-        for module in (shrink, expand, row_norm, scale, rotate):
+        for module in (shrink, shrink_backward, expand, expand_backward, row_norm, scale, rotate):
             stack.enter_context(mock.patch.object(module, "tuned", tuned))
-        for module in (shrink, expand):
+        for module in (shrink, expand, expand_backward):
             stack.enter_context(mock.patch.object(module, "small", cast))
         yield launches, casts
 
@@ -206,8 +219,8 @@ def step(variant: str, M: int, K: int, N: int, R: int) -> None:
     if of_dora:
         row_norm.launch_row_norm(t(N, K), None, A, B, B, SCALE, g)
     expand.launch_expand(y, h, B, SCALE, g if of_dora else None)
-    expand.launch_expand_backward(y, h, B, SCALE, True, True, *of_dora)
-    shrink.launch_shrink_backward([x], [h], x, A, True, True)
+    launch_expand_backward(y, h, B, SCALE, True, True, *of_dora)
+    launch_shrink_backward([x], [h], x, A, True, True)
 
 
 Resources = dict[tuple[Any, ...], float]

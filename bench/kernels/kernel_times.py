@@ -19,6 +19,8 @@ from torch.autograd import DeviceType
 
 import lora_lite as ll
 from lora_lite.kernels import expand, rotate, row_norm, scale, shrink
+from lora_lite.kernels.expand_backward import launch_expand_backward
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 
 Quantiles = tuple[float, float, float]
 Timer = Callable[[Callable[[], Any]], Quantiles]
@@ -142,11 +144,11 @@ def _with_rank(s: Shape, t: Draw) -> Work:
             lambda: d(y) + SCALE * d(h) @ d(B).t(),
         ),
         "expand_backward": (
-            lambda: expand.launch_expand_backward(dy, h, B, SCALE, True, True)[:2], MN + 2 * MR + 2 * NR,
+            lambda: launch_expand_backward(dy, h, B, SCALE, True, True)[:2], MN + 2 * MR + 2 * NR,
             4 * s.M * s.N * s.R, lambda: (SCALE * d(dy) @ d(B), SCALE * d(dy).t() @ d(h)),
         ),
         "expand_backward_rescale": (
-            lambda: expand.launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
+            lambda: launch_expand_backward(dy, h, B, SCALE, True, True, y, g), 3 * MN + 2 * MR + 2 * NR,
             4 * s.M * s.N * s.R,
             lambda: (
                 SCALE * (d(g) * d(dy)) @ d(B), SCALE * (d(g) * d(dy)).t() @ d(h), d(g) * d(dy),
@@ -154,15 +156,15 @@ def _with_rank(s: Shape, t: Draw) -> Work:
             ),
         ),
         "shrink_backward": (
-            lambda: shrink.launch_shrink_backward([dx_base], [dh], x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
+            lambda: launch_shrink_backward([dx_base], [dh], x, A, True, True)[:2], 3 * MK + MR + 2 * KR,
             4 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_backward_together": (
-            lambda: shrink.launch_shrink_backward([dx_base] * 3, thirds, x, A, True, True)[:2],
+            lambda: launch_shrink_backward([dx_base] * 3, thirds, x, A, True, True)[:2],
             5 * MK + MR + 2 * KR, 4 * s.M * s.K * s.R, lambda: (3 * d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x)),
         ),
         "shrink_expand_backward": (
-            lambda: shrink.launch_shrink_backward([dx_base], [dh], x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
+            lambda: launch_shrink_backward([dx_base], [dh], x, A, True, True, h), 3 * MK + 2 * MR + 3 * KR,
             6 * s.M * s.K * s.R, lambda: (d(dx_base) + d(dh) @ d(A), d(dh).t() @ d(x), d(dx_base).t() @ d(h)),
         ),
         "row_norm": (

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,8 +38,11 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from lora_lite.kernels import common, dropout, expand, rotate, row_norm, scale, segments, shrink, sums, tuning
+from lora_lite import kernels
+from lora_lite.kernels import common, expand, layers, rotate, row_norm, scale, shrink, tuning
+from lora_lite.kernels.expand_backward import launch_expand_backward
 from lora_lite.kernels.segments import Runs
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 from lora_lite.kernels.shrink_expand import MOST_RANKS_FUSED
 
 
@@ -108,24 +113,24 @@ def _calls_with_rank(dtype: torch.dtype, M: int, K: int, N: int, R: int, tokens:
         "expand": lambda: expand.launch_expand(y, h, B, 0.5),
         "expand_dropout": lambda: expand.launch_expand(y, h, B, 0.5, None, None, None, seed),
         "expand_grouped": lambda: expand.launch_expand(y, h, Bs, 0.5, gs, biases, runs),
-        "expand_backward": lambda: expand.launch_expand_backward(y, h, B, 0.5, True, True),
-        "expand_backward_grouped": lambda: expand.launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
-        "expand_backward_rescale": lambda: expand.launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
-        "expand_backward_rescale_grouped": lambda: expand.launch_expand_backward(
+        "expand_backward": lambda: launch_expand_backward(y, h, B, 0.5, True, True),
+        "expand_backward_grouped": lambda: launch_expand_backward(y, h, Bs, 0.5, True, True, runs=runs),
+        "expand_backward_rescale": lambda: launch_expand_backward(y, h, B, 0.5, True, True, y, g, bias),
+        "expand_backward_rescale_grouped": lambda: launch_expand_backward(
             y, h, Bs, 0.5, True, True, y, gs, biases, runs
         ),
-        "shrink_backward": lambda: shrink.launch_shrink_backward([x], [h], x, A, True, True),
-        "shrink_backward_dropout": lambda: shrink.launch_shrink_backward(
+        "shrink_backward": lambda: launch_shrink_backward([x], [h], x, A, True, True),
+        "shrink_backward_dropout": lambda: launch_shrink_backward(
             [x], [h], x, A, True, True, None, None, seed
         ),
-        "shrink_backward_grouped": lambda: shrink.launch_shrink_backward([x], [h], x, As, True, True, None, runs),
+        "shrink_backward_grouped": lambda: launch_shrink_backward([x], [h], x, As, True, True, None, runs),
         "shrink_together_dropout": lambda: shrink.launch_shrink(x, A, dtype, None, seeds, thirds),
-        "shrink_backward_together_dropout": lambda: shrink.launch_shrink_backward(
+        "shrink_backward_together_dropout": lambda: launch_shrink_backward(
             [x] * 3, dhs, x, A, True, True, None, None, seeds
         ),
-        "shrink_backward_together": lambda: shrink.launch_shrink_backward([x] * 3, dhs, x, A, True, True),
-        "shrink_expand_backward": lambda: shrink.launch_shrink_backward([x], [h], x, A, True, True, h),
-        "shrink_expand_backward_grouped": lambda: shrink.launch_shrink_backward([x], [h], x, As, True, True, h, runs),
+        "shrink_backward_together": lambda: launch_shrink_backward([x] * 3, dhs, x, A, True, True),
+        "shrink_expand_backward": lambda: launch_shrink_backward([x], [h], x, A, True, True, h),
+        "shrink_expand_backward_grouped": lambda: launch_shrink_backward([x], [h], x, As, True, True, h, runs),
     }  # fmt: skip
 
 
@@ -283,7 +288,7 @@ def jobs(architectures: list[str], dtypes: list[str], kernels: list[str], ranks:
                 continue
             if kernel.startswith("shrink_expand_backward") and rank > MOST_RANKS_FUSED:
                 continue
-            if "together_dropout" in kernel and rank > shrink.MOST_RANKS_MASKED[getattr(torch, dtype).itemsize]:
+            if "together_dropout" in kernel and rank > layers.MOST_RANKS_MASKED[getattr(torch, dtype).itemsize]:
                 continue
             rows = rows_of(kernel, name, dtype, rank)
             for config in rows[:1] if first_only else rows:
@@ -357,17 +362,20 @@ def is_bad(row: dict[str, Any]) -> bool:
 
 
 def fingerprint() -> str:
-    """Of the kernels' code and the block table: what makes a report stale. Comments and docstrings do not."""
-    parts = [repr(tuning.TABLE)]
-    for module in (common, dropout, expand, row_norm, scale, segments, shrink, sums, rotate):
-        for _, kernel in sorted(vars(module).items()):
-            if isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-                body = tree.body[0].body  # type: ignore[attr-defined]
-                if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-                    del body[0]
-                parts.append(ast.unparse(tree))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    """Of the kernels' code, in whichever file it stands, and the block table: what makes a report stale. Comments and
+    docstrings do not."""
+    modules = [import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    functions = {f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)}
+    return hashlib.sha256("\n".join([repr(tuning.TABLE), *sorted(map(code, functions))]).encode()).hexdigest()[:16]
+
+
+def code(function: Any) -> str:
+    """Of a kernel, or of what kernels call."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        del body[0]
+    return ast.unparse(tree)
 
 
 def report(work: list[Any], show: bool, unaligned: bool = False) -> Iterator[dict[str, Any]]:

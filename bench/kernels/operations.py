@@ -18,7 +18,7 @@ from philox import dropout_mask, seed_of
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_lite.kernels import ops, shrink
+from lora_lite.kernels import low_rank, ops
 from lora_lite.quantized import FourBitWeight, Int8Weight
 from lora_lite.segments import Segments
 
@@ -143,7 +143,7 @@ def with_seed(bits: int, device: str = "cpu") -> "mock._patch[Any]":
     def drawn(like: Tensor, dropout: float) -> Tensor:
         return torch.tensor([seed_of(next(following), dropout)], device=device)
 
-    return mock.patch.object(shrink, "new_seed", drawn)
+    return mock.patch.object(low_rank, "new_seed", drawn)
 
 
 @contextmanager

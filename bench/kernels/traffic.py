@@ -20,7 +20,7 @@ from interpreted import Observer, observed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lite.kernels import common, expand, launching, row_norm, shrink
+from lora_lite.kernels import common, expand, expand_backward, launching, row_norm, shrink
 from lora_lite.kernels.common import small
 
 
@@ -105,6 +105,7 @@ def kernels_counted(large: int) -> Iterator[Traffic]:
         mock.patch.multiple(common, small=cast),
         mock.patch.multiple(shrink, small=cast),
         mock.patch.multiple(expand, small=cast),
+        mock.patch.multiple(expand_backward, small=cast),
         mock.patch.multiple(row_norm, small=cast),
         mock.patch.object(launching, "_ATTEMPTS", -1),  # what is replayed casts out of sight
         observed(counter),

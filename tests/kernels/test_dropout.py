@@ -16,8 +16,10 @@ from operations import DTYPES, SEED, Case, poisoned, with_seed
 from philox import dropout_mask, philox, seed_of
 from torch import Tensor
 
-from lora_lite.kernels import expand, ops, shrink, tuning
+from lora_lite.kernels import expand, low_rank, ops, shrink, tuning
+from lora_lite.kernels.expand_backward import launch_expand_backward
 from lora_lite.kernels.segments import Runs
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 
 correct = load_tests("kernels/test_correct")
 
@@ -135,8 +137,8 @@ def test_passes_are_the_same(grouped: bool) -> None:
     with tuning.force(config=tuning.Config(32, 64), programs=20), launches.watch() as seen:
         shrink.launch_shrink(x, A, bf16, *options)
         expand.launch_expand(y, h, B, 0.7, None, None, *options)
-        expand.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        shrink.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, *options)
+        launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
+        launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, *options)
     found = set()
     for launch in seen:
         for name, passes in launch.passes().items():
@@ -155,8 +157,8 @@ def test_opcheck(dropout: float, grouped: bool) -> None:
     x, y, h = (torch.randn(3, 2, 12).requires_grad_(), torch.randn(3, 2, 10).requires_grad_(), torch.randn(6, 4))
     A, B = torch.randn(*stack, 4, 12).requires_grad_(), torch.randn(*stack, 10, 4).requires_grad_()
     group = Runs.of(segments, x, 2)
-    torch.library.opcheck(shrink._shrink, (x, A, torch.float32, group, seed))
-    torch.library.opcheck(expand._expand_add, (y, h, B, 0.7, group))
+    torch.library.opcheck(low_rank._shrink, (x, A, torch.float32, group, seed))
+    torch.library.opcheck(low_rank._expand_add, (y, h, B, 0.7, group))
     x, y, A, B = (t.detach() for t in (x, y, A, B))
-    torch.library.opcheck(shrink._shrink_backward, ([x], [h], x, A, group, seed, A.dtype, True, True))
-    torch.library.opcheck(expand._expand_add_backward, (y, h, B, 0.7, group, True, True))
+    torch.library.opcheck(low_rank._shrink_backward, ([x], [h], x, A, group, seed, A.dtype, True, True))
+    torch.library.opcheck(low_rank._expand_add_backward, (y, h, B, 0.7, group, True, True))

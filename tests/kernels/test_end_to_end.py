@@ -10,7 +10,7 @@ from models import VARIANTS, attach, calibration_batches, config, llama, load_te
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.kernels import expand, launching
+from lora_lite.kernels import launching, low_rank
 
 against_peft = load_tests("test_peft")
 STEPS = 5
@@ -137,7 +137,7 @@ def test_a_wrong_kernel_is_caught_and_named(trained: Any, kernel: str, spoil: An
     batch = {"input_ids": token_ids(), "labels": token_ids()}
     assert len(ll.verify(trained, batch)) == 14
     with (
-        mock.patch.object(expand, kernel, wrong_for(56, getattr(expand, kernel), spoil)),
+        mock.patch.object(low_rank, kernel, wrong_for(56, getattr(low_rank, kernel), spoil)),
         pytest.raises(ll.KernelMismatchError, match=rf"4 of 14 layers .*(gate|up)_proj \(triton\): {what}"),
     ):
         ll.verify(trained, batch)
@@ -146,8 +146,9 @@ def test_a_wrong_kernel_is_caught_and_named(trained: Any, kernel: str, spoil: An
 
 def test_nan_is_no_match(trained: Any) -> None:
     """It spreads to the layers behind, so that more than the four differ."""
+    wrong = wrong_for(56, low_rank.launch_expand, lambda out: out + torch.nan)
     with (
-        mock.patch.object(expand, "launch_expand", wrong_for(56, expand.launch_expand, lambda out: out + torch.nan)),
+        mock.patch.object(low_rank, "launch_expand", wrong),
         pytest.raises(ll.KernelMismatchError, match=r"of 14 layers .* output nan"),
     ):
         ll.verify(trained, token_ids())

@@ -16,7 +16,7 @@ from gpu_day import Found, Settings
 from gpu_parts import PARTS
 from rich.console import Console
 
-from lora_lite.kernels import expand, launching, scale
+from lora_lite.kernels import launching, low_rank, scale
 
 BENCH = dataclasses.replace(
     gpu_day.REHEARSAL,
@@ -86,9 +86,9 @@ def test_kernels_are_right(found: dict[str, Found]) -> None:
 
 
 def test_a_wrong_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = expand.launch_expand
+    launch = low_rank.launch_expand
     launching.forget()  # what replays the right one
-    monkeypatch.setattr(expand, "launch_expand", lambda *args, **kwargs: launch(*args, **kwargs) * 1.02)
+    monkeypatch.setattr(low_rank, "launch_expand", lambda *args, **kwargs: launch(*args, **kwargs) * 1.02)
     (name,) = [name for name in first_of_each_operation() if name.startswith("lowrank_add ")]
     wrong = Found(rows("kernels", name))
     assert not wrong.fine

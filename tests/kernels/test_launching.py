@@ -9,7 +9,7 @@ from compiling import compiled_value
 from philox import seed_of
 from torch import Tensor
 
-from lora_lite.kernels import expand, launching, rotate, row_norm, scale, shrink, shrink_expand
+from lora_lite.kernels import launching, low_rank, rotate, row_norm, scale, shrink_expand
 
 BF16 = torch.bfloat16
 M, K, N, R = 160, 80, 640, 6  # sums have parts
@@ -83,7 +83,7 @@ NAMES = (
 def test_other_values(name: str) -> None:
     function = f"_{name.split()[0]}"
     operator = getattr(
-        next(module for module in (shrink, expand, shrink_expand, scale, rotate) if hasattr(module, function)), function
+        next(module for module in (low_rank, shrink_expand, scale, rotate) if hasattr(module, function)), function
     )
     for _ in range(2):
         operator(*arguments(name))
@@ -117,8 +117,8 @@ def test_each_layout_has_its_own() -> None:
         for y in layouts:
             for gain in (0.5, 2.0):
                 operands = (y, t(rows, R, dtype=y.dtype), t(cols, R, dtype=torch.float32), gain, [])
-                got = expand._expand_add(*operands)
-                assert same(got, anew(lambda operands=operands: expand._expand_add(*operands)))
+                got = low_rank._expand_add(*operands)
+                assert same(got, anew(lambda operands=operands: low_rank._expand_add(*operands)))
     assert len(recorded()) == 2 * len(layouts)
 
 

@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
 from lora_lite import operators
-from lora_lite.kernels import expand, rotate, scale, shrink, shrink_expand
+from lora_lite.kernels import low_rank, rotate, scale, shrink_expand
 
 transforms = load_tests("test_transforms")
 test_transforms = transforms.test_transforms
 test_a_trace_is_a_program = transforms.test_a_trace_is_a_program
 
 
-def low_rank(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    same, h = shrink.shrink(x, A)
-    return expand.expand_add(same, h, B, 0.7)
+def low_rank_sum(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    same, h = low_rank.shrink(x, A)
+    return low_rank.expand_add(same, h, B, 0.7)
 
 
 def rescaled(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def rotated(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return rotate.rotate_pairs(shrink_expand.shrink_expand(x, A, B)[..., :8], A[0, :8], B[:8, 0], 4)
 
 
-@pytest.mark.parametrize("layer", [low_rank, rescaled, rotated])
+@pytest.mark.parametrize("layer", [low_rank_sum, rescaled, rotated])
 def test_plain_calls_give_the_bits_of_dispatched_ones(layer) -> None:
     x, A, B = (torch.randn(size, requires_grad=True) for size in ((3, 5, 9), (4, 9), (9, 4)))
     y = layer(x, A, B)
@@ -70,12 +70,12 @@ def test_tensors_on_two_devices_are_named(dispatched: bool, requires_grad: bool)
     """A launch would read a pointer of another device as its own; here, of no memory at all."""
     x, A, g = torch.randn(3, 12), torch.randn(4, 12, device="meta"), torch.ones(12, device="meta")
     for _ in range(3):  # right ones, which are remembered
-        shrink.shrink(x, torch.randn(4, 12))
+        low_rank.shrink(x, torch.randn(4, 12))
         scale.scale(x, torch.randn(12))
     x.requires_grad_(requires_grad)
     with operators.dispatched() if dispatched else nullcontext():
         with pytest.raises(RuntimeError, match=r"lora_lite::shrink got x on cpu, A on meta; move the adapter"):
-            shrink.shrink(x, A)
+            low_rank.shrink(x, A)
         with pytest.raises(RuntimeError, match=r"lora_lite::scale got t on cpu, g on meta; move the adapter"):
             scale.scale(x, g)
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, sums, tuning
+from lora_lite.kernels import expand, low_rank, ops, rotate, row_norm, scale, shrink, shrink_expand, sums, tuning
+from lora_lite.kernels.expand_backward import launch_expand_backward
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 
 M, K, N, R = 200, 260, 300, 20
 SMALL = tuning.Config(32, 64)
@@ -49,10 +51,10 @@ def test_lowrank_add() -> None:
     assert passes(main_launch(lambda: shrink.launch_shrink(x, A, x.dtype)), "x") == {"x": (1, 0)}
     forward = main_launch(lambda: expand.launch_expand(y, h, B, 0.7))
     assert passes(forward, "y", "out") == {"y": (1, 0), "out": (0, 1)}
-    backward = main_launch(lambda: expand.launch_expand_backward(y, h, B, 0.7, True, True))
+    backward = main_launch(lambda: launch_expand_backward(y, h, B, 0.7, True, True))
     assert passes(backward, "dy", "dh", "dB") == {"dy": (1, 0), "dh": (0, 1), "dB": (0, 1)}
     assert all(t.numel() != y.numel() for name, t in backward.tensors.items() if name != "dy"), "another M×N tensor"
-    backward = main_launch(lambda: shrink.launch_shrink_backward([tensor(M, K)], [h], x, A, True, True))
+    backward = main_launch(lambda: launch_shrink_backward([tensor(M, K)], [h], x, A, True, True))
     assert passes(backward, "x", "dx_base", "dx", "dA") == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1)}
 
 
@@ -60,7 +62,7 @@ def test_many_ranks_take_one_more_look_at_dy() -> None:
     """Where float32 parts of dh would be several passes over dy."""
     dy, h, B = tensor(M, N), tensor(M, 80), tensor(N, 80)
     with launches.watch() as seen:
-        expand.launch_expand_backward(dy, h, B, 0.7, True, True)
+        launch_expand_backward(dy, h, B, 0.7, True, True)
     by_name = {launch.kernel: launch for launch in launches.main(seen)}
     assert set(by_name) == {"_expand_backward_kernel", "_shrink_kernel"}
     assert passes(by_name["_expand_backward_kernel"], "dy") == {"dy": (1, 0)}
@@ -73,8 +75,8 @@ def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for bound, looks in ((sums.MOST_BYTES, 1), (most, 2)):
         monkeypatch.setattr(sums, "MOST_BYTES", bound)
         with launches.watch() as seen:
-            expand.launch_expand_backward(dy, h, B, 0.7, True, True)
-            shrink.launch_shrink_backward([dy], [h], dy, B.mT, True, True)
+            launch_expand_backward(dy, h, B, 0.7, True, True)
+            launch_shrink_backward([dy], [h], dy, B.mT, True, True)
         of_dh = [launch.kernel for launch in launches.main(seen) if launch.kernel == "_shrink_kernel"]
         assert len(of_dh) == looks - 1
         parts = [t.nbytes for launch in seen for name, t in launch.tensors.items() if name.startswith("parts")]
@@ -84,7 +86,7 @@ def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shrink_expand() -> None:
     """Its backward reads the output's gradient once more than it must, for dh, and then all the rest from one look."""
     dy, x, h, A = tensor(M, K), tensor(M, K), tensor(M, R), tensor(R, K)
-    backward = main_launch(lambda: shrink.launch_shrink_backward([dy], [h], x, A, True, True, h))
+    backward = main_launch(lambda: launch_shrink_backward([dy], [h], x, A, True, True, h))
     names = ("x", "dx_base", "dx", "dA", "dB")
     assert passes(backward, *names) == {"x": (1, 0), "dx_base": (1, 0), "dx": (0, 1), "dA": (0, 1), "dB": (0, 1)}
 
@@ -106,7 +108,7 @@ def test_dora() -> None:
     y, h, B, g, bias = tensor(M, N), tensor(M, R), tensor(N, R), torch.randn(N), tensor(N)
     forward = main_launch(lambda: expand.launch_expand(y, h, B, 0.7, g, bias))
     assert passes(forward, "y", "out") == {"y": (1, 0), "out": (0, 1)}
-    backward = main_launch(lambda: expand.launch_expand_backward(tensor(M, N), h, B, 0.7, True, True, y, g, bias))
+    backward = main_launch(lambda: launch_expand_backward(tensor(M, N), h, B, 0.7, True, True, y, g, bias))
     assert passes(backward, "dy", "y", "dy_base") == {"dy": (1, 0), "y": (1, 0), "dy_base": (0, 1)}
     W, A, B = tensor(N, K), torch.randn(R, K), torch.randn(N, R)
     norm = main_launch(lambda: row_norm.launch_row_norm(W, None, A, B, B, 0.7, g))
@@ -208,8 +210,8 @@ def test_offsets_beyond_2_to_the_31() -> None:
         return [
             shrink.launch_shrink(t["x"], A, torch.bfloat16),
             expand.launch_expand(t["y"], h, B, 0.7, g),
-            *expand.launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
-            *shrink.launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
+            *launch_expand_backward(t["dy"], h, B, 0.7, True, True, t["y"], g),
+            *launch_shrink_backward([t["base"]], [h], t["x"], A, True, True, h),
             scale.launch_scale(t["t"], g),
             *scale.launch_scale_backward(t["dt"], t["t"], g, True, True),
             rotate.launch_rotate(t["t"], g, g.flip(0), 60),
@@ -228,22 +230,22 @@ def test_operators_are_what_they_claim() -> None:
     h, A, B = (torch.randn(s, requires_grad=True) for s in ((18, 3), (3, 12), (10, 3)))
     g, bias, W = torch.randn(10, requires_grad=True), torch.randn(10), torch.randn(10, 12)
     check = torch.library.opcheck
-    check(shrink._shrink, (x, A, torch.float32, [], None))
-    check(expand._expand_add, (y, h, B, 0.7, []))
+    check(low_rank._shrink, (x, A, torch.float32, [], None))
+    check(low_rank._expand_add, (y, h, B, 0.7, []))
     check(shrink_expand._shrink_expand, (x, A, torch.randn(12, 3, requires_grad=True), torch.float32, []))
-    check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, []))
-    check(expand._expand_add_rescale, (y, h, B, 0.7, g, None, []))
+    check(low_rank._expand_add_rescale, (y, h, B, 0.7, g, bias, []))
+    check(low_rank._expand_add_rescale, (y, h, B, 0.7, g, None, []))
     check(scale._scale, (y, g, []))
     check(rotate._rotate_pairs, (y, g, torch.randn(10, requires_grad=True), 10, []))
     x, y, h, A, B, g = (t.detach() for t in (x, y, h, A, B, g))
     check(row_norm._row_norm, (W, None, A, B, 0.7, torch.rand(10)))
-    check(shrink._shrink_backward, ([x, x], [h], x, A, [], None, A.dtype, True, True))
-    check(shrink._shrink_backward, ([], [h], x, A, [], None, A.dtype, False, True))
-    check(shrink._shrink_together, (x, [A, A + 1], torch.float32, None))
-    check(expand._expand_add_backward, (y, h, B, 0.7, [], True, False))
+    check(low_rank._shrink_backward, ([x, x], [h], x, A, [], None, A.dtype, True, True))
+    check(low_rank._shrink_backward, ([], [h], x, A, [], None, A.dtype, False, True))
+    check(low_rank._shrink_together, (x, [A, A + 1], torch.float32, None))
+    check(low_rank._expand_add_backward, (y, h, B, 0.7, [], True, False))
     check(shrink_expand._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], True))
     check(shrink_expand._shrink_expand_backward, (x, x, h, A, torch.randn(12, 3), [], False))
-    check(expand._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias, []))
+    check(low_rank._expand_add_rescale_backward, (y, y, h, B, 0.7, g, bias, []))
     check(scale._scale_backward, (y, y, g, [], True, True))
     check(rotate._rotate_pairs_backward, (y, y, g, torch.randn(10), 2, [], True, True))
     check(rotate._rotate_pairs_backward, (y, y, g, torch.randn(10), 2, [], False, True))

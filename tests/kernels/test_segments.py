@@ -14,9 +14,11 @@ from models import load_tests
 from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 
 from lora_lite import reference
-from lora_lite.kernels import expand, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels import expand, low_rank, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
+from lora_lite.kernels.expand_backward import launch_expand_backward
 from lora_lite.kernels.segments import SHARE
 from lora_lite.kernels.segments import Runs as Shares
+from lora_lite.kernels.shrink_backward import launch_shrink_backward
 from lora_lite.segments import Segments
 
 correct = load_tests("kernels/test_correct")
@@ -120,9 +122,9 @@ def test_passes() -> None:
     with tuning.force(config=tuning.Config(32, 64), programs=20), launches.watch() as seen:
         shrink.launch_shrink(x, A, bf16, runs)
         expand.launch_expand(y, h, B, 0.7, g, bias, runs)
-        expand.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
-        expand.launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, y, g, bias, runs)
-        shrink.launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
+        launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, runs=runs)
+        launch_expand_backward(torch.randn(M, N).to(bf16), h, B, 0.7, True, True, y, g, bias, runs)
+        launch_shrink_backward([torch.randn(M, K).to(bf16)], [h], x, A, True, True, None, runs)
         scale.launch_scale(y, g, runs)
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
         rotate.launch_rotate(y, g, bias, 64, runs)
@@ -164,10 +166,10 @@ def test_opcheck() -> None:
     A, B = torch.randn(G, 4, 12).requires_grad_(), torch.randn(G, 10, 4).requires_grad_()
     C, g, bias = torch.randn(G, 12, 4).requires_grad_(), torch.rand(G, 10).requires_grad_(), torch.randn(G, 10)
     runs = Shares.of(segments, x, G)
-    check(shrink._shrink, (x, A, torch.float32, runs, None))
-    check(expand._expand_add, (y, h, B, 0.7, runs))
+    check(low_rank._shrink, (x, A, torch.float32, runs, None))
+    check(low_rank._expand_add, (y, h, B, 0.7, runs))
     check(shrink_expand._shrink_expand, (x, A, C, torch.float32, runs))
-    check(expand._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
+    check(low_rank._expand_add_rescale, (y, h, B, 0.7, g, bias, runs))
     check(scale._scale, (y, g, runs))
     check(rotate._rotate_pairs, (y, g, bias, 10, runs))
     check(row_norm._row_norm, (torch.randn(G, 10, 12), None, A.detach(), B.detach(), 0.7, torch.rand(G, 10)))

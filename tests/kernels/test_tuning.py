@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,8 @@ from models import rel_error
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from lora_lite.kernels import common, expand, ops, shrink, tuning
+from lora_lite.kernels import common, expand, expand_backward, ops, shrink, shrink_backward, tuning
+from lora_lite.kernels.expand_backward import launch_expand_backward
 
 SLOW, FAST = tuning.TABLE["nvidia", 2]["expand"][64]  # the first is taken untimed
 MILLISECONDS = {SLOW: 2.0, FAST: 1.0}
@@ -93,14 +95,13 @@ def taken_rows(M: int, R: int, width: int = 1024) -> dict[str, tuple[int, int]]:
     h, A = torch.empty(M, R, dtype=x.dtype), torch.empty(R, width)
     with (
         tuning.force(architecture="sm_90", programs=132),
-        mock.patch.object(shrink, "launch", note),
-        mock.patch.object(shrink, "sum_parts"),
-        mock.patch.object(expand, "launch", note),
-        mock.patch.object(expand, "sum_parts"),
+        mock.patch.multiple(shrink, launch=note, sum_parts=mock.DEFAULT),
+        mock.patch.multiple(expand, launch=note),
+        mock.patch.multiple(expand_backward, launch=note, sum_parts=mock.DEFAULT),
     ):
         shrink.launch_shrink(x, A, x.dtype)
         expand.launch_expand(x, h, A.mT, 0.5)
-        expand.launch_expand_backward(x, h, A.mT.contiguous(), 0.5, True, True)
+        launch_expand_backward(x, h, A.mT.contiguous(), 0.5, True, True)
     return found
 
 
@@ -280,7 +281,9 @@ def taken(call: Callable[[], Any]) -> dict[str, tuple[torch.dtype, torch.dtype]]
         found[kernel] = (x.dtype, dtype)
         return tuning.tuned(kernel, run, x, dtype, *shape, **moves)
 
-    with mock.patch.object(shrink, "tuned", note), mock.patch.object(expand, "tuned", note):
+    with ExitStack() as stack:
+        for module in (shrink, shrink_backward, expand, expand_backward):
+            stack.enter_context(mock.patch.object(module, "tuned", note))
         call()
     return found
 
