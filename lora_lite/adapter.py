@@ -146,8 +146,13 @@ class Adapter(Params):
         process that has a part of a sharded one must call it.
 
         Raises:
-            AttachError: one has no values, or not the shape of its spec.
+            AttachError: one has no values, or not the shape of its spec, or is parametrised.
         """
+        if is_parametrized(self):
+            raise AttachError(
+                "its tensors are parametrised; put what they act with in their place: "
+                "torch.nn.utils.parametrize.remove_parametrizations(adapter, name)"
+            )
         twin = copy.copy(self)
         twin._parameters, twin._buffers = dict(self._parameters), dict(self._buffers)
         for name in self.state_dict():

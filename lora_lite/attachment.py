@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from .quantized import token_dtype, weight_of
 from .renaming import plain_name
 from .shapes import described
 from .site import Site
+from .tables import text_of
 from .targets import Target
 from .whole_modules import WholeModules, settle
 
@@ -93,11 +93,8 @@ class Attachment:
                 f"{trainable:,}",
                 "{} ({})".format(*backends[target.name]),
             )
-        console = Console(width=160, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
         in_full = f"Trained in full: {self.whole}\n" if self.whole.names else ""
-        return capture.get() + in_full + self._what_is_left_out()
+        return text_of(table, 160) + in_full + self._what_is_left_out()
 
     def _what_is_left_out(self) -> str:
         if not self.left_out:

@@ -1,7 +1,7 @@
 """What a model has beside its adapters: the flags to restore, what changed that no adapter's file holds, and PEFT."""
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import Params
 from .quantized import is_dense
-from .renaming import plain_name
+from .renaming import named_modules, named_parameters
 
 _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would cost their size again
 
@@ -21,9 +21,9 @@ class Beside:
     copy of its small buffers, BatchNorm's running statistics among them. No tensor of the base is kept alive."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.flags = {name: p.requires_grad for name, p in _parameters(model, remove_duplicate=False)}
+        self.flags = {name: p.requires_grad for name, p in named_parameters(model, remove_duplicate=False)}
         self.size = sum(p.numel() for p in model.parameters() if not is_lazy(p))
-        self.samples = {name: _sample(p) for name, p in _parameters(model) if _readable(p)}
+        self.samples = {name: _sample(p) for name, p in named_parameters(model) if _readable(p)}
         self.buffers = {name: t.detach().clone() for name, t in buffers(model).items()}
 
     def freeze(self, model: Any) -> None:
@@ -38,7 +38,7 @@ class Beside:
         """The flags as they were, by name: tensors may have been replaced meanwhile. One under a new name gets the flag
         that most had."""
         most = sum(self.flags.values()) * 2 > len(self.flags)
-        for name, p in _parameters(model, remove_duplicate=False):
+        for name, p in named_parameters(model, remove_duplicate=False):
             if p.is_floating_point() or p.is_complex():
                 p.requires_grad = self.flags.get(name, most)
         if (quantizer := getattr(getattr(model, "hf_quantizer", None), "of_the_base", None)) is not None:
@@ -48,11 +48,11 @@ class Beside:
         """What an adapter's file does not hold although it trains or has changed; empty: nothing. `held`: names of
         the base's tensors that some adapter's file holds."""
         own = {id(p) for module in model.modules() if isinstance(module, Params) for p in module.parameters()}
-        trains = [name for name, p in _parameters(model) if p.requires_grad and id(p) not in own]
+        trains = [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in own]
         changed = [name for name, t in buffers(model).items() if differs(self.buffers.get(name), t)]
         moved = [
             name
-            for name, p in _parameters(model)
+            for name, p in named_parameters(model)
             if name in self.samples and name not in trains and _readable(p) and self._is_another(name, _sample(p))
         ]
         trains, changed, moved = ([name for name in names if name not in held] for names in (trains, changed, moved))
@@ -75,11 +75,14 @@ class Beside:
 
 def peft_in(model: nn.Module) -> str:
     """A layer that PEFT has adapted, or else a module of its own (prompts, wrappers), and what it is; empty: none."""
-    layers = [path for path, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)]
-    others = [path for path, m in model.named_modules() if type(m).__module__.startswith("peft.")]
-    for path in (*layers, *others):
-        return f"{path or type(model).__name__} is PEFT's {type(model.get_submodule(path)).__name__}"
+    found = [(path, m) for path, m in model.named_modules() if _is_pefts(m)]
+    for path, module in sorted(found, key=lambda each: not hasattr(each[1], "base_layer")):
+        return f"{path or type(model).__name__} is PEFT's {type(module).__name__}"
     return ""
+
+
+def _is_pefts(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def require_no_peft(model: nn.Module, what: str) -> None:
@@ -109,21 +112,16 @@ def _rebuild(adapted: Any) -> Any:
     return _trainable, (adapted.of_the_base,)
 
 
-def _parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's, by names that no wrapper is part of: a layer may be compiled meanwhile."""
-    return ((plain_name(path), p) for path, p in model.named_parameters(remove_duplicate=remove_duplicate))
-
-
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """The small buffers of the base that a state dict holds."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, Params):
             continue
         for key, t in module.named_buffers(recurse=False):
             if t is None or is_lazy(t) or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
                 continue
-            found[plain_name(f"{path}.{key}" if path else key)] = t
+            found[f"{path}.{key}" if path else key] = t
     return found
 
 

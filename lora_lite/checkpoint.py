@@ -21,11 +21,11 @@ from .beside import require_no_peft
 from .config import AdapterConfig
 from .embeddings import require_size
 from .errors import AttachError, CheckpointError, LoraLiteError, first_of
-from .files import read_tensors, replace_files, writing
+from .files import read_json, read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
 from .params import SITE
-from .renaming import Renaming, plain_name, proposal
+from .renaming import Renaming, named_modules, plain_name, proposal
 from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
@@ -71,9 +71,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
 def save_gathered(model: nn.Module, path: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """`save` on one process, from a state dict of the model whose tensors another library has gathered."""
     attachment = require_attachment(model, name)
-    paths = {id(module): plain_name(path) for path, module in model.named_modules()}
+    names = {id(module): name for name, module in named_modules(model)}
     tensors = {plain_name(key): t for key, t in tensors.items()}
-    of_layer = {target.name: paths[id(target.layer)] for target in attachment.targets}
+    of_layer = {target.name: names[id(target.layer)] for target in attachment.targets}
     found = {
         f"{layer}.{key}": f"{of_layer[layer]}.{SITE}.{name}.{key}"
         for layer, adapter in attachment.adapters.items()
@@ -242,11 +242,8 @@ def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str
 
 def _listed(metadata: dict[str, str], field: str) -> list[str]:
     """A list of names in a file's metadata; empty where there is none."""
-    try:
-        found = json.loads(metadata.get(field, "[]"))
-    except ValueError as error:
-        raise CheckpointError(f"its {field} are not readable ({error})") from error
-    if not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+    found = read_json(metadata.get(field, "[]"), list, f"{field} are")
+    if not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"its {field} must be a list of names; they are {found!r}")
     return found
 
@@ -265,13 +262,10 @@ def _moved(metadata: dict[str, str], moved: Renaming) -> dict[str, str]:
 
 def _shapes(metadata: dict[str, str]) -> dict[str, list[int]]:
     """The file's target layers and their shapes."""
-    try:
-        shapes = json.loads(metadata.get("targets", ""))
-    except ValueError as error:
-        raise CheckpointError(f"its list of target layers is not readable ({error})") from error
+    shapes = read_json(metadata.get("targets", ""), dict, "list of target layers is")
     if metadata.get("fingerprint") != _fingerprint(shapes):
         raise CheckpointError("its list of target layers does not match its fingerprint; the file is damaged")
-    if not (isinstance(shapes, dict) and all(isinstance(each, list) for each in shapes.values())):
+    if not all(isinstance(each, list) for each in shapes.values()):
         raise CheckpointError("its list of target layers must give each one's shape; the file is damaged")
     return shapes
 
@@ -285,7 +279,7 @@ def _described(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> Mappi
 
 def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
     """Modules that train in full, with these tensors; a CheckpointError where they are not the model's."""
-    modules = [plain_name(path) for path, _ in model.named_modules()]
+    modules = [name for name, _ in named_modules(model)]
     if strange := [name for name in names if name not in modules]:
         raise CheckpointError(
             f"the model has no module {first_of(strange)}, which the file holds in full{proposal(names, modules)}"
@@ -307,8 +301,14 @@ def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> lis
     problems += [
         f"{n} has shape {tuple(its.shape)}, not {tuple(t.shape)}" for n, t, its in both if its.shape != t.shape
     ]
-    kinds = [(n, t.dtype, its.dtype) for n, t, its in both if its.is_floating_point() != t.is_floating_point()]
-    return problems + [f"{n} is of {its}, which is not as {t} is" for n, t, its in kinds]
+    return problems + [problem for n, t, its in both if (problem := _another_kind(n, t, its))]
+
+
+def _another_kind(name: str, mine: Tensor, its: Tensor) -> str:
+    """How the second's kind of numbers differs; empty: it doesn't."""
+    if its.is_floating_point() == mine.is_floating_point():
+        return ""
+    return f"{name} is of {its.dtype}, which is not as {mine.dtype} is"
 
 
 def _kind(t: Any) -> str:
@@ -329,11 +329,8 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
         raise CheckpointError(
             f"its format version is {found} and this lora-lite reads up to {FORMAT_VERSION}; upgrade lora-lite"
         )
-    try:
-        values = json.loads(metadata["cfg" if is_original else "config"])
-        name = str(values.get("variant"))
-    except (AttributeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"its config is not readable ({error})") from error
+    values = read_json(metadata.get("cfg" if is_original else "config", ""), dict, "config is")
+    name = str(values.get("variant"))
     if name not in REGISTRY:
         raise CheckpointError(
             f"its variant {name!r} is not registered ({', '.join(REGISTRY)}); import the module that registers it"
@@ -372,7 +369,8 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
 
 
 def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
-    """Copy "<layer>.<tensor>" into the adapters; a CheckpointError where one is missing, unexpected or misshapen."""
+    """Copy "<layer>.<tensor>" into the adapters; a CheckpointError where one is missing, unexpected, misshapen or of
+    another kind of number."""
     wanted = {f"{name}.{key}": t for name, a in adapters.items() for key, t in a.state_dict().items()}
     problems = []
     for name, t in wanted.items():
@@ -380,6 +378,8 @@ def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
             problems.append(f"{name} is missing")
         elif tensors[name].shape != t.shape and not t.numel() == tensors[name].numel() == 1:  # λ of older files: ()
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}")
+        elif problem := _another_kind(name, t, tensors[name]):
+            problems.append(problem)
     problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
     if problems:
         raise CheckpointError(f"its tensors do not fit its config: {first_of(problems)}")

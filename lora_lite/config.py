@@ -207,7 +207,7 @@ def is_number(value: Any) -> bool:
 
 _SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("True or False", lambda value: isinstance(value, bool)),
-    int: ("a whole number", lambda value: isinstance(value, int) and is_number(value)),
+    int: ("a whole number below 2³¹", lambda value: isinstance(value, int) and is_number(value) and abs(value) < 2**31),
     float: ("a number in float32's range", is_number),
     str: ("a string", lambda value: isinstance(value, str)),
     NoneType: ("None", lambda value: value is None),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight
 from .reference import without_autocast
 from .stacks import Stack
+from .tables import text_of
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,7 @@ class Diagnosis:
             dead = ", ".join(row.dead) or "–"
             broken = ", ".join(row.not_finite) or "–"
             table.add_row(row.layer, gradient, dead, f"{row.relative_change:.1e}", rank, row.idle or "–", broken)
-        console = Console(width=140, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
+        return text_of(table, 140)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw change, effective rank and gradient by layer into a picture file. Needs matplotlib."""

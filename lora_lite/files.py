@@ -1,17 +1,20 @@
 """Files and folders on disk: safetensors read strictly, and whatever is written replaced once all of it is there."""
 
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+
+T = TypeVar("T")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -23,6 +26,17 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
+
+
+def read_json(text: str, kind: type[T], what: str) -> T:
+    """The list or dict that JSON text holds; a CheckpointError of `what` where it holds none or is nested too deep."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {what} not readable ({error})") from error
+    if not isinstance(found, kind):
+        raise CheckpointError(f"its {what} not readable (JSON of a {type(found).__name__})")
+    return found
 
 
 def is_folder(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Can an adapter act around this layer? Asked at attach, so that none is put where it would do nothing or harm."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from .quantized import token_dtype, weight_of
 from .shapes import is_embedding, shape
 from .stacks import Stack, unfit_stack
 from .targets import Target, parent_of
+
+# Of a layer's input, before its last dimension: one row, and for a layer that takes groups of rows as many as most
+# numbers of groups divide.
+_SOME_ROWS = ((1,), (1, 48))
 
 
 def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
@@ -43,7 +48,8 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     if y is not None and not isinstance(y, Tensor):
         return f"its forward returns a {type(y).__name__}, and an adapter acts on a tensor"
     if isinstance(y, Tensor) and y.shape[-1:] != shape(layer)[1:]:
-        return f"its forward returns {tuple(y.shape)} for one row, not out_features={shape(layer)[1]}"
+        rows = "one row" if x is None or x.ndim == 2 else f"rows {tuple(x.shape)}"
+        return f"its forward returns {tuple(y.shape)} for {rows}, not out_features={shape(layer)[1]}"
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
     if to_train and (packed or (x is not None and isinstance(y, Tensor) and not _passes_gradient(x, y))):
         raise AttachError(
@@ -63,9 +69,9 @@ def _passes_gradient(x: Tensor, y: Tensor) -> bool:
 
 
 def run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
-    """A row of numbers and what the layer makes of it: not asked of nn.Linear, whose forward is known, nor of layers of
-    bitsandbytes, which pack their weights anew at their first forward, nor where the weight is not whole. None: the
-    layer can't run it."""
+    """A row of numbers, or some, and what the layer makes of them: not asked of nn.Linear, whose forward is known, nor
+    of layers of bitsandbytes, which pack their weights anew at their first forward, nor where the weight is not whole.
+    None: the layer can't run it."""
     weight: Any = weight_of(layer)
     plain = type(layer).forward is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter)
     if plain or type(weight).__name__ in ("Params4bit", "Int8Params") or is_sharded(weight) or weight.is_meta:
@@ -82,9 +88,10 @@ def run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
 
 
 def _tried(layer: Any, weight: Tensor, cuda: list[torch.device]) -> tuple[Tensor | None, Any]:
-    for dtype in dict.fromkeys((token_dtype(layer), torch.float32)):
+    for rows, dtype in itertools.product(_SOME_ROWS, dict.fromkeys((token_dtype(layer), torch.float32))):
         with torch.enable_grad(), torch.random.fork_rng(devices=cuda):
-            x = torch.linspace(-1, 1, shape(layer)[0], dtype=dtype, device=weight.device)[None].requires_grad_()
+            row = torch.linspace(-1, 1, shape(layer)[0], dtype=dtype, device=weight.device)
+            x = row.repeat(*rows, 1).requires_grad_()
             try:
                 return x, layer.forward(x * 1)
             except Exception:  # whatever it is: the layer's own forward will raise it again

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
 from .beside import peft_in
-from .renaming import plain_name
+from .renaming import named_modules
 from .site import Site, waiting
 from .targets import Target, fold
 from .whole_modules import WholeModules, standing
@@ -279,8 +279,8 @@ def listing(layers: list[str]) -> str:
 
 def current_names(model: nn.Module, targets: list[Target]) -> dict[str, str]:
     """Each target's name in the model as it is now, by the name that it had; a layer that has left keeps its own."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {t.name: plain_name(paths[id(t.layer)]) if id(t.layer) in paths else t.name for t in targets}
+    names = {id(module): name for name, module in named_modules(model)}
+    return {t.name: names.get(id(t.layer), t.name) for t in targets}
 
 
 def astray(model: nn.Module, whole: WholeModules) -> list[str]:
@@ -293,8 +293,8 @@ def astray(model: nn.Module, whole: WholeModules) -> list[str]:
 
 
 def _is_frozen(adapter: Adapter) -> bool:
-    trains = [name for name, _ in adapter.named_parameters() if adapter.specs[name].trainable]
-    return bool(trains) and not any(getattr(adapter, name).requires_grad for name in trains)
+    has_any = any(spec.trainable for spec in adapter.specs.values())
+    return has_any and not any(p.requires_grad for p in adapter.parameters())
 
 
 @_disable_dynamo  # where a step is compiled, this runs beside it

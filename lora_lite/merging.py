@@ -33,20 +33,22 @@ from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .renaming import plain_name
+from .renaming import named_modules, named_parameters
 from .shapes import is_conv1d, is_conv1d_in_files, is_embedding
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
 from .targets import is_linear
 
 _ROWS = 1024  # of the identity at a time
+_EXTRA = "_extra_state"  # PyTorch's key for what `get_extra_state` gives
 
 
 def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state dict of a plain model that computes what this one does now, with the adapters that act, in evaluation.
 
     Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
-    quantised layers, made dense. The rest are the base's own, in whose memory nothing changes.
+    quantised layers, made dense. The rest are the base's own, in whose memory nothing changes, and what modules that
+    have a `get_extra_state` give.
 
     Warns by name about adapters that do nothing in the adapted model, about numbers beyond float16's range, and about
     weights that are tied there and not in the merged one: a model that ties them would take one for the other.
@@ -76,9 +78,9 @@ def _state_dict(model: nn.Module, dtype: torch.dtype | None, what: str) -> dict[
         if id(module) not in of_module:
             of_module[id(module)] = _merged(module, dtype)
         found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
-    weights = {plain_name(path) for path, _ in model.named_parameters(remove_duplicate=False)}
-    narrow = {name: t for name, t in found.items() if t.dtype == torch.float16}
-    if beyond := not_finite({name: t for name, t in narrow.items() if name in weights}):
+    weights = {name for name, _ in named_parameters(model, remove_duplicate=False)}
+    narrow = {name: t for name, t in found.items() if name in weights and t.dtype == torch.float16}
+    if beyond := not_finite(narrow):
         warnings.warn(f"{what}: {first_of(beyond)} has numbers beyond float16's range", stacklevel=4)
     return found
 
@@ -109,7 +111,7 @@ def _parameters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[s
         with torch.no_grad():
             found = _merged(module, dtype)
         for key, t in found.items():
-            if key not in tied and key not in module._buffers:
+            if key not in tied and key not in module._buffers and key != _EXTRA:
                 yield f"{path}.{key}" if path else key, t
 
 
@@ -133,6 +135,8 @@ def save_merged(
         TypeError: the dtype is none for weights, or options are given for a model that is not transformers'.
     """
     model, folder = unwrap(model), Path(folder)
+    if own := sorted(options.keys() & {"save_directory", "state_dict"}):
+        raise TypeError(f"save_merged: it gives save_pretrained {' and '.join(own)} itself; leave that out")
     _check(model, "save_merged", dtype)
     if not _is_transformers(model):
         if options:
@@ -141,7 +145,7 @@ def save_merged(
                 f"{type(model).__name__} is written as one model.safetensors; leave them out"
             )
         _warn_of_parted(model, "save_merged")
-        tensors = _apart(_state_dict(model, dtype, "save_merged"))
+        tensors = _apart(_for_a_file(_state_dict(model, dtype, "save_merged")))
         with writing_folder("save_merged", folder):
             replace_files(
                 {folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})}
@@ -149,7 +153,7 @@ def save_merged(
         return
     if parted := _parted(model):
         _require_untied(model, parted)
-    tensors = _state_dict(model, dtype, "save_merged")
+    tensors = _for_a_file(_state_dict(model, dtype, "save_merged"))
     plain = _skeleton(model, tensors, tied=not parted)
     if parted:  # under all their names, also those that stay equal: nothing ties them when they are loaded
         tensors = _apart(tensors)
@@ -172,6 +176,17 @@ def _is_obsolete(name: str, written: set[str]) -> bool:
     kind = re.compile(r"(model(?:\.[^.]+)?)(-\d{5}-of-\d{5}\.safetensors|\.safetensors(\.index\.json)?)")
     found = kind.fullmatch(name)
     return found is not None and found[1] in {each[1] for other in written if (each := kind.fullmatch(other))}
+
+
+def _for_a_file(found: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors, with a warning where there is something else: a module's own extra state."""
+    if others := [name for name, t in found.items() if not isinstance(t, Tensor)]:
+        warnings.warn(
+            f"save_merged: {first_of(others)} is left out, since a safetensors file holds tensors alone; "
+            "merged_state_dict has it",
+            stacklevel=3,
+        )
+    return {name: t for name, t in found.items() if name not in others}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,8 +228,7 @@ def _check(model: nn.Module, what: str, dtype: torch.dtype | None) -> None:
 def _base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The base's, without what adapters have put there, and without what the weights that they change are made of."""
     made_of: tuple[str, ...] = ()  # the beginnings of names
-    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
-        path = plain_name(path)
+    for path, module in named_modules(model, remove_duplicate):
         if SITE in module._modules:
             made = [key for key in ("weight", "bias") if is_parametrized(module, key)]
             made_of += tuple(f"{path}.parametrizations.{key}.".removeprefix(".") for key in made)
@@ -297,7 +311,7 @@ def _merged(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A module's own parameters and persistent buffers."""
+    """What a state dict has of the module itself."""
     names = [name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)]
     names += [
         name
@@ -310,6 +324,8 @@ def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
         assert t is not None
         t = whole(t).detach()
         found[name] = t.to(dtype) if dtype is not None and t.is_floating_point() else t
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        found[_EXTRA] = module.get_extra_state()
     return found
 
 

@@ -7,6 +7,8 @@ A user passes `prefix_map={"model.layers": "model.language_model.layers"}`; wher
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
+from torch import nn
+
 from .errors import CheckpointError
 from .stacks import STACKS
 
@@ -18,6 +20,16 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", ST
 def plain_name(name: str) -> str:
     """The name without the wrappers that torch.compile and checkpointing put around modules."""
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The model's, by plain names."""
+    return ((plain_name(path), module) for path, module in model.named_modules(remove_duplicate=remove_duplicate))
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's, by plain names."""
+    return ((plain_name(path), p) for path, p in model.named_parameters(remove_duplicate=remove_duplicate))
 
 
 class Renaming:

@@ -53,7 +53,7 @@ class Rows:
             self._check_tokens(tokens.total, layer)
             ends = self._ends(device).long()
         else:
-            each, over = divmod(tokens.total, len(self.names))
+            each, over = tokens.total // len(self.names), tokens.total % len(self.names)  # of symbols too
             if over or self.batch_dim:
                 raise ValueError(
                     f"use(model, [...]) named the adapters of {len(self.names)} entries on dimension {self.batch_dim}, "

@@ -18,7 +18,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
-from .renaming import WRAPPED, plain_name
+from .renaming import WRAPPED, named_modules, named_parameters
 from .shapes import SHAPELESS, features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
@@ -105,8 +105,7 @@ def _role_of_kind(layer: nn.Module) -> Role | None:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Whatever may be adapted, by name."""
-    for path, module in model.named_modules():
-        name = plain_name(path)
+    for name, module in named_modules(model):
         if is_linear(module) or is_embedding(module):
             yield name, module
         elif is_experts(module) and STACKS not in module._modules:
@@ -201,8 +200,7 @@ def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], ta
         for pattern in cfg.target_names:
             if not _finds(pattern, chosen):
                 raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg, pattern))
-        for path, module in model.named_modules():
-            name = plain_name(path)
+        for name, module in named_modules(model):
             wanted, excluded = (any(_finds(each, [name]) for each in p) for p in (cfg.target_names, cfg.exclude_names))
             if wanted and not excluded and is_shapeless(module):
                 raise AttachError(f"{name}, which target_names matches, can't be adapted yet: {SHAPELESS}")
@@ -216,7 +214,7 @@ def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], ta
                     f"{field}: {pattern!r} matches none of the {len(chosen)} layers that are adapted, such as "
                     f"{chosen[0]}{_nearest(pattern, chosen)}; correct it or leave it out"
                 )
-    everything = [plain_name(path) for path, _ in (*model.named_modules(), *model.named_parameters())]
+    everything = [name for name, _ in (*named_modules(model), *named_parameters(model))]
     for pattern in cfg.exclude_names:
         if pattern not in USUALLY_LEFT_OUT and not _finds(pattern, everything):
             raise AttachError(

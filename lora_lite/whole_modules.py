@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import is_sharded, whole
-from .renaming import plain_name
+from .renaming import named_modules, plain_name
 from .shapes import SHAPELESS
 
 
@@ -189,8 +189,7 @@ def settle(groups: list[tuple[WholeModules, bool]]) -> None:
 
 def standing(model: nn.Module) -> Iterator[tuple[_Place, Tensor]]:
     """Where the model's parameters and persistent buffers stand, by each of their names."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        name = plain_name(path)
+    for name, module in named_modules(model, remove_duplicate=False):
         for held, key, t in _held(module):
             yield _Place(f"{name}.{key}" if name else key, held, key), t
 

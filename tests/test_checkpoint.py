@@ -492,6 +492,8 @@ def with_config(metadata: dict[str, str], **fields: Any) -> None:
     metadata["config"] = json.dumps({**json.loads(metadata["config"]), **fields})
 
 
+DEEP = "[" * 100_000
+
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list[str]]] = {
     "missing tensor": (lambda m, t: t.pop(f"{Q0}.lora_B"), [f"{Q0}.lora_B is missing"]),
     "missing layer": (
@@ -518,7 +520,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
     "list field of another type": (lambda m, t: with_config(m, target_roles=3), ["LoRAConfig.target_roles must be"]),
     "field of another type, of one variant": (
         lambda m, t: with_config(m, variant="antipasto", block_size="4"),
-        ["AntiPaSTOConfig.block_size must be a whole number; got '4'"],
+        ["AntiPaSTOConfig.block_size must be a whole number below 2³¹; got '4'"],
     ),
     "unknown dtype": (lambda m, t: with_config(m, dtype="float7"), ["LoRAConfig.dtype must be"]),
     "dtype of 8 bits": (
@@ -526,16 +528,31 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], list
         ["LoRAConfig.dtype must be", "16 bits or more"],
     ),
     "rank that is a flag": (lambda m, t: with_config(m, r=True), ["LoRAConfig.r must be", "got True"]),
-    "whole modules are no list": (lambda m, t: m.update(whole_modules="3"), ["its whole_modules must be a list", "3"]),
+    "whole modules are no list": (
+        lambda m, t: m.update(whole_modules="3"),
+        ["its whole_modules are not readable (JSON of a int)"],
+    ),
     "whole tensors are no names": (lambda m, t: m.update(whole_tensors="[3]"), ["its whole_tensors must be", "[3]"]),
     "targets are a list": (
         lambda m, t: m.update(targets="[3]", fingerprint=hashlib.sha256(b"[3]").hexdigest()),
-        ["list of target layers must give each one's shape"],
+        ["list of target layers is not readable (JSON of a list)"],
     ),
     "dtype that is a function": (lambda m, t: with_config(m, dtype="save"), ["LoRAConfig.dtype must be"]),
     "config is no object": (lambda m, t: m.update(config="[]"), ["config is not readable"]),
     "config is no JSON": (lambda m, t: m.update(config="{"), ["config is not readable"]),
     "config is missing": (lambda m, t: m.pop("config"), ["config is not readable"]),
+    "config nested too deep": (lambda m, t: m.update(config=DEEP), ["config is not readable"]),
+    "targets nested too deep": (lambda m, t: m.update(targets=DEEP), ["list of target layers is not readable"]),
+    "whole modules nested too deep": (lambda m, t: m.update(whole_modules=DEEP), ["whole_modules are not readable"]),
+    "a rank beyond all memory": (lambda m, t: with_config(m, r=10**20), ["LoRAConfig.r must be a whole number below"]),
+    "whole numbers": (
+        lambda m, t: t.update({f"{Q0}.lora_A": torch.ones(4, 32, dtype=torch.int8)}),
+        [f"{Q0}.lora_A is of torch.int8, which is not as torch.float32 is"],
+    ),
+    "complex numbers": (
+        lambda m, t: t.update({f"{Q0}.lora_B": torch.ones(32, 4, dtype=torch.complex64)}),
+        [f"{Q0}.lora_B is of torch.complex64"],
+    ),
     "newer format": (lambda m, t: m.update(format_version="2"), ["version is 2", "up to 1", "upgrade"]),
     "format that is no number": (lambda m, t: m.update(format_version="²"), ["version is ²"]),
     "fingerprint": (lambda m, t: m.update(fingerprint="0" * 64), ["does not match its fingerprint"]),

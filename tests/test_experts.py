@@ -228,7 +228,7 @@ def test_save_merged_writes_a_plain_mixture(tmp_path: Path) -> None:
     assert plain.config._experts_implementation != "lora_lite"
 
 
-def test_checkpointing_and_compile() -> None:
+def test_checkpointing() -> None:
     model = mixture()
     adapted(model)
     batch = {"input_ids": token_ids(), "labels": token_ids()}
@@ -246,8 +246,13 @@ def test_checkpointing_and_compile() -> None:
         model(**batch).loss.backward()
         for name, theirs in zip(names, want, strict=True):
             assert_close(model.get_parameter(name).grad, theirs, 1e-5, name)
-    model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("by_entry", [False, True])
+def test_compile(by_entry: bool) -> None:
+    adapted(model := mixture(), target_names=(ON_EXPERTS, "o_proj"))
     block = model.model.layers[0].mlp
+    ll.use(model, ["default", None] if by_entry else "default")
     compiled = torch.compile(block, fullgraph=True)
     for length in (17, 9, 12):
         x = torch.randn(2, length, 32, requires_grad=True)

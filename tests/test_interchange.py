@@ -677,8 +677,17 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
     folder = a_lora(tmp_path / "pickled")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     refused(folder, "pickle")
-    (folder / "adapter_config.json").write_text("[]")
-    refused(folder, "no object")
+    file = a_lora(tmp_path / "crafted") / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for text, why in {
+        "[]": "adapter_config.json is not readable",
+        '{"a":' * 100_000: "adapter_config.json is not readable",
+        json.dumps({**config, "peft_type": []}): "its peft_type must be a name",
+        json.dumps({**config, "lora_dropout": 10**400}): "its lora_dropout must be a number",
+        json.dumps({**config, "r": 10**20}): r"r must be a whole number below",
+    }.items():
+        file.write_text(text)
+        refused(file.parent, why)
 
 
 def test_export_leaves_a_pair_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -475,6 +475,48 @@ def test_weights_that_are_made_of_others(of: Any) -> None:
     assert_close(plain(x), model(x), 1e-5)
 
 
+class Counts(nn.Module):
+    """Has a state that is no parameter and no buffer."""
+
+    def __init__(self, seen: Any = 0) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(8, 8), seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.seen
+
+    def get_extra_state(self) -> Any:
+        return self.seen
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state
+
+
+@pytest.mark.parametrize("seen", [torch.tensor(3.0), 3])
+def test_extra_state(seen: Any, tmp_path: Path) -> None:
+    model, x = Counts(seen), torch.randn(2, 8)
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    (plain := Counts()).load_state_dict(ll.merged_state_dict(model))
+    assert_close(plain(x), model(x), 1e-6)
+    assert [name for name, _ in merging.merged_parameters(model)] == ["linear.weight", "linear.bias"]
+    if isinstance(seen, Tensor):
+        ll.save_merged(model, tmp_path)
+    else:
+        with pytest.warns(UserWarning, match="save_merged: _extra_state is left out, since a safetensors file holds"):
+            ll.save_merged(model, tmp_path)
+    assert ("_extra_state" in load_file(tmp_path / "model.safetensors")) == isinstance(seen, Tensor)
+
+
+def test_options_that_save_merged_gives_itself(tmp_path: Path) -> None:
+    model = llama()
+    attach(model, "lora")
+    for name in ("state_dict", "save_directory"):
+        with pytest.raises(TypeError, match=f"it gives save_pretrained {name} itself"):
+            ll.save_merged(model, tmp_path / "new", **{name: {}})
+    assert not (tmp_path / "new").exists()
+
+
 def test_refuses() -> None:
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         ll.merged_state_dict(llama())

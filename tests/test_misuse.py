@@ -306,8 +306,8 @@ def test_batch_that_the_model_refuses() -> None:
 BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.LoRAConfig, {"r": 0}, "at least 1; got 0"),
     (ll.LoRAConfig, {"r": -4}, "at least 1; got -4"),
-    (ll.LoRAConfig, {"r": 4.0}, "a whole number; got 4.0"),
-    (ll.LoRAConfig, {"r": "8"}, "a whole number; got '8'"),
+    (ll.LoRAConfig, {"r": 4.0}, "a whole number below 2³¹; got 4.0"),
+    (ll.LoRAConfig, {"r": "8"}, "a whole number below 2³¹; got '8'"),
     (ll.LoRAConfig, {"alpha": 0}, "greater than 0; got 0"),
     (ll.LoRAConfig, {"alpha": -16.0}, "greater than 0; got -16.0"),
     (ll.LoRAConfig, {"alpha": math.nan}, "a number in float32's range; got nan"),
@@ -316,7 +316,7 @@ BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.LoRAConfig, {"dtype": torch.int8}, "a floating-point torch.dtype of 16 bits or more; got torch.int8"),
     (ll.LoRAConfig, {"dtype": "bfloat16"}, "a floating-point torch.dtype of 16 bits or more; got 'bfloat16'"),
     (ll.LoRAConfig, {"dtype": torch.float8_e4m3fn}, "16 bits or more; got torch.float8_e4m3fn"),
-    (ll.LoRAConfig, {"r": True}, "a whole number; got True"),
+    (ll.LoRAConfig, {"r": True}, "a whole number below 2³¹; got True"),
     (ll.LoRAConfig, {"alpha": True}, "a number in float32's range; got True"),
     (ll.LoRAConfig, {"alpha": 10**400}, "a number in float32's range; got 1000"),
     (ll.LoRAConfig, {"dropout": False}, "a number in float32's range; got False"),
@@ -362,12 +362,12 @@ BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.EVAConfig, {"rho": True}, "a number in float32's range; got True"),
     (ll.DeLoRAConfig, {"lambda0": 1e300}, "a number in float32's range; got 1e+300"),
     (ll.DeLoRAConfig, {"lambda0": "15"}, "a number in float32's range; got '15'"),
-    (ll.AntiPaSTOConfig, {"block_size": "4"}, "a whole number; got '4'"),
-    (ll.AntiPaSTOConfig, {"block_size": 2.0}, "a whole number; got 2.0"),
+    (ll.AntiPaSTOConfig, {"block_size": "4"}, "a whole number below 2³¹; got '4'"),
+    (ll.AntiPaSTOConfig, {"block_size": 2.0}, "a whole number below 2³¹; got 2.0"),
     (ll.AntiPaSTOConfig, {"max_rotation_angle": None}, "a number in float32's range; got None"),
     (ll.RoadConfig, {"kind": True}, "one of (1, 2, 4); got True"),
     (ll.RoadConfig, {"kind": [1]}, "one of (1, 2, 4); got [1]"),
-    (ll.RoadConfig, {"group_size": "64"}, "a whole number; got '64'"),
+    (ll.RoadConfig, {"group_size": "64"}, "a whole number below 2³¹; got '64'"),
 ]
 
 
@@ -435,7 +435,11 @@ def test_a_config_of_ones_own() -> None:
     cfg = OwnConfig(**values)
     assert (cfg.gates, cfg.power, cfg.mode, cfg.note) == ((1, 2), 3, "slow", {"a": True})
     assert OwnConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
-    refused(ll.ConfigError, lambda: OwnConfig(power="3"), "OwnConfig.power must be a whole number or None; got '3'")  # type: ignore[arg-type]
+    refused(
+        ll.ConfigError,
+        lambda: OwnConfig(power="3"),
+        "OwnConfig.power must be a whole number below 2³¹ or None; got '3'",
+    )  # type: ignore[arg-type]
     refused(ll.ConfigError, lambda: OwnConfig(mode="no"), "OwnConfig.mode must be one of ('fast', 'slow')")  # type: ignore[arg-type]
     refused_attach(OwnConfig(note=torch.ones(2)), "OwnConfig.note can't be written to a file", error=ll.ConfigError)
 

@@ -621,6 +621,53 @@ def test_gains_of_a_bfloat16_model_move() -> None:
 # ---- other libraries' adapters and files ----
 
 
+class GroupedLinear(nn.Linear):
+    """A weight of blocks, each for a group of rows (DeepSeek-V4's output projection)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.weight.view(4, -1, self.in_features).mT
+        y = x.reshape(-1, 4, self.in_features).transpose(0, 1) @ W
+        return y.transpose(0, 1).reshape(*x.shape[:-2], 4, -1)
+
+
+def test_a_layer_whose_blocks_are_for_groups() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.Unflatten(-1, (4, 8)), GroupedLinear(8, 16))
+    attachment = ll.attach(model, L(r=2, target_roles=()))
+    assert "its forward returns (1, 4, 48) for rows (1, 48, 8), not out_features=16" in attachment.summary()
+    assert [target.name for target in attachment.targets] == ["0"]
+    model(torch.randn(3, 8))
+
+
+def test_names_with_brackets_are_shown() -> None:
+    model = nn.ModuleDict({"[red]": nn.Linear(8, 8), ":cat:": nn.Linear(8, 8)})
+    attachment = ll.attach(model, L(r=2, target_roles=()), name="run[/v2]")
+    for text in (attachment.summary(), ll.diagnose(model).summary()):
+        assert "[red]" in text
+        assert ":cat:" in text
+    assert "run[/v2]" in attachment.summary()
+
+
+def test_a_base_layer_of_ones_own() -> None:
+    model = nn.ModuleDict({"base_layer": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    assert len(ll.attach(model, L(r=2, target_roles=())).targets) == 2
+
+
+def test_a_parametrised_adapter(tmp_path: Path) -> None:
+    """It trains; a file has no place for what its tensors are made of."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    attachment = ll.attach(model, L(r=2, target_roles=()))
+    adapter = attachment.adapters["0"]
+    torch.nn.utils.parametrizations.weight_norm(adapter, "lora_A")
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, 8)).square().sum().backward()
+        optimizer.step()
+    with pytest.raises(ll.CheckpointError, match=r"0: its tensors are parametrised; .*remove_parametrizations"):
+        ll.save(model, tmp_path / "a.safetensors")
+    torch.nn.utils.parametrize.remove_parametrizations(adapter, "lora_A")
+    ll.save(model, tmp_path / "a.safetensors")
+
+
 def test_a_model_that_peft_adapts_is_refused() -> None:
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     for names in (("q_proj",), ("k_proj",), ()):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..attachment import DEFAULT, Attachment, require_attachment, unwrap
 from ..checkpoint import warn_of_losses
 from ..errors import AttachError, CheckpointError, first_of
-from ..files import is_folder, read_tensors, replace_files, writing_folder
+from ..files import is_folder, read_json, read_tensors, replace_files, writing_folder
 from ..renaming import Renaming
 from .exporting import as_lora, as_they_are, patterns
 from .formats import PREFIX
@@ -144,11 +144,8 @@ def _in_pefts_terms(
             f"it holds {first_of(strange)}, which are not in diffusers' present format; rewrite it by "
             "pipeline.load_lora_weights(path) and pipeline.save_lora_weights(folder, ...)"
         )
-    try:
-        configs = json.loads(metadata.get(_METADATA, "{}"))
-        config = {key.removeprefix(start): value for key, value in configs.items() if key.startswith(start)}
-    except (AttributeError, ValueError) as error:
-        raise CheckpointError(f"its {_METADATA} are not readable ({error})") from error
+    configs = read_json(metadata.get(_METADATA, "{}"), dict, f"{_METADATA} are")
+    config = {key.removeprefix(start): value for key, value in configs.items() if key.startswith(start)}
     config = config or _from_tensors(mine, alphas)
     return {**config, "peft_type": "LORA"}, {PREFIX + key: t for key, t in mine.items()}
 

@@ -24,7 +24,7 @@ from ..files import replace_files, writing_folder
 from ..idle import current_names
 from ..params import SITE
 from ..primitives import LowRankAdd
-from ..renaming import plain_name
+from ..renaming import named_parameters
 from ..shapes import is_conv1d
 from ..stacks import Stack
 from ..targets import stacks_among
@@ -275,7 +275,7 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str, by_weigh
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
     }
     if parameters := [*stacks, *(layer + WEIGHT for layer in by_weight)]:
-        own = {plain_name(path) for path, _ in model.named_parameters() if SITE not in path.split(".")}
+        own = {name for name, _ in named_parameters(model) if SITE not in name.split(".")}
         if more := [name for name in sorted(own - set(parameters)) if matches(parameters, name)]:
             raise AttachError(
                 f"export_peft: {more[0]} ends as an adapted parameter is named, and PEFT would adapt it too; adapt "

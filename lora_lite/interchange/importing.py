@@ -1,6 +1,5 @@
 """import_peft: an adapter that PEFT saved, attached."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -16,11 +15,11 @@ from ..attaching import build, check_free, derive, init, install, whole_modules
 from ..attachment import DEFAULT, Attachment, unwrap
 from ..backend import check_backend
 from ..checkpoint import fill, filled, named_targets, not_in_file
-from ..config import AdapterConfig
+from ..config import AdapterConfig, is_number
 from ..errors import CheckpointError, LoraLiteError, first_of
-from ..files import read_tensors
+from ..files import read_json, read_tensors
 from ..quantized import weight_of
-from ..renaming import Renaming, plain_name, proposal
+from ..renaming import Renaming, named_parameters, proposal
 from ..stacks import Stack
 from ..targets import Target, candidates
 from ..variant import REGISTRY
@@ -131,12 +130,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 "it is a file; name the folder that holds it and an adapter_config.json, or call load"
             )
-        config = json.loads((folder / "adapter_config.json").read_text())
+        text = (folder / "adapter_config.json").read_text()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its adapter_config.json is not readable ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError("its adapter_config.json is no object")
-    return config
+    return read_json(text, dict, "adapter_config.json is")
 
 
 def _check_fields(config: dict[str, Any]) -> None:
@@ -159,12 +156,12 @@ def _check_fields(config: dict[str, Any]) -> None:
             "rank_pattern alpha_pattern",
             lambda value: isinstance(value, dict) and all(map(_is_expression, map(as_searched, value))),
         ),
-        "a number": ("lora_dropout module_dropout delora_lambda", lambda value: isinstance(value, int | float)),
+        "a number": ("lora_dropout module_dropout delora_lambda", lambda value: value == 0 or is_number(value)),
         "an index or a list of indices": (
             "layers_to_transform",
             lambda value: all(isinstance(i, int) for i in (value if isinstance(value, list) else [value])),
         ),
-        "a name": ("variant", lambda value: isinstance(value, str)),
+        "a name": ("peft_type variant", lambda value: isinstance(value, str)),
     }
     for wanted, (fields, fits) in kinds.items():
         for field in fields.split():
@@ -289,7 +286,7 @@ def _unstacked(
     found = {moved.old(t.name): replace(t, name=moved.old(t.name)) for t in candidates(model) if _is_stack(t)}
     mine = [t for t in found.values() if matches(wanted, t.name)]
     if missing := [name for name in wanted if not any(matches([name], t.name) for t in mine)]:
-        own = [moved.old(plain_name(path)) for path, _ in model.named_parameters()]
+        own = [moved.old(name) for name, _ in named_parameters(model)]
         if others := [name for name in missing if any(matches([name], each) for each in own)]:
             raise CheckpointError(
                 f"its target_parameters name {first_of(others)}, and lora-lite adapts stacked experts and linear layers"

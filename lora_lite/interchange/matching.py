@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..params import SITE
-from ..renaming import plain_name
+from ..renaming import named_modules, plain_name
 from ..stacks import Stack
 from ..targets import Target
 
@@ -92,9 +92,8 @@ def ends(names: Iterable[str], name: str) -> bool:
 def modules_of(model: nn.Module) -> dict[str, str]:
     """The names of the model's modules, all that each has, and its first by each."""
     first, found = {}, {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if SITE not in path.split("."):
-            name = plain_name(path)
+    for name, module in named_modules(model, remove_duplicate=False):
+        if SITE not in name.split("."):
             found[name] = first.setdefault(id(module), name)
     return found
 
@@ -103,9 +102,9 @@ def in_two_places(model: nn.Module, targets: Iterable[Target]) -> list[str]:
     """The names of the first of these layers that stands in several places: PEFT adapts it in one, the first. A block
     that stands in several is no such layer, nor are those within it."""
     places: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for name, module in named_modules(model):
         for key, child in module._modules.items():
-            places.setdefault(id(child), []).append(plain_name(f"{path}.{key}" if path else key))
+            places.setdefault(id(child), []).append(plain_name(f"{name}.{key}" if name else key))
     layers: Iterable[Any] = (target.layer for target in targets)
     found = (places.get(id(layer.experts if isinstance(layer, Stack) else layer), []) for layer in layers)
     return next((names for names in found if len(names) > 1), [])
