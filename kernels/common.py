@@ -16,6 +16,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from ..reference import autocast_dtype
 from . import interpreter
 from .launching import launch
 from .tuning import allows_tf32, architecture, cdiv, has_tf32, power_of_2
@@ -144,7 +145,4 @@ def precision(t: Tensor, dtype: torch.dtype, many_tiles: bool = True) -> str:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with x: autocast's where that is on."""
-    if not torch._C._is_any_autocast_enabled():
-        return x.dtype
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return autocast_dtype(x.device) or x.dtype

@@ -71,6 +71,9 @@ class Adapter(Params):
 
     def derive(self, layer: nn.Module) -> None:
         """What the variant derives from the base weight."""
+        for name, spec in self.specs.items():  # left behind where others were assigned: load_state_dict(assign=True)
+            if spec.derived and (t := getattr(self, name)).device != self.device:
+                self._buffers[name] = torch.empty_like(t, device=self.device)
         for p, each in self.each(layer):
             self.variant.derive(p, each, self.cfg)
         if self.derives:

@@ -20,7 +20,6 @@ from .attachment import (
     chosen,
     forget,
     in_force,
-    naming,
     record,
     settle_modules,
     sites_of,
@@ -31,7 +30,7 @@ from .beside import Beside, peft_in
 from .calibration import CalibrationData, OfExperts, Statistic, gather, require_batches
 from .config import AdapterConfig
 from .embeddings import require_inputs, require_sum
-from .errors import AttachError, UnfitError
+from .errors import AttachError, UnfitError, naming
 from .fitness import unfit
 from .idle import Watch, listing
 from .left_out import left_out
@@ -139,7 +138,7 @@ def _gathered(
     """The statistic of each target's input."""
     statistics = {}
     for t in targets:
-        with naming(t):
+        with naming(t.label):
             statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
     with joined(stacks_among(targets)):
         return gather(model, statistics, data)
@@ -210,7 +209,7 @@ def _with_divided_ranks(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:
     ranks: dict[str, int] = {}
     for target in choose(model, cfg)[0]:
         if isinstance(target.layer, Stack):
-            with naming(target):
+            with naming(target.label):
                 r = max(1, cfg.r // target.layer.active)
             ranks[rf"^{re.escape(target.name)}$"] = r
     if not ranks:
@@ -233,7 +232,7 @@ def _built(
     problem: UnfitError | None = None
     for target in selected:
         try:
-            with naming(target):
+            with naming(target.label):
                 require_fit(model, target)
                 own = cfg.for_layer(target.name)
                 variant.check_worth(*shape(target.layer), own)
@@ -267,7 +266,7 @@ def build(target: Target, variant: type[Variant], cfg: AdapterConfig, backend: s
     own = cfg.for_layer(target.name)
     if target.role == "embedding":
         own = dataclasses.replace(own, dropout=0.0)
-    with naming(target):
+    with naming(target.label):
         return Adapter(target, variant, own, backend, to_fill=True)
 
 
@@ -276,7 +275,7 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     at a time are done side by side, where the method allows it and the weights are dense already."""
 
     def of(t: Target) -> None:
-        with naming(t):
+        with naming(t.label):
             for p, layer in adapters[t.name].each(t.layer):
                 adapters[t.name].variant.init(p, layer, adapters[t.name].cfg)
 
@@ -303,7 +302,7 @@ def _dense_on_cpu(t: Target) -> bool:
 def derive(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     """`Variant.derive` for each layer."""
     for t in targets:
-        with naming(t):
+        with naming(t.label):
             adapters[t.name].derive(t.layer)
 
 
@@ -345,7 +344,7 @@ def install(
         AttachError: an adapter of this method can't stand on an embedding, which is among the targets.
     """
     for target in targets:
-        with naming(target):
+        with naming(target.label):
             require_sum(adapters[target.name], target.layer)
     in_force(targets, backend)  # warns now, and not in the middle of a forward, where "triton" has to fall back
     others = attachments(model)

@@ -1,7 +1,6 @@
 """Attachment: the record of what `attach` put on a model under a name, and how to look it up."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -245,14 +244,3 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _is_deepspeed(model: nn.Module) -> bool:
     return any(each.__name__ == "DeepSpeedEngine" for each in type(model).__mro__)
-
-
-@contextmanager
-def naming(target: Target) -> Iterator[None]:
-    """Name the layer in what is raised about it."""
-    try:
-        yield
-    except AttachError as error:
-        layer: Any = target.layer
-        error.args = (f"{target.name} ({described(layer)}): {error}",)
-        raise

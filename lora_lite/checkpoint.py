@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .attaching import build, check_free, derive, install, whole_modules
-from .attachment import DEFAULT, Attachment, attachments, naming, require_attachment, state_dict, unwrap
+from .attachment import DEFAULT, Attachment, attachments, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .beside import require_no_peft
 from .config import AdapterConfig
 from .embeddings import require_size
-from .errors import AttachError, CheckpointError, LoraLiteError, first_of
+from .errors import AttachError, CheckpointError, LoraLiteError, first_of, naming
 from .files import read_json, read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
@@ -362,7 +362,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
             f"{proposal(list(described), layers)}"
         )
     for target in (targets := [layers[name] for name in described]):
-        with naming(target):
+        with naming(target.label):
             if why := unfit(model, target):
                 raise CheckpointError(f"{target.name}: {why}")
     return targets

@@ -53,7 +53,7 @@ def _looks_up(layer: Any) -> bool:
     twin = copy.copy(layer)
     twin._parameters = {**layer._parameters, "weight": nn.Parameter(rows)}
     try:
-        ids = torch.arange(len(rows), device=rows.device)[None]
+        ids = torch.arange(len(rows), device=rows.device).flip(0)[None]  # in an order that positions don't have
         return torch.equal(type(layer).forward(twin, ids).view_as(rows[ids]), rows[ids] * scale_of(twin))
     except Exception:  # it wants other arguments, or gives another shape
         return False

@@ -1,5 +1,8 @@
 """What goes wrong, by the step at which it does. Each message names the layer, the argument and the remedy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LoraLiteError(Exception):
     """Base of every error that lora-lite raises itself."""
@@ -11,6 +14,23 @@ class ConfigError(LoraLiteError, ValueError):
 
 class AttachError(LoraLiteError, RuntimeError):
     """The adapter and the model do not fit together; the model is as it was before the call."""
+
+
+def named(name: str, error: AttachError) -> AttachError:
+    """The error with the layer's name before it, where it is not there."""
+    if not str(error).startswith(name):
+        error.args = (f"{name}: {error}",)
+    return error
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the layer in what is raised about it."""
+    try:
+        yield
+    except AttachError as error:
+        named(name, error)
+        raise
 
 
 class UnfitError(AttachError):

@@ -51,7 +51,7 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
         rows = "one row" if x is None or x.ndim == 2 else f"rows {tuple(x.shape)}"
         return f"its forward returns {tuple(y.shape)} for {rows}, not out_features={shape(layer)[1]}"
     packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
-    if to_train and (packed or (x is not None and isinstance(y, Tensor) and not _passes_gradient(x, y))):
+    if to_train and (packed or not _reached(x, y)):
         raise AttachError(
             f"its {type(layer).__name__} passes no gradient to its input, so that adapters before it could not train; "
             "use a kind of quantisation that does, such as bitsandbytes' in training mode (to run a trained adapter, "
@@ -60,7 +60,15 @@ def unfit(model: nn.Module, target: Target, to_train: bool = False) -> str:
     return ""
 
 
-def _passes_gradient(x: Tensor, y: Tensor) -> bool:
+def passes_gradient(layer: Any) -> bool:
+    """Whether nothing is known against it: a layer that can't be tried does."""
+    return _reached(*run_one_row(layer))
+
+
+def _reached(x: Tensor | None, y: Any) -> bool:
+    """Whether y's gradient comes to x; True where either is none."""
+    if x is None or not isinstance(y, Tensor):
+        return True
     try:
         (grad,) = torch.autograd.grad(y.float().sum(), x)
     except (RuntimeError, NotImplementedError):

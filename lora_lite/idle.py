@@ -20,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
 from .beside import peft_in
+from .fitness import passes_gradient
+from .quantized import weight_of
 from .renaming import named_modules
 from .site import Site, waiting
 from .targets import Target, fold
@@ -57,6 +59,7 @@ class Watch:
         self._stepped: set[str] = set()  # layers whose adapters such an optimiser holds
         self._said: set[str] = set()
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
+        self._kinds: dict[str, type] = {}  # of weights at attach
         self._model: Any = lambda: None
         self._handles: list[Any] = []
 
@@ -64,6 +67,7 @@ class Watch:
         """Wait for the first backward, and for optimisers' steps."""
         me = weakref.ref(self)
         self._model = weakref.ref(model)
+        self._kinds = {t.name: type(weight_of(t.layer)) for t in self.targets}
         _watching.add(self)
 
         def reached(layer: str) -> Callable[[Any], None]:
@@ -117,6 +121,7 @@ class Watch:
             self._report(when, self.never_trained(), everything=unseen)
         if self.backwards == 1:
             self._report_recast()
+            self._report_bases_without_backward()
         if self.backwards >= _PATIENCE:
             self._unhook()
 
@@ -191,7 +196,9 @@ class Watch:
         frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
         reached = self.reached if trained else ran
         patient = self.steps >= _PATIENCE
-        without = ran - reached - frozen
+        # An evaluation before tells nothing of a step, in which chance may leave the block out.
+        stepped = {name for name, site in self.sites.items() if site.ran_with_grad or site.ran_in_training}
+        without = (ran if patient else ran & stepped) - reached - frozen
         # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
         by_accident = sorted(frozen) if trained and len(frozen) < len(here) else []
         by_peft = sorted(frozen) if trained and not by_accident and peft_in(model) else []
@@ -225,6 +232,22 @@ class Watch:
                 "that bitsandbytes has quantised: AdapterCallback(model), made before the trainer, takes it back",
                 stacklevel=2,
             )
+
+    def _report_bases_without_backward(self) -> None:
+        """`attach` refuses such bases; here of each kind that there is since then the first is tried."""
+        now = {t.name: weight for t in self.targets if (weight := weight_of(t.layer)) is not None}
+        kinds: dict[type, list[Target]] = {}
+        for t in self.targets:
+            if t.name in now and type(now[t.name]) is not self._kinds.get(t.name):
+                kinds.setdefault(type(now[t.name]), []).append(t)
+        for kind, targets in kinds.items():
+            if not passes_gradient(targets[0].layer):
+                warnings.warn(
+                    f"since attach, the weights of these layers have become {kind.__name__}, and pass no gradient to "
+                    f"their input, so that adapters before them train on a part of theirs: "
+                    f"{listing([t.name for t in targets])}. Use a kind of quantisation that does, before attach",
+                    stacklevel=2,
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.

@@ -25,7 +25,7 @@ from . import reference
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import not_finite
-from .errors import AttachError, first_of
+from .errors import AttachError, first_of, naming
 from .files import replace_files, replace_folder, writing_folder
 from .fitness import run_one_row
 from .idle import describe
@@ -76,7 +76,8 @@ def _state_dict(model: nn.Module, dtype: torch.dtype | None, what: str) -> dict[
     of_module: dict[int, dict[str, Tensor]] = {}  # a module may have several names
     for path, module in _base_modules(model, remove_duplicate=False):
         if id(module) not in of_module:
-            of_module[id(module)] = _merged(module, dtype)
+            with naming(path or type(model).__name__):
+                of_module[id(module)] = _merged(module, dtype)
         found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
     weights = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     narrow = {name: t for name, t in found.items() if name in weights and t.dtype == torch.float16}
@@ -108,7 +109,7 @@ def _parameters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[s
     for path, module in _base_modules(model):
         tied = {key for key, p in module._parameters.items() if id(p) in seen}
         seen |= {id(p) for p in module._parameters.values() if p is not None}
-        with torch.no_grad():
+        with torch.no_grad(), naming(path or type(model).__name__):
             found = _merged(module, dtype)
         for key, t in found.items():
             if key not in tied and key not in module._buffers and key != _EXTRA:

@@ -170,16 +170,22 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         weight = _scaled_float8(layer, weight)
     if weight.is_floating_point() and tuple(weight.shape) == shape:
         return weight.detach()
-    if kind == "Params4bit" and getattr(weight, "quant_state", None) is not None:
-        return FourBitWeight(weight.data, weight.quant_state, (N, K))
-    if kind == "Int8Params":
-        row_absmax = weight.SCB if weight.SCB is not None else layer.state.SCB
+    # After unpickling the layer has what belongs to the weight.
+    if (state := getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)) is not None:
+        return FourBitWeight(weight.data, state, (N, K))
+    if (row_absmax := _row_absmax(layer, weight)) is not None:
         return Int8Weight(weight.data, row_absmax.float() / 127)
     raise AttachError(
-        f"its weight is a {kind} of dtype {weight.dtype} and shape {tuple(weight.shape)}, which this variant can't "
-        "read; use a floating-point weight, bitsandbytes 4-bit or 8-bit, or a variant that needs no weight "
-        "(lora, ia3, ia3_ff, hra, road)"
+        f"its weight is a {kind} of dtype {weight.dtype} and shape {tuple(weight.shape)}, which can't be read, as this "
+        "needs it; use a floating-point weight, or bitsandbytes 4-bit or 8-bit. lora, ia3, ia3_ff, hra and road train "
+        "and run without reading it"
     )
+
+
+def _row_absmax(layer: Any, weight: Any) -> Float[Tensor, " N"] | None:
+    """Of bitsandbytes' 8-bit weight each row's largest size; None: it is none."""
+    found = getattr(weight, "SCB", None)
+    return found if found is not None else getattr(getattr(layer, "state", None), "SCB", None)
 
 
 def _scaled_float8(layer: Any, weight: Tensor) -> Float[Tensor, "N K"]:

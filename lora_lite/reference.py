@@ -36,10 +36,16 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype in WITHOUT_PRODUCTS else dtype
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which autocast has products there; None: it is off, as it always is for tensors without values."""
+    if not torch._C._is_any_autocast_enabled() or (kind := device.type) == "meta":
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast is for tokens: in its dtype a rotation of parameters is not orthogonal, and a start not the identity."""
-    on = torch._C._is_any_autocast_enabled() and device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else _AS_IT_IS
+    return _AS_IT_IS if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 _AS_IT_IS = nullcontext()
@@ -202,8 +208,7 @@ def sharing(
 
 
 def _together_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else product_dtype(x.device, x.dtype)
+    return autocast_dtype(x.device) or product_dtype(x.device, x.dtype)
 
 
 def _masks(x: Tensor, dropouts: Sequence[float]) -> list[Tensor]:

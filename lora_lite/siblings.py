@@ -22,6 +22,7 @@ from .params import SITE
 from .placement import is_managed, is_sharded
 from .primitives import LowRankAdd, Shrinks
 from .recomputation import is_checkpoints, reentrant, saving
+from .reference import autocast_dtype
 from .shapes import shape
 from .targets import Target
 
@@ -189,10 +190,8 @@ def _groupable(x: Tensor) -> bool:
 def _context(x: Tensor) -> tuple[Any, ...]:
     """What must not change between the calls of two that share: x itself, where its gradient goes, and how it is
     computed."""
-    kind, compiling = x.device.type, torch.compiler.is_compiling()
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    own = () if compiling else (x._version, x.requires_grad, x.grad_fn)
-    return (torch.is_grad_enabled(), autocast, *own)
+    own = () if torch.compiler.is_compiling() else (x._version, x.requires_grad, x.grad_fn)
+    return (torch.is_grad_enabled(), autocast_dtype(x.device), *own)
 
 
 def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]:

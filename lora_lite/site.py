@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .backend import select
 from .calls import begin, end, forget, under_way
 from .embeddings import on_ids
-from .errors import AttachError
+from .errors import AttachError, named
 from .layer_input import input_key
 from .params import SITE
 from .placement import execution_device, is_managed
@@ -55,7 +55,8 @@ class Site(nn.ModuleDict):
         self.name = name or type(layer).__name__  # of the layer in its model
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
-        self.ran = self.ran_with_grad = False  # whether the layer has been called. A compiled call leaves no trace
+        # Whether the layer has been called, with gradients, or in training without. A compiled call leaves no trace.
+        self.ran = self.ran_with_grad = self.ran_in_training = False
         self.handles: list[RemovableHandle] = []
         self.train(layer.training)
         layer.add_module(SITE, self)
@@ -93,6 +94,7 @@ class Site(nn.ModuleDict):
         site = cast(Site, layer._modules.get(SITE, self))
         if not compiling and not site.ran_with_grad:
             site.ran, site.ran_with_grad = True, torch.is_grad_enabled()
+            site.ran_in_training = site.ran_in_training or layer.training
         acting = site.acting()
         if not acting:
             return None
@@ -205,7 +207,11 @@ class Site(nn.ModuleDict):
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
                 "load the adapter's file, after the model's weights are loaded"
             )
-        primitive, dtype = primitive_of(adapter, layer), x.dtype
+        try:
+            primitive, dtype = primitive_of(adapter, layer), x.dtype
+        except AttachError as error:
+            named(self.name, error)
+            raise
         if is_embedding(layer):
             primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
         ops = select(adapter.backend, x.device, dtype)[0]

@@ -19,7 +19,7 @@ from .errors import AttachError
 from .placement import mesh_of
 from .quantized import weight_of
 from .renaming import WRAPPED, named_modules, named_parameters
-from .shapes import SHAPELESS, features, is_embedding, shape
+from .shapes import SHAPELESS, described, features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
 
@@ -53,6 +53,11 @@ class Target:
     block: int | None = None
     is_head: bool = False
     in_sequence: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name and shape, for people."""
+        return f"{self.name} ({described(self.layer)})"
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from .adapter import Adapter, wider
 from .attachment import require_attachment, unwrap
 from .beside import buffers, differs
 from .calibration import run_batch
-from .errors import AttachError, KernelMismatchError
+from .errors import AttachError, KernelMismatchError, naming
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
 from .quantized import weight_of
@@ -25,6 +25,10 @@ from .site import Site
 from .stacks import Stack
 from .targets import Target
 
+_REMEDIES = {
+    True: "The reference ran: its base layer's own forward or backward is not what its weight says",
+    False: 'attach(..., backend="reference") avoids the kernels',
+}  # by whether it is the reference that is off
 _CEILING = 0.1  # no rounding explains a larger relative error, however wrong the layer's own weight is
 
 
@@ -104,13 +108,16 @@ def verify(
     with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()), _buffers_kept(model):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)
-        rows = [_compare(call, attachment.adapters[call.target.name], rtol) for call in calls]
+        rows = []
+        for call in calls:
+            with naming(call.target.label):
+                rows.append(_compare(call, attachment.adapters[call.target.name], rtol))
     wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
         worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
         raise KernelMismatchError(
             f"{len(wrong)} of {len(rows)} layers differ from the reference by more than rounding; the worst: "
-            f'{worst}. attach(..., backend="reference") avoids the kernels'
+            f"{worst}. {_REMEDIES[worst.backend == 'reference']}"
         )
     return rows
 
@@ -118,12 +125,12 @@ def verify(
 @contextmanager
 def _unseen(sites: Iterable[Site]) -> Iterator[None]:
     """What runs in here does not count as the layers' having run in training."""
-    before = [(site, site.ran, site.ran_with_grad) for site in sites]
+    before = [(site, site.ran, site.ran_with_grad, site.ran_in_training) for site in sites]
     try:
         yield
     finally:
-        for site, ran, with_grad in before:
-            site.ran, site.ran_with_grad = ran, with_grad
+        for site, *ran in before:
+            site.ran, site.ran_with_grad, site.ran_in_training = ran
 
 
 @contextmanager

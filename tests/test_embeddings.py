@@ -293,6 +293,13 @@ class Replaced(Scaled):
         return torch.where((input == 9)[..., None], torch.ones_like(y), y)
 
 
+class ByPosition(nn.Embedding):
+    """Rows by where an id stands, and not by the id (Whisper's positions)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight[: input.shape[1]]
+
+
 class Normed(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.normalize(super().forward(input), dim=-1)
@@ -336,6 +343,7 @@ class Shifted(nn.Embedding):
         (PerFeature(9, 6), "PerFeature does more"),
         (unused(nn.Embedding(9, 6)), "Embedding does more"),
         (Normed(9, 6), "Normed does more"),
+        (ByPosition(9, 6), "ByPosition does more"),
         (scaled(9, 6).to("meta"), "on the meta device it can't be tried"),
         (nn.Embedding(9, 6).to(torch.float8_e4m3fn), "quantised .*float8_e4m3fn"),
     ],

@@ -581,7 +581,7 @@ def test_a_wrong_weight_does_not_excuse_itself() -> None:
 
     model = nn.Sequential(Rescaled(8, 8))
     ll.attach(model, L(r=2, target_roles=()))
-    with pytest.raises(ll.KernelMismatchError, match=r"0 \(reference\): .*allowed 1.0e-01"):
+    with pytest.raises(ll.KernelMismatchError, match=r"0 \(reference\): .*allowed 1.0e-01\. The reference ran"):
         ll.verify(model, torch.randn(3, 8))
 
 
@@ -951,10 +951,14 @@ def test_layers_that_moved_within_the_model(tmp_path: Path) -> None:
         ll.save(model, tmp_path / "b")
 
 
-def test_a_block_that_is_never_used_is_said_after_a_while() -> None:
-    """Chance may leave a block out of a step (LayerDrop), not out of twenty."""
-    model: Any = llama()
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_block_that_is_never_used_is_said_after_a_while(evaluated: bool) -> None:
+    """Chance may leave a block out of a step (LayerDrop), not out of twenty. An evaluation before tells nothing."""
+    model: Any = llama().train()
     ll.attach(model, L(r=4))
+    if evaluated:
+        logits(model.eval())
+        model.train()
     model.config.num_hidden_layers = 1
     optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
 
@@ -966,7 +970,8 @@ def test_a_block_that_is_never_used_is_said_after_a_while() -> None:
 
     assert not warned(lambda: train(19))
     (text,) = warned(lambda: train(2))
-    assert text.startswith("after 20 steps: these adapted layers never ran")
+    found = "these ran, but no gradient reached" if evaluated else "these adapted layers never ran"
+    assert text.startswith(f"after 20 steps: {found}")
     assert "model.layers.1.self_attn.q_proj" in text
     with pytest.raises(ll.AttachError, match=r"did not run these adapted layers: .*model.layers.1"):
         ll.verify(model, token_ids())
@@ -1257,6 +1262,11 @@ def _assigned(model: Any) -> None:
     model.load_state_dict(_perturbed(1).state_dict(), assign=True)
 
 
+def _without_values(model: Any) -> None:
+    model.to("meta")
+    _assigned(model)
+
+
 def _tied(model: Any) -> None:
     model[1].weight = model[0].weight
 
@@ -1269,6 +1279,7 @@ def _written(model: Any) -> None:
 CHANGES: dict[str, Callable[[Any], None]] = {
     "load_state_dict": _loaded,
     "load_state_dict(assign=True)": _assigned,
+    "load_state_dict(assign=True) on the meta device": _without_values,
     "tied": _tied,
     "written to": _written,
     "pruned": lambda model: prune.l1_unstructured(model[1], "weight", 0.5),
@@ -1648,7 +1659,7 @@ def test_a_backward_that_fails_half_way() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         model.head(h).sum().backward()
     for site in (model.body[0].lora_lite, model.body[1].lora_lite):
-        site.ran = site.ran_with_grad = False
+        site.ran = site.ran_with_grad = site.ran_in_training = False
     (text,) = warned(lambda: model(x, "skipped").sum().backward())
     assert text.startswith("after the first backward: these adapted layers never ran")
 

@@ -1,6 +1,7 @@
 """Every method on 4-bit and 8-bit bases of bitsandbytes, loaded by transformers, on a CPU."""
 
 import gc
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+import torchao.quantization
 import transformers
 from models import (
     VARIANTS,
@@ -302,6 +304,26 @@ class Unreadable(nn.Module):
         return x @ (self.qweight.to(x.dtype) / 100).t()
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_unpickled(folder: Path, variant: str, kind: str) -> None:
+    """bitsandbytes' weights are plain parameters then, and their layers keep what belongs to them."""
+    model = quantised(folder, kind)
+    attach(model, variant)
+    randomize(model)
+    want = model(token_ids()).logits
+    assert torch.equal(pickle.loads(pickle.dumps(model))(token_ids()).logits, want)
+
+
+def test_quantised_after_attach() -> None:
+    """By a kind that passes no gradient, which attach refuses."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(8, 64)
+    ll.attach(model, ll.LoRAConfig(r=4, target_roles=()))
+    torchao.quantization.quantize_(model, torchao.quantization.Int8DynamicActivationInt8WeightConfig())
+    with pytest.warns(UserWarning, match=r"these layers have become Int8Tensor, and pass no gradient .*: \* ×2\. Use"):
+        model(x).square().sum().backward()
+
+
 @pytest.mark.parametrize("variant", ["lora", "ia3", "ia3_ff", "hra", "road"])
 def test_what_needs_no_weight_takes_a_layer_that_can_t_be_read(variant: str) -> None:
     """As on the dense layer that it stands for; the other methods are refused by name."""
@@ -316,7 +338,10 @@ def test_what_needs_no_weight_takes_a_layer_that_can_t_be_read(variant: str) -> 
         randomize(model)
     assert_close(layer(x), dense(x), 1e-5)
     ll.diagnose(layer)
+    for needs_it in (ll.merged_state_dict, lambda model: ll.verify(model, x)):
+        with pytest.raises(ll.AttachError, match=r"^0.*: its weight is .*int32.* which can't be read"):
+            needs_it(layer)
     ll.detach(layer)
     for other in ("pissa", "dora", "delora", "antipasto"):
-        with pytest.raises(ll.AttachError, match=r"0 \(12 → 10\): .*int32.* which this variant can't read; use"):
+        with pytest.raises(ll.AttachError, match=r"0 \(12 → 10\): .*int32.* which can't be read, as this"):
             attach(layer, other, target_names=("0",))

@@ -532,6 +532,16 @@ def test_layers_that_are_compiled_by_themselves(parts: tuple[str, ...], how: str
         assert_alike(got, run(single, *xs))
 
 
+@pytest.mark.parametrize("variant", ["lora", "hra", "ia3"])
+def test_without_values(variant: str) -> None:
+    """On the meta device, under autocast for another."""
+    model = llama()
+    attach(model, variant)
+    model.to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids=token_ids().to("meta")).logits.is_meta
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_compile_without_gradients(context: Any) -> None:
     """Of two layers and of three."""
