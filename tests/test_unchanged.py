@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import VARIANTS, assert_close, attach, config, llama, logits, qwen3_moe, randomize, rel_error, token_ids
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_lite as ll
@@ -246,6 +247,28 @@ def test_offloaded_weights_are_not_held() -> None:
             assert torch.equal(logits(model), want)
         assert promise._kept
         assert not any(kept.made for kept in promise._kept.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_without_values_leaves_nothing(variant: str) -> None:
+    """In FakeTensorMode, for shapes and memory."""
+    model = adapted(variant)
+    want = logits(model)
+    with torch.no_grad(), ll.unchanged(model):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(input_ids=mode.from_tensor(token_ids()))
+        assert torch.equal(logits(model), want)
+
+
+def test_a_run_without_values_leaves_nothing_of_the_rows() -> None:
+    model = adapted("lora")
+    ll.attach(model, config("lora"), name="other")
+    ll.use(model, ["default", "other"])
+    want = logits(model)
+    ll.use(model, ["default", "other"])
+    with suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as mode:  # it asks for values
+        model(input_ids=mode.from_tensor(token_ids()))
+    assert torch.equal(logits(model), want)
 
 
 def test_under_torch_compile_it_computes_as_always() -> None:
