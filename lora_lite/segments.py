@@ -24,7 +24,7 @@ _GROUPED = (torch.float32, torch.bfloat16, torch.float16) if grouped_mm is not N
 
 
 def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
-    """What `make` makes, kept in `made`. Made anew for who compiles or looks at operators: a trace, a recomputation that
+    """What `make` makes, kept in `made`. Who compiles or looks at operators gets its own: a trace, a recomputation that
     expects those of its forward, a FakeTensorMode, whose tensors hold no values."""
     if watched():
         return make()
