@@ -232,7 +232,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise AttachError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise AttachError(
-            "the model is a torch.jit.ScriptModule, which no hook reaches; adapt it before it is scripted"
+            "the model is a torch.jit.ScriptModule, which no hook reaches; adapt the module that it was made of, and "
+            "trace that"
         )
     for compiled_or_fabric in ("_orig_mod", "_original_module"):
         if isinstance(inner := model._modules.get(compiled_or_fabric), nn.Module):

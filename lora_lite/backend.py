@@ -52,19 +52,26 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[Mo
     Raises:
         ValueError: `requested` is no backend.
     """
-    chosen = _in_force.get((requested, device, dtype))
-    if chosen is None:
-        check_backend(requested)
-        # All dtypes of a device at once: torch.compile can trace a look-up but not the imports behind a choice.
-        for each in {*KERNEL_DTYPES, dtype}:
-            _in_force[requested, device, each] = _choose(requested, device, each)
-        chosen = _in_force[requested, device, dtype]
+    key = (requested, device, dtype)
+    chosen = _chosen_for_graph(*key) if torch.compiler.is_compiling() else _in_force.get(key) or _chosen(*key)
     if chosen[0] is not reference and transformed():
         chosen = reference, "reference", _IN_TRANSFORMS
     if requested == "triton" and chosen[0] is reference and chosen[2] not in _warned:
         _warned.add(chosen[2])
         warnings.warn(f'backend="triton" runs the PyTorch reference instead: {chosen[2]}', stacklevel=3)
     return chosen
+
+
+def _chosen(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
+    """The choice for tokens outside of transforms, made once."""
+    check_backend(requested)
+    key = (requested, device, dtype)
+    if key not in _in_force:
+        _in_force[key] = _choose(*key)
+    return _in_force[key]
+
+
+_chosen_for_graph = torch.compiler.assume_constant_result(_chosen)  # no graph has the imports behind a choice
 
 
 def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:

@@ -1,6 +1,7 @@
 """Calls of modules under way, by thread: what a pre-hook leaves for the hook that follows it.
 
-Nothing of a call survives it, however it ends.
+Nothing of a call survives it, however it ends. A graph that is compiled, and checkpoints a block, may not write to what
+was there before the block: there what is left goes with the tensor that the module gets.
 """
 
 import sys
@@ -8,15 +9,14 @@ import threading
 from types import FrameType
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Call(NamedTuple):
     """A call of a module under way."""
 
     module: nn.Module
-    frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known
+    frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known; None: it is unknown
     kept: Any  # what its pre-hook leaves
 
 
@@ -37,7 +37,7 @@ def under_way() -> list[Call]:
 
 def begin(module: nn.Module, kept: Any) -> None:
     """A hook of nn.Module's call begins a call of the module."""
-    _thread.calls.append(Call(module, None if torch.compiler.is_compiling() else _frame_of_call(), kept))
+    _thread.calls.append(Call(module, _frame_of_call(), kept))
 
 
 def end(module: nn.Module) -> Call | None:
@@ -56,6 +56,18 @@ def forget(module: nn.Module) -> None:
     _thread.calls[:] = [call for call in _thread.calls if call.module is not module]
 
 
+def with_call(x: Tensor, module: nn.Module, kept: Any) -> Tensor:
+    """In a graph that is compiled, an alias of x for the module to get, with which the call goes."""
+    x = x.view_as(x)
+    x._lora_lite_call = Call(module, None, kept)  # type: ignore[attr-defined]
+    return x
+
+
+def call_with(x: Any) -> Call | None:
+    """The call that goes with x; None: there is none."""
+    return getattr(x, "_lora_lite_call", None)
+
+
 def _frame_of_call() -> FrameType | None:
     """The frame of nn.Module's call that runs the hook."""
     frame = sys._getframe(3)
@@ -67,8 +79,6 @@ def _frame_of_call() -> FrameType | None:
 def _drop_interrupted(calls: list[Call]) -> None:
     """A KeyboardInterrupt runs no hook. Calls whose frame is not running any more are dropped, and their graphs with
     them. What stands below one that is running was running when that began."""
-    if torch.compiler.is_compiling():
-        return
     here = sys._getframe(2)
     while calls and (wanted := calls[-1].frame) is not None:
         frame: FrameType | None = here

@@ -50,12 +50,19 @@ def watched() -> bool:
 
 def transformed() -> bool:
     """Whether something differentiates forward, maps or traces: what a formula of PyTorch's own operators allows, and
-    neither a kernel nor a gradient by hand."""
-    return not torch.compiler.is_compiling() and (
+    neither a kernel nor a gradient by hand. In a graph that is compiled, whether that is done within or around it."""
+    return _transformed_graph() if torch.compiler.is_compiling() else _transformed()
+
+
+def _transformed() -> bool:
+    return (
         forward_ad._current_level >= 0
         or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
+
+
+_transformed_graph = torch.compiler.assume_constant_result(_transformed)  # asked when it is compiled
 
 
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:

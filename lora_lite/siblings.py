@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, begin, end, under_way
+from .calls import Call, begin, call_with, end, under_way, with_call
 from .in_place import backend
 from .operators import transformed
 from .params import SITE
@@ -41,25 +41,41 @@ class Siblings:
         self.regrouped: list[list[str]] | None = None  # to be in force once no call is left to be run again
         self.to_rerun: list[ref[Any]] = []  # what lives as long as a checkpoint of a call does
         self.handles = [
-            parent.register_forward_pre_hook(self.enter),
+            parent.register_forward_pre_hook(self.enter, with_kwargs=True),
             parent.register_forward_hook(self.leave, always_call=True),
         ]
         vars(parent)[SIBLINGS] = self
 
-    def enter(self, parent: nn.Module, args: Any) -> None:
+    def enter(self, parent: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook of the parent."""
+        if torch.compiler.is_compiling():
+            return self._given_to_children(parent, args, kwargs)
         under_way()
         packing = saving()
-        if not torch.compiler.is_compiling():
-            self._settle()
-            self._note_checkpoint(packing)
+        self._settle()
+        self._note_checkpoint(packing)
         begin(parent, Family(self, packing))
+        return None
 
     def leave(self, parent: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the parent; also called where its forward raised. What nobody fetched is dropped."""
+        if torch.compiler.is_compiling():
+            return
         end(parent)
-        if self.regrouped is not None and not torch.compiler.is_compiling():
+        if self.regrouped is not None:
             self._settle()
+
+    def _given_to_children(self, parent: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The parent's arguments with the call's family on those that its children may read."""
+        family = Family(self, saving())
+        widths = {shape(parent._modules[group[0]])[0] for group in self.groups if len(group) > 1}
+
+        def given(each: Any) -> Any:
+            reads = isinstance(each, Tensor) and each.is_floating_point() and each.ndim > 1 and each.shape[-1] in widths
+            return with_call(each, parent, family) if reads else each
+
+        args = tuple(given(each) for each in args)
+        return args if kwargs is None else (args, {name: given(each) for name, each in kwargs.items()})
 
     def _settle(self) -> None:
         """Put new groups in force where nothing stands against it."""
@@ -156,12 +172,11 @@ class Family:
         self.regrouped = self.siblings.regrouped = [group for group in groups if group]
 
 
-def share(parent: Call, layer: nn.Module, x: Tensor) -> Shared | None:
-    """What the call of its parent has ready for the layer; None: it computes alone, as where the call is not its
-    parent's, or one of both is compiled by itself."""
-    if not isinstance(parent.kept, Family) or (parent.frame is None) != torch.compiler.is_compiling():
-        return None
-    return parent.kept.share(parent.module, layer, x)
+def share(layer: nn.Module, x: Tensor, caller: Call | None) -> Shared | None:
+    """What the call of its parent has ready for the layer; None: it computes alone, as where the call in which it is
+    called is not its parent's, or one of both is compiled by itself."""
+    caller = call_with(x) if torch.compiler.is_compiling() else caller
+    return caller.kept.share(caller.module, layer, x) if caller and isinstance(caller.kept, Family) else None
 
 
 def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:

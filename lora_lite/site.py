@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from . import in_place, reference
 from .adapter import Adapter
 from .backend import select
-from .calls import begin, end, forget, under_way
+from .calls import begin, call_with, end, forget, under_way, with_call
 from .embeddings import on_ids
 from .errors import AttachError, named
-from .layer_input import input_key
+from .layer_input import input_key, input_of
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive
@@ -44,6 +44,7 @@ class Routed(NamedTuple):
     tokens: Any
 
 
+_NO_KWARGS = object()  # where a hook is called without them
 waiting: list[Callable[[], None]] = []  # what is to be done before the next call, in whichever thread that is
 
 
@@ -61,7 +62,7 @@ class Site(nn.ModuleDict):
         self.train(layer.training)
         layer.add_module(SITE, self)
         self.handles.append(layer.register_forward_pre_hook(self.before, with_kwargs=True))
-        self.handles.append(layer.register_forward_hook(self.after, always_call=True))
+        self.handles.append(layer.register_forward_hook(self.after, with_kwargs=True, always_call=True))
         self.handles.append(layer.register_load_state_dict_post_hook(self.loaded))
 
     @classmethod
@@ -83,13 +84,15 @@ class Site(nn.ModuleDict):
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook. Without kwargs where another library has registered it again so."""
-        calls = under_way()
         compiling = torch.compiler.is_compiling()
         while waiting and not compiling and torch._C._current_graph_task_id() == -1:
             waiting.pop()()  # but not while a backward computes a block again
         running: list[tuple[Piece, Any]] = []  # with what on_input kept
-        parent = calls[-1] if calls else None
-        begin(layer, running)
+        caller = None
+        if not compiling:
+            calls = under_way()
+            caller = calls[-1] if calls else None
+            begin(layer, running)
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
         site = cast(Site, layer._modules.get(SITE, self))
         if not compiling and not site.ran_with_grad:
@@ -110,7 +113,7 @@ class Site(nn.ModuleDict):
                 raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
             x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
-        shared = share(parent, layer, x) if parent is not None and site.rows is None else None
+        shared = share(layer, x, caller) if site.rows is None else None
         pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
         if shared and shared.x is not None:
             x, pieces = shared.x, pieces[1:]
@@ -120,19 +123,28 @@ class Site(nn.ModuleDict):
             running.append((piece, carry))
         if of_ids:
             x = x.squeeze(-1)
+        if compiling:
+            x = with_call(x, layer, running)
         if key is None:
             args = (x, *args[1:])
         else:
             kwargs = {**cast(dict[str, Any], kwargs), key: x}
         return args if kwargs is None else (args, kwargs)
 
-    def after(self, layer: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
-        """Forward hook; also called, with y None, where the call raised."""
-        call = end(layer)
+    def after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, y: Any = _NO_KWARGS) -> Any:
+        """Forward hook; also called, with y None, where the call raised. Without kwargs as `before`."""
+        if y is _NO_KWARGS:
+            kwargs, y = {}, kwargs
+        compiling = torch.compiler.is_compiling()
+        call = None if compiling else end(layer)
         if y is None:
             return None
-        running = None if call is None else call.kept
         site = cast(Site, layer._modules.get(SITE, self))
+        if call is None and site.acting():
+            call = call_with(input_of(site.name, args, kwargs))
+            if call is None or call.module is not layer:  # the pre-hook was not compiled
+                call = end(layer)
+        running = None if call is None else call.kept
         if running is None:
             if site.acting():
                 raise AttachError(
@@ -144,8 +156,8 @@ class Site(nn.ModuleDict):
                 f"{site.name}: its output is a {type(y).__name__}, and an adapter acts on a tensor; leave it out by "
                 "exclude_names"
             )
-        if running and len(layer._forward_pre_hooks) > 1 and not torch.compiler.is_compiling():
-            running = site._of_late_weights(layer, args[0] if args else y, running)
+        if running and len(layer._forward_pre_hooks) > 1 and not compiling:
+            running = site._of_late_weights(layer, input_of(site.name, args, kwargs), running)
         for piece, carry in running:
             y = piece.primitive.on_output(y, carry, piece.ops)
         return y

@@ -13,11 +13,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import VARIANTS, assert_close, assert_same, attach, llama, randomize, snapshot, token_ids
+from models import VARIANTS, assert_close, assert_same, attach, llama, randomize, rel_error, snapshot, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+import lora_lite.backend
+from lora_lite import calls
+from lora_lite.site import Site
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -299,6 +302,53 @@ def test_compile(variant: str, backend: str) -> None:
         base = compiled(x)
     ll.detach(compiled)
     torch.testing.assert_close(base, model(x))
+
+
+@EACH_VARIANT
+def test_compile_with_checkpointing(variant: str) -> None:
+    """In one graph, in which a block that is run again may write to nothing outside of it."""
+    torch._dynamo.reset()
+    model, x = block(variant), torch.randn(2, 3, 12)
+    want, want_grads = loss_and_grads(model, model, x)
+    compiled = torch.compile(lambda x: checkpoint(model, x, use_reentrant=False), fullgraph=True, backend="aot_eager")
+    got, grads = loss_and_grads(model, compiled, x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grads, want_grads)
+
+
+def test_compile_where_no_backend_was_asked_for() -> None:
+    """An unpickled model in another process, or one of another dtype by now."""
+    torch._dynamo.reset()
+    model, x = block("lora").double(), torch.randn(3, 12, dtype=torch.float64)
+    want = model(x)
+    lora_lite.backend._in_force.clear()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), want)
+
+
+class Breaks(nn.Linear):
+    """Breaks a graph that is compiled."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("uncompiled", ["neither", "before", "after", "both"])
+def test_a_graph_that_breaks_within_the_layer(uncompiled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two hooks may be compiled, and the other not, as where it was compiled too often."""
+    torch._dynamo.reset()
+    for name in {"neither": (), "both": ("before", "after")}.get(uncompiled, (uncompiled,)):
+        monkeypatch.setattr(Site, name, torch.compiler.disable(getattr(Site, name)))
+    model, x = nn.Sequential(Breaks(8, 8), nn.Tanh(), Breaks(8, 8)), torch.randn(3, 8, requires_grad=True)
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    want = torch.autograd.grad(model(x).square().sum(), [x, *ll.parameters(model)])
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        got = torch.autograd.grad(compiled(x).square().sum(), [x, *ll.parameters(model)])
+        for mine, theirs in zip(got, want, strict=True):
+            assert rel_error(mine, theirs) < 1e-6
+    assert not calls._thread.calls
 
 
 @EACH_VARIANT

@@ -532,6 +532,26 @@ def test_layers_that_are_compiled_by_themselves(parts: tuple[str, ...], how: str
         assert_alike(got, run(single, *xs))
 
 
+@pytest.mark.parametrize("variant", SHRINKING)
+def test_compile_with_checkpointing(variant: str) -> None:
+    """In one graph, a block of gate and up after the other, as without compiling."""
+    torch._dynamo.reset()
+    blocks = [layer.mlp for layer in adapted(variant).model.layers]
+
+    def forward(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    x = torch.randn(2, 5, 32, dtype=F64, requires_grad=True)
+    inputs = [x, *(p for block in blocks for p in block.parameters() if p.requires_grad)]
+    want = torch.autograd.grad(forward(x).square().sum(), inputs)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x).square().sum(), inputs)
+    for mine, theirs in zip(got, want, strict=True):
+        assert rel_error(mine, theirs) < 1e-11
+
+
 @pytest.mark.parametrize("variant", ["lora", "hra", "ia3"])
 def test_without_values(variant: str) -> None:
     """On the meta device, under autocast for another."""

@@ -65,6 +65,27 @@ def test_transforms(variant: str, dtype: torch.dtype) -> None:
             assert_close(each[name].double(), torch.stack(rows), tolerance, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_transforms(variant: str, dtype: torch.dtype) -> None:
+    """Gradients, each row's own, and derivatives along x, in one graph as without."""
+    torch._dynamo.reset()
+    model = pair(variant, dtype)
+    x, v = torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype)
+    params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, params, (x,)).float().square().sum()
+
+    def transforms(params: dict[str, Tensor], x: Tensor) -> tuple[Any, ...]:
+        return grad(loss)(params, x), vmap(grad(loss), (None, 0))(params, x), {"jvp": jvp(model, (x,), (v,))[1]}
+
+    wants, gots = transforms(params, x), torch.compile(transforms, fullgraph=True, backend="aot_eager")(params, x)
+    for want, got in zip(wants, gots, strict=True):
+        for name in want:
+            assert_close(got[name], want[name], 1e-5 if dtype == torch.float32 else 2e-2, name)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_derivatives_along_the_parameters_are_their_gradients(variant: str) -> None:
     """DoRA's norm is a constant to both."""
