@@ -68,7 +68,8 @@ class Siblings:
     def _given_to_children(self, parent: nn.Module, args: Any, kwargs: Any) -> Any:
         """The parent's arguments with the call's family on those that its children may read."""
         family = Family(self, saving())
-        widths = {shape(parent._modules[group[0]])[0] for group in self.groups if len(group) > 1}
+        children = [parent._modules.get(name) for group in self.groups if len(group) > 1 for name in group]
+        widths = {shape(child)[0] for child in children if child is not None and SITE in child._modules}
 
         def given(each: Any) -> Any:
             reads = isinstance(each, Tensor) and each.is_floating_point() and each.ndim > 1 and each.shape[-1] in widths
