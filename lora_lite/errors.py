@@ -16,23 +16,6 @@ class AttachError(LoraLiteError, RuntimeError):
     """The adapter and the model do not fit together; the model is as it was before the call."""
 
 
-def named(name: str, error: AttachError) -> AttachError:
-    """The error with the layer's name before it, where it is not there."""
-    if not str(error).startswith(name):
-        error.args = (f"{name}: {error}",)
-    return error
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Name the layer in what is raised about it."""
-    try:
-        yield
-    except AttachError as error:
-        named(name, error)
-        raise
-
-
 class UnfitError(AttachError):
     """A layer can't take this adapter; `why` says it in short. Where it was not asked for by name, `attach` leaves it
     out instead."""
@@ -58,3 +41,20 @@ def first_of(problems: list[str], shown: int = 3) -> str:
     """The first few, and how many more there are."""
     more = f" (and {len(problems) - shown} more)" if len(problems) > shown else ""
     return "; ".join(problems[:shown]) + more
+
+
+def named(name: str, error: AttachError) -> AttachError:
+    """The error with the layer's name before it, where it is not there."""
+    if not str(error).startswith((f"{name}:", f"{name} (")):
+        error.args = (f"{name}: {error}",)
+    return error
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the layer in what is raised about it."""
+    try:
+        yield
+    except AttachError as error:
+        named(name, error)
+        raise

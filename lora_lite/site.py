@@ -87,17 +87,17 @@ class Site(nn.ModuleDict):
         compiling = torch.compiler.is_compiling()
         while waiting and not compiling and torch._C._current_graph_task_id() == -1:
             waiting.pop()()  # but not while a backward computes a block again
+        # A layer that another library made in this one's stead has no site, and keeps these adapters.
+        site = cast(Site, layer._modules.get(SITE, self))
         running: list[tuple[Piece, Any]] = []  # with what on_input kept
         caller = None
         if not compiling:
             calls = under_way()
             caller = calls[-1] if calls else None
             begin(layer, running)
-        # A layer that another library made in this one's stead has no site, and keeps these adapters.
-        site = cast(Site, layer._modules.get(SITE, self))
-        if not compiling and not site.ran_with_grad:
-            site.ran, site.ran_with_grad = True, torch.is_grad_enabled()
-            site.ran_in_training = site.ran_in_training or layer.training
+            if not site.ran_with_grad:
+                site.ran, site.ran_with_grad = True, torch.is_grad_enabled()
+                site.ran_in_training = site.ran_in_training or layer.training
         acting = site.acting()
         if not acting:
             return None
