@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from ..reference import autocast_dtype
+from ..operators import autocast_dtype
 from . import interpreter
 from .launching import launch
 from .tuning import allows_tf32, architecture, cdiv, has_tf32, power_of_2

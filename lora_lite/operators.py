@@ -65,6 +65,13 @@ def _transformed() -> bool:
 _transformed_graph = torch.compiler.assume_constant_result(_transformed)  # asked when it is compiled
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """In which autocast has products there; None: it is off, as it always is for tensors without values."""
+    if not torch._C._is_any_autocast_enabled() or (kind := device.type) == "meta":
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Its `apply` without the search for function transforms, which see operators and never come here."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import segments as of_segments
-from .operators import transformed, watched
+from .operators import autocast_dtype, transformed, watched
 from .segments import Segments
 
 
@@ -34,13 +34,6 @@ WITHOUT_PRODUCTS = _without_products()
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In which dtype to multiply matrices of `dtype` there: in theirs, unless a CPU is far faster in float32."""
     return torch.float32 if device.type == "cpu" and dtype in WITHOUT_PRODUCTS else dtype
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """In which autocast has products there; None: it is off, as it always is for tensors without values."""
-    if not torch._C._is_any_autocast_enabled() or (kind := device.type) == "meta":
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

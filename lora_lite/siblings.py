@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from .calls import Call, begin, call_with, end, under_way, with_call
 from .in_place import backend
-from .operators import transformed
+from .operators import autocast_dtype, transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
 from .primitives import LowRankAdd, Shrinks
 from .recomputation import is_checkpoints, reentrant, saving
-from .reference import autocast_dtype
 from .shapes import shape
 from .targets import Target
 
