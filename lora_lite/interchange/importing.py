@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
@@ -23,7 +22,7 @@ from ..renaming import Renaming, named_parameters, proposal
 from ..stacks import Stack
 from ..targets import Target, candidates
 from ..variant import REGISTRY
-from ..whole_modules import WholeModules, standing
+from ..whole_modules import WholeModules, same, standing
 from .conversions import WEIGHT
 from .experts import names_in_file, stacked
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
@@ -247,7 +246,7 @@ def _without_bases(model: nn.Module, variant: str, stored: dict[str, Tensor], mo
         is_rest = variant == "pissa" and f"{PREFIX}{layer}.{LORA['lora_A']}" in stored
         if base is None or (is_rest and base.shape == its.shape):
             continue
-        if not torch.equal(base.detach().cpu(), its.to(base.dtype)):
+        if not same(base.detach().cpu(), its.to(base.dtype)):
             raise CheckpointError(f"its base has another {layer} than this model: in its vocabulary or its values")
     return {key: t for key, t in stored.items() if not key.endswith(end)}
 
@@ -315,15 +314,10 @@ def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor]
     found = {}
     for first, aliases in whole_modules(model, modules).names_in(model).items():
         in_file = {alias: PREFIX + moved.old(alias) for alias in aliases}
-        mine = {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
-        if len(mine) < len(aliases) or any(not torch.equal(t, next(iter(mine.values()))) for t in mine.values()):
-            raise CheckpointError(
-                f"this model ties {' and '.join(aliases)}, and it trains {' and '.join(mine) or 'none of them'} apart"
-                if len(aliases) > 1
-                else f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}"
-            )
-        found[first] = next(iter(mine.values()))
-    return filled(model, modules, found)
+        if not stored.keys() & in_file.values():
+            raise CheckpointError(f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}")
+        found |= {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
+    return filled(model, modules, found, aliases={})  # PEFT writes a tensor for each name
 
 
 def _proposal(name: str, stored: Mapping[str, Tensor]) -> str:
