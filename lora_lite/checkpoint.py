@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +398,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
     """The layers that the file names, checked against the model."""
     layers = {target.name: target for target in candidates(model)}
     described, problems = _described(metadata, tensors), []
+    require_layers(model, described)
     for name, shape_in_file in described.items():
         target = layers.get(name)
         if target is None:
@@ -415,6 +416,16 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
             if why := unfit(model, target):
                 raise CheckpointError(f"{target.name}: {why}")
     return targets
+
+
+def require_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a CheckpointError where the model has modules of these names that no adapter can stand on."""
+    modules, layers = dict(named_modules(model)), {target.name for target in candidates(model)}
+    others = [f"{name} ({type(modules[name]).__name__})" for name in names if name in modules.keys() - layers]
+    if others := list(dict.fromkeys(others)):
+        raise CheckpointError(
+            f"it adapts {first_of(others)}, and lora-lite adapts linear layers, embeddings and stacked experts alone"
+        )
 
 
 def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:

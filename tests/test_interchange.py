@@ -370,6 +370,29 @@ def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
     assert "score" not in attach(make(), attachment.cfg.variant, r=8, exclude_names=()).adapters
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_of_a_rank_above_a_layer_s_width(rslora: bool, tmp_path: Path) -> None:
+    """PEFT takes all triplets that there are, under the scale of the rank that was asked for."""
+    fields: Any = {"target_modules": ["q_proj", "k_proj", "embed_tokens"], "alpha_pattern": {"layers.1.*k_proj": 9}}
+    config = peft.LoraConfig(r=40, lora_alpha=6, init_lora_weights="pissa", use_rslora=rslora, **fields)
+    ours = agrees(lambda: llama(num_key_value_heads=2), config, tmp_path / "theirs")
+    want, (attachment,) = output(ours), ll.attachment.attachments(ours)
+    assert {a.cfg.r for n, a in attachment.adapters.items() if "proj" in n} == {16, 32}
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(output(read_by_both(lambda: llama(num_key_value_heads=2), tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"k_proj \(32 → 16\): r=20 is larger than the layer allows; use r ≤ 16"):
+        ll.attach(llama(num_key_value_heads=2), ll.PiSSAConfig(r=20, target_names=("k_proj",)))
+    tensors = load_file(file := tmp_path / "theirs" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+    save_file({**tensors, key: torch.ones(40, 32)}, file)
+    with pytest.raises(ll.CheckpointError, match=r"k_proj\.lora_A has shape \(40, 32\), not \(16, 32\)"):
+        ll.import_peft(llama(num_key_value_heads=2), tmp_path / "theirs")
+
+
 def test_pissa_of_twice_a_layer_s_width(tmp_path: Path) -> None:
     """It leaves as a LoRA of twice its rank."""
     make = of("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER, num_labels=3)
@@ -391,6 +414,53 @@ def test_a_router_among_the_parameters(tmp_path: Path) -> None:
     saved_by_peft(qwen3_moe(), config, tmp_path)
     with pytest.raises(ll.CheckpointError, match=r"target_parameters name gate\.weight, and lora-lite adapts stacked"):
         ll.import_peft(qwen3_moe(), tmp_path)
+
+
+def test_an_embedding_among_the_parameters(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["embed_tokens.weight"])
+    saved_by_peft(llama(), config, tmp_path)
+    refused(tmp_path, r"target_parameters name embed_tokens\.weight, and lora-lite adapts stacked experts and linear")
+
+
+OTHER_KINDS = {
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8, 4)), ["0"], r"0 \(Conv2d\)"),
+    "attention": (
+        lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)}),
+        ["attn", "fc"],
+        r"attn \(MultiheadAttention\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_layers_are_named(kind: str, tmp_path: Path) -> None:
+    make, names, what = OTHER_KINDS[kind]
+    saved_by_peft(make(), peft.LoraConfig(r=2, target_modules=names), tmp_path)
+    with pytest.raises(ll.CheckpointError, match=rf"it adapts {what}, and lora-lite adapts linear layers"):
+        ll.import_peft(make(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tied", "message"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "puts an embedding's adapter on lm_head too"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            False,
+            r"makes lm_head\.weight one with an embedding .* this model has them apart; tie them first",
+        ),
+    ],
+)
+def test_ties_that_peft_keeps(fields: Any, tied: bool, message: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, ensure_weight_tying=True, **fields)
+    saved_by_peft(llama(tie_word_embeddings=True), config, tmp_path)
+    with pytest.raises(ll.CheckpointError, match=f"its ensure_weight_tying {message}"):
+        ll.import_peft(llama(tie_word_embeddings=tied), tmp_path)
+
+
+def test_a_module_in_full_whose_tie_peft_keeps(tmp_path: Path) -> None:
+    fields: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    agrees(lambda: llama(tie_word_embeddings=True), peft.LoraConfig(r=4, **fields), tmp_path)
 
 
 class Net(nn.Module):

@@ -13,12 +13,13 @@ from ..adapter import Adapter
 from ..attaching import build, check_free, derive, init, install, whole_modules
 from ..attachment import DEFAULT, Attachment, unwrap
 from ..backend import check_backend
-from ..checkpoint import fill, filled, named_targets, not_in_file
+from ..checkpoint import fill, filled, named_targets, not_in_file, require_layers
 from ..config import AdapterConfig, is_number
 from ..errors import CheckpointError, LoraLiteError, first_of
 from ..files import read_json, read_tensors
 from ..quantized import weight_of
 from ..renaming import Renaming, named_parameters, proposal
+from ..shapes import shape
 from ..stacks import Stack
 from ..targets import Target, candidates
 from ..variant import REGISTRY
@@ -103,14 +104,17 @@ def attach_stored(
         config = {**_DEFAULTS, **config, "modules_to_save": in_full(config)}
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
-        whole = _whole_modules(model, config["modules_to_save"], stored, moved)
+        whole = _whole_modules(model, config, stored, moved)
         tensors = _unstacked(model, config, _ours(named, _without_bases(model, named, stored, moved)), moved)
+        require_layers(model, [moved.new(name.rpartition(".")[0]) for name in tensors])
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors}, moved)
         for variant, of_variant in _by_variant(named, moved.keys(tensors)).items():
             own = f"{name}_ff" if ready else name
             cfg = _config(variant, config, [key.rpartition(".")[0] for key in of_variant], moved)
             cfg = cfg.renamed({old: moved.new(old) for old in (key.rpartition(".")[0] for key in tensors)})
-            ready[own] = (cfg, backend, *_adapters(model, cfg, config, of_variant, backend))
+            targets = _targets(model, config, of_variant)
+            cfg = _with_widths(cfg, targets) if variant == "pissa" else cfg
+            ready[own] = (cfg, backend, targets, _adapters(model, targets, cfg, of_variant, backend))
     except LoraLiteError as error:
         raise CheckpointError(f"{what}: {error}") from error
     for own in ready:
@@ -255,7 +259,7 @@ def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) 
     """The config with linear layers of which `target_parameters` names the weights among the `target_modules`, where
     they are the same. PEFT's patterns are of the weights' names, there."""
     parameters, modules = config.get("target_parameters") or [], config.get("target_modules") or []
-    linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t)]
+    linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t) and t.role != "embedding"]
     of_weights = {
         name: [layer for layer in linears if matches([name], layer + WEIGHT)]
         for name in parameters
@@ -301,8 +305,11 @@ def _unstacked(
     return tensors
 
 
-def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor], moved: Renaming) -> WholeModules:
+def _whole_modules(
+    model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor], moved: Renaming
+) -> WholeModules:
     """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
+    names = config["modules_to_save"]
     old = {moved.old(name): first for name, first in modules_of(model).items() if name}
     modules = list(dict.fromkeys(first for name, first in old.items() if ends(names, name)))
     absent = [name for name in names if not any(ends([name], module) for module in old)]
@@ -317,6 +324,12 @@ def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor]
         if not stored.keys() & in_file.values():
             raise CheckpointError(f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}")
         found |= {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
+    rest = [place.name for place, _ in standing(model) if PREFIX + moved.old(place.name) in stored]
+    if rest and config.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"its ensure_weight_tying makes {first_of(rest)} one with an embedding that trains in full, and this model "
+            "has them apart; tie them first, as tie_word_embeddings=True in its config does"
+        )
     return filled(model, modules, found, aliases={})  # PEFT writes a tensor for each name
 
 
@@ -341,6 +354,11 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
     ]
     meant = {name for name in layers if is_named(config, name) and is_in_block(config, name)}
     extra = [name for name in sorted(layers - meant) if not matches(parameters, name)]
+    if extra and config.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"its ensure_weight_tying puts an embedding's adapter on {first_of(extra)} too, and here each layer has "
+            "its own; merge it with PEFT"
+        )
     if (wanted or parameters) and extra:
         raise CheckpointError(
             f"its target_modules, or its layers_to_transform, do not match {first_of(extra)}, for which it has tensors"
@@ -367,15 +385,34 @@ def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str,
     return {kind: found for kind, found in kinds.items() if found} or {variant: tensors}
 
 
-def _adapters(
-    model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], tensors: dict[str, Tensor], backend: str
-) -> tuple[list[Target], dict[str, Adapter]]:
-    targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+def _targets(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Target]:
+    """The layers of the tensors."""
+    targets = named_targets(model, {"base_model": config.get("base_model_name_or_path") or "unnamed"}, tensors)
     if twice := in_two_places(model, targets):
         raise CheckpointError(
             f"{' and '.join(twice)} are one layer, in whose first place alone PEFT's adapter acts, and one here would "
             "in all; give the model a copy in one of them"
         )
+    return targets
+
+
+def _with_widths(cfg: AdapterConfig, targets: list[Target]) -> AdapterConfig:
+    """The config with no r above a layer's width: so many singular triplets PEFT's PiSSA has there, under the scale of
+    the r that it was given. Embeddings, which it starts the ordinary way, keep theirs."""
+    ranks, alphas = {}, {}
+    for target in targets:
+        own, width = cfg.for_layer(target.name), min(shape(target.layer))
+        if own.r > width and target.role != "embedding":
+            pattern = rf"^{re.escape(target.name)}$"
+            ranks[pattern] = width
+            alphas[pattern] = own.alpha * own.scale / replace(own, r=width).scale
+    patterns = {"rank_pattern": {**ranks, **cfg.rank_pattern}, "alpha_pattern": {**alphas, **cfg.alpha_pattern}}
+    return replace(cfg, **patterns)
+
+
+def _adapters(
+    model: nn.Module, targets: list[Target], cfg: AdapterConfig, tensors: dict[str, Tensor], backend: str
+) -> dict[str, Adapter]:
     adapters = {t.name: build(t, REGISTRY[cfg.variant], cfg, backend) for t in targets}
     for t in targets:
         _check_embedding(t, adapters[t.name])
@@ -392,7 +429,7 @@ def _adapters(
     _reshape(adapters, tensors)
     fill(adapters, tensors)
     derive(targets, adapters)
-    return targets, adapters
+    return adapters
 
 
 def _check_ties(model: nn.Module, targets: list[Target]) -> None:
