@@ -175,7 +175,8 @@ def check_free(model: nn.Module, name: str) -> None:
         )
     try:
         Site(nn.Identity(), "")[name] = nn.Identity()
-    except (KeyError, TypeError) as error:
+        name.encode()  # half of a surrogate pair stands in no file
+    except (KeyError, TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"name={name!r} can't be an adapter's name ({error}); use letters, digits and _") from None
     mine = attachments(model)
     if name in {each.name for each in mine}:
