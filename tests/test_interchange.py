@@ -760,6 +760,28 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
         refused(file.parent, why)
 
 
+SHAPES = [(), (0,), (1,), (32,), (0, 0), (1, 0), (2, 3, 4), (1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "experts"])
+def test_tensors_of_any_shape(variant: str, tmp_path: Path) -> None:
+    """A damaged file's are taken, where they have all numbers and no other order, or refused."""
+    make = qwen3_moe if variant == "experts" else llama
+    names = {"ia3_ff": "down_proj$", "experts": r"experts\.(gate_up|down)_proj$"}
+    model = make()
+    attach(model, "lora" if variant == "experts" else variant, target_names=(names.get(variant, "q_proj$"),))
+    ll.export_peft(model, tmp_path)
+    tensors = load_file(file := tmp_path / "adapter_model.safetensors")
+    for key in [key for key in tensors if "layers.0" in key]:
+        for shape in SHAPES:
+            save_file({**tensors, key: torch.ones(shape)}, file)
+            if torch.ones(shape).squeeze().shape == tensors[key].squeeze().shape:
+                ll.import_peft(make(), tmp_path)
+                continue
+            with pytest.raises(ll.CheckpointError):
+                ll.import_peft(make(), tmp_path)
+
+
 def test_export_leaves_a_pair_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New tensors beside an earlier config would load, with the wrong alpha."""
     folder, model = a_lora(tmp_path / "earlier"), llama()

@@ -381,7 +381,7 @@ def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str,
         return {variant: tensors}
     kinds: dict[str, dict[str, Tensor]] = {"ia3": {}, "ia3_ff": {}}
     for name, t in tensors.items():
-        kinds["ia3" if t.shape[-1] == 1 else "ia3_ff"][name] = t
+        kinds["ia3" if t.shape[-1:] == (1,) else "ia3_ff"][name] = t
     return {kind: found for kind, found in kinds.items() if found} or {variant: tensors}
 
 
@@ -488,6 +488,6 @@ def _reshape(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
         for key, wanted in adapter.state_dict().items():
             t = tensors.get(f"{layer}.{key}")
             if t is not None and key == "lora_U":
-                tensors[f"{layer}.{key}"] = t.t()
+                tensors[f"{layer}.{key}"] = t.t() if t.ndim == 2 else t
             elif t is not None and t.numel() == wanted.numel() and 1 in t.shape:
                 tensors[f"{layer}.{key}"] = t.reshape(wanted.shape)
