@@ -352,11 +352,20 @@ def test_dropout_beside_an_embedding(tmp_path: Path) -> None:
         ll.attach(llama(), attachment.cfg)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
+ABOVE: dict[str, tuple[Any, str, int]] = {
+    "lora": (peft.LoraConfig(r=8), r"score \(32 → 3\)", 3),
+    "dora": (peft.LoraConfig(r=8, use_dora=True), r"score \(32 → 3\)", 3),
+    "delora": (peft.DeloraConfig(r=8), r"score \(32 → 3\)", 3),
+    "hra": (peft.HRAConfig(r=40), r"q_proj \(32 → 32\)", 32),
+}
+
+
+@pytest.mark.parametrize("variant", ABOVE)
+def test_a_rank_above_a_layer_s_width(variant: str, tmp_path: Path) -> None:
     """The formula holds at any rank. `attach` leaves such layers out, or refuses them by name."""
     make = of("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER, num_labels=3)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "score"], use_dora=dora)
+    config, layer, width = ABOVE[variant]
+    config.target_modules = ["q_proj", "score"]
     ours = agrees(make, config, tmp_path / "theirs")
     want, (attachment,) = output(ours), ll.attachment.attachments(ours)
     ll.save(ours, tmp_path / "file")
@@ -365,9 +374,24 @@ def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
     ll.detach(ours)
     ll.load(ours, tmp_path / "file")
     assert_close(output(ours), want, TOLERANCE)
-    with pytest.raises(ll.AttachError, match=r"score \(32 → 3\): r=8 is larger than the layer allows; use r ≤ 3"):
+    with pytest.raises(ll.AttachError, match=rf"{layer}: r=\d+ is larger than the layer allows; use r ≤ {width}"):
         ll.attach(make(), attachment.cfg)
-    assert "score" not in attach(make(), attachment.cfg.variant, r=8, exclude_names=()).adapters
+    if variant != "hra":
+        assert "score" not in attach(make(), variant, r=8, exclude_names=()).adapters
+
+
+def test_an_odd_number_of_reflections(tmp_path: Path) -> None:
+    """Of them none starts as the base model, and a trained one is as good as any."""
+    ours = agrees(llama, peft.HRAConfig(r=3, target_modules=["q_proj"]), tmp_path / "theirs")
+    want, (attachment,) = output(ours), ll.attachment.attachments(ours)
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(output(read_by_both(llama, tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"q_proj .*r must be even: .*got 3"):
+        ll.attach(llama(), attachment.cfg)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
