@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -17,6 +17,7 @@ from models import (
     assert_close,
     assert_same,
     attach,
+    build,
     calibration_batches,
     gpt2,
     llama,
@@ -1008,6 +1009,38 @@ def test_layers_that_have_moved(form: str, tmp_path: Path) -> None:
         fresh = Wrapped(llama())
         again(fresh, tmp_path / file)
         assert_close(logits(fresh), logits(ours), 1e-6)
+
+
+def vision_language() -> Any:
+    """With a vision tower whose layers are called as those of the language model, which is `llama`."""
+    text = {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16}
+    made = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=60)
+    model: Any = build(transformers.LlavaForConditionalGeneration, made)
+    model.model.language_model, model.lm_head = (small := cast(Any, llama())).model, small.lm_head
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q|v)_proj"], ids=str)
+@pytest.mark.parametrize("in_full", [None, ["mlp"]], ids=str)
+def test_a_language_model_s_adapter_in_a_larger_model(in_full: Any, targets: Any, tmp_path: Path) -> None:
+    """The map says what the file is of: its target_modules match layers of the vision tower too."""
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=in_full)
+    theirs = saved_by_peft(llama(), config, tmp_path)
+    large = vision_language()
+    before = snapshot(large)
+    if not in_full:
+        with pytest.raises(ll.CheckpointError, match=rf"pass prefix_map={MOVED}".replace("{", r"\{")):
+            ll.import_peft(large, tmp_path)
+    assert_same(large, before)
+    attachment: Any = ll.import_peft(large, tmp_path, prefix_map={"model": "model.language_model"})
+    assert_close(logits(large), logits(theirs), TOLERANCE)
+    assert all(name.startswith("model.language_model.") for name in (*attachment.adapters, *attachment.whole.names))
+    ll.export_peft(large, tmp_path / "ours")
+    again = vision_language()
+    ll.import_peft(again, tmp_path / "ours")
+    assert_close(logits(again), logits(theirs), TOLERANCE)
 
 
 def test_modules_that_have_moved(tmp_path: Path) -> None:

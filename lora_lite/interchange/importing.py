@@ -311,8 +311,13 @@ def _whole_modules(
     """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
     names = config["modules_to_save"]
     old = {moved.old(name): first for name, first in modules_of(model).items() if name}
-    modules = list(dict.fromkeys(first for name, first in old.items() if ends(names, name)))
-    absent = [name for name in names if not any(ends([name], module) for module in old)]
+    mine = [  # of a larger model the map says which part the file is of
+        name
+        for name, first in old.items()
+        if moved.reaches(first) or any(key.startswith(f"{PREFIX}{name}.") for key in stored)
+    ]
+    modules = list(dict.fromkeys(old[name] for name in mine if ends(names, name)))
+    absent = [name for name in names if not any(ends([name], module) for module in mine)]
     if missing := [name for name in absent if any(f"{name}." in key for key in stored)]:
         raise CheckpointError(
             f"the model has no module {first_of(missing)}, which it trains in full (modules_to_save)"
@@ -348,6 +353,7 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         name
         for t, name in old
         if not _is_stack(t)
+        and moved.reaches(t.name)
         and is_named(config, name)
         and is_in_block(config, name)
         and not (is_all_linear(wanted) and (t.is_head or t.role == "embedding"))
@@ -367,6 +373,7 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         raise CheckpointError(
             f"its target_modules match {len(names)} layers of this model, and it has no tensors for "
             f"{first_of(missing)}: the file is not whole, or is of another model"
+            f"{proposal([moved.new(name) for name in layers], [t.name for t, _ in old])}"
         )
 
 
