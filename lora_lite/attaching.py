@@ -28,7 +28,7 @@ from .attachment import (
 from .backend import check_backend
 from .beside import Beside, peft_in
 from .calibration import CalibrationData, OfExperts, Statistic, gather, require_batches
-from .config import AdapterConfig
+from .config import AdapterConfig, Role
 from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError, naming
 from .fitness import unfit
@@ -175,7 +175,8 @@ def check_free(model: nn.Module, name: str) -> None:
         )
     try:
         Site(nn.Identity(), "")[name] = nn.Identity()
-    except (KeyError, TypeError) as error:
+        name.encode()  # half of a surrogate pair stands in no file
+    except (KeyError, TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"name={name!r} can't be an adapter's name ({error}); use letters, digits and _") from None
     mine = attachments(model)
     if name in {each.name for each in mine}:
@@ -225,11 +226,12 @@ def _built(
 ) -> tuple[list[Target], dict[str, Adapter], dict[str, str]]:
     """The layers that `cfg` selects and that can take an adapter, their adapters with the tensors as the specs start
     them, and of each other linear layer why it is left out. A layer that was asked for by name is not left out: that it
-    can't be adapted is an error. `planned`: `cfg` is the variant's plan, which may leave out what the user's names."""
+    can't be adapted is an error, and so it is where none can be of a kind that `target_roles` asks for. `planned`:
+    `cfg` is the variant's plan, which may leave out what the user's names."""
     selected, reasons = choose(model, cfg, promised=not planned)
     targets: list[Target] = []
     adapters: dict[str, Adapter] = {}
-    problem: UnfitError | None = None
+    problems: list[tuple[Role, UnfitError]] = []
     for target in selected:
         try:
             with naming(target.label):
@@ -241,9 +243,12 @@ def _built(
         except UnfitError as error:
             if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
                 raise
-            reasons[target.name], problem = error.why, error
-    if not targets and problem is not None:
-        raise problem
+            reasons[target.name] = error.why
+            problems.append((target.role, error))
+    asked_for = () if planned else cfg.kinds_given
+    for role, error in problems:
+        if not targets or (role in asked_for and not any(target.role == role for target in targets)):
+            raise error
     return targets, adapters, reasons
 
 

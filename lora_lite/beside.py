@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import AttachError
 from .params import Params
-from .quantized import is_dense
+from .quantized import is_dense, widened
 from .renaming import named_modules, named_parameters
 
 _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would cost their size again
@@ -144,7 +144,7 @@ def differs(before: Tensor | None, now: Tensor) -> bool:
         return True
     before = before.to(now.device)
     if before.dtype == now.dtype or not (before.is_floating_point() and now.is_floating_point()):
-        return not torch.equal(before.nan_to_num(), now.nan_to_num())
+        return not torch.equal(widened(before).nan_to_num(), widened(now).nan_to_num())
     coarse = max(torch.finfo(before.dtype).eps, torch.finfo(now.dtype).eps)
     return not torch.allclose(before.double(), now.detach().double(), rtol=2 * coarse, atol=coarse, equal_nan=True)
 

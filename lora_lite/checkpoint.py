@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from .files import read_json, read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
 from .params import SITE
+from .quantized import widened
 from .renaming import Renaming, named_modules, plain_name, proposal
 from .shapes import copies, shape
 from .targets import Target, candidates
 from .variant import REGISTRY, Variant
-from .whole_modules import WholeModules
+from .whole_modules import WholeModules, same, standing
 
 FORMAT_VERSION = 1
 
@@ -106,6 +107,8 @@ def _contents(
     if attachment.whole.names:
         metadata["whole_modules"] = json.dumps(attachment.whole.names)
         metadata["whole_tensors"] = json.dumps(list(attachment.whole.entries))
+        tied = attachment.whole.names_in(model).items()
+        metadata["whole_aliases"] = json.dumps({name: first for first, each in tied for name in each if name != first})
     found = {
         f"{names[layer]}.{key}": tensors[f"{layer}.{key}"]
         for layer, adapter in attachment.adapters.items()
@@ -170,7 +173,7 @@ def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that have NaN or infinity."""
-    return [name for name, t in tensors.items() if not (t.is_meta or t.isfinite().all())]
+    return [name for name, t in tensors.items() if not (t.is_meta or widened(t).isfinite().all())]
 
 
 def load(
@@ -237,7 +240,7 @@ def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str
         found = {name: tensors.pop(name) for name in _listed(metadata, "whole_tensors")}
     except KeyError as error:
         raise CheckpointError(f"{error} is missing, of a module that trains in full") from error
-    return filled(model, _listed(metadata, "whole_modules"), found)
+    return filled(model, _listed(metadata, "whole_modules"), found, _aliases(metadata))
 
 
 def _listed(metadata: dict[str, str], field: str) -> list[str]:
@@ -245,6 +248,17 @@ def _listed(metadata: dict[str, str], field: str) -> list[str]:
     found = read_json(metadata.get(field, "[]"), list, f"{field} are")
     if not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"its {field} must be a list of names; they are {found!r}")
+    return found
+
+
+def _aliases(metadata: dict[str, str]) -> dict[str, str] | None:
+    """The other names of the whole tensors that were tied, with those in `whole_tensors`; None: the file is of an
+    earlier version, which didn't write them."""
+    if "whole_aliases" not in metadata:
+        return None
+    found = read_json(metadata["whole_aliases"], dict, "whole_aliases are")
+    if not set(map(str, found.values())) <= set(_listed(metadata, "whole_tensors")):
+        raise CheckpointError(f"its whole_aliases must be names of whole_tensors by others; they are {found!r}")
     return found
 
 
@@ -257,6 +271,8 @@ def _moved(metadata: dict[str, str], moved: Renaming) -> dict[str, str]:
         field: json.dumps([moved.new(name) for name in _listed(metadata, field)])
         for field in ("whole_modules", "whole_tensors")
     }
+    if (aliases := _aliases(metadata)) is not None:
+        lists["whole_aliases"] = json.dumps({moved.new(name): moved.new(first) for name, first in aliases.items()})
     return {**metadata, **lists, "targets": json.dumps(shapes), "fingerprint": _fingerprint(shapes)}
 
 
@@ -277,18 +293,51 @@ def _described(metadata: dict[str, str], tensors: Mapping[str, Tensor]) -> Mappi
     return dict.fromkeys(name.rpartition(".")[0] for name in tensors)
 
 
-def filled(model: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> WholeModules:
-    """Modules that train in full, with these tensors; a CheckpointError where they are not the model's."""
+def filled(
+    model: nn.Module, names: list[str], tensors: Mapping[str, Tensor], aliases: Mapping[str, str] | None
+) -> WholeModules:
+    """Modules that train in full, with these tensors; a CheckpointError where they are not the model's, or are tied in
+    one of the two alone. `aliases`: further names of the tensors; None: it is not known what was tied."""
     modules = [name for name, _ in named_modules(model)]
     if strange := [name for name in names if name not in modules]:
         raise CheckpointError(
             f"the model has no module {first_of(strange)}, which the file holds in full{proposal(names, modules)}"
         )
     whole = whole_modules(model, names)
+    if aliases is not None:
+        tensors = _tied_alike(model, whole, tensors, aliases)
     if problems := mismatches(whole.tensors(), tensors):
         raise CheckpointError(f"its modules that train in full are not this model's: {first_of(problems)}")
     whole.fill(tensors)
     return whole
+
+
+def _tied_alike(
+    model: nn.Module, whole: WholeModules, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors by the first names that they have in the model. A CheckpointError where two are one in the file and
+    apart in the model, or the other way: one place would not get what was trained in it."""
+    here, in_model = whole.names_in(model), {place.name for place, _ in standing(model)}
+    first_of_each = {name: first for first, names in here.items() for name in names}
+    for alias, name in aliases.items():
+        if alias in in_model and first_of_each.get(alias) != first_of_each.get(name):
+            raise CheckpointError(
+                f"it trains {name} and {alias} as one, and this model has them apart; tie them first, as "
+                "tie_word_embeddings=True in its config does"
+            )
+    by_name = {**tensors, **{alias: tensors[name] for alias, name in aliases.items()}}
+    found = {name: t for name, t in tensors.items() if name not in first_of_each}
+    for first, names in here.items():
+        its = {name: by_name[name] for name in names if name in by_name}
+        if not its:
+            continue  # missing, as the caller says
+        found[first] = next(iter(its.values()))
+        if len(its) < len(names) or not all(same(t, found[first]) for t in its.values()):
+            raise CheckpointError(
+                f"this model ties {' and '.join(names)}, and it trains {' and '.join(its)} apart; give the model a "
+                "tensor for each first, as tie_word_embeddings=False in its config does"
+            )
+    return found
 
 
 def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -306,7 +355,7 @@ def mismatches(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> lis
 
 def _another_kind(name: str, mine: Tensor, its: Tensor) -> str:
     """How the second's kind of numbers differs; empty: it doesn't."""
-    if its.is_floating_point() == mine.is_floating_point():
+    if widened(its).is_floating_point() == mine.is_floating_point():
         return ""
     return f"{name} is of {its.dtype}, which is not as {mine.dtype} is"
 
@@ -349,6 +398,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
     """The layers that the file names, checked against the model."""
     layers = {target.name: target for target in candidates(model)}
     described, problems = _described(metadata, tensors), []
+    require_layers(model, described)
     for name, shape_in_file in described.items():
         target = layers.get(name)
         if target is None:
@@ -366,6 +416,16 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
             if why := unfit(model, target):
                 raise CheckpointError(f"{target.name}: {why}")
     return targets
+
+
+def require_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a CheckpointError where the model has modules of these names that no adapter can stand on."""
+    modules, layers = dict(named_modules(model)), {target.name for target in candidates(model)}
+    others = [f"{name} ({type(modules[name]).__name__})" for name in names if name in modules.keys() - layers]
+    if others := list(dict.fromkeys(others)):
+        raise CheckpointError(
+            f"it adapts {first_of(others)}, and lora-lite adapts linear layers, embeddings and stacked experts alone"
+        )
 
 
 def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:

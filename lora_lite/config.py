@@ -17,6 +17,7 @@ from .errors import ConfigError
 
 Role = Literal["reader", "writer", "inner", "expert", "embedding"]
 ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert", "embedding")
+KINDS: tuple[Role, ...] = ("expert", "embedding")  # of layers; the other roles are places beside the residual stream
 _FLOAT32 = torch.finfo(torch.float32)
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
@@ -41,7 +42,9 @@ class AdapterConfig:
         target_roles: keep the layers that read from the residual stream ("reader": in_features is its width), write
             into it ("writer"), or neither ("inner"), or a mixture's stacked experts ("expert"). Empty: all. By default
             readers and writers; all, where `target_names` is given. Embeddings are adapted only where they are meant:
-            by the role "embedding", or by a name of theirs in `target_names`; ".*" names none.
+            by the role "embedding", or by a name of theirs in `target_names`; ".*" names none. The others are places
+            beside the residual stream, and may be empty; "expert" and "embedding" name kinds of layers, and each that
+            is given must find one that takes an adapter, or attach raises.
         exclude_names: regular expressions; a layer whose name matches one is left alone. By default output heads and
             what belongs to embeddings; nothing, where `target_names` is given. Output heads, whatever their name, stay
             out unless this is empty or `target_names` names them. The default spares embeddings that a role asks for.
@@ -148,6 +151,12 @@ class AdapterConfig:
     def names_given(self) -> bool:
         """Whether the user named layers: those are adapted or an error says why not; none is filtered by a default."""
         return bool(self.target_names) and self.target_names != type(self).target_names
+
+    @property
+    def kinds_given(self) -> tuple[Role, ...]:
+        """The roles that the user gave which name a kind of layer: one is adapted or an error says why not."""
+        default = type(self).target_roles or ()
+        return tuple(role for role in KINDS if role in self.target_roles and role not in default)
 
     @property
     def scale(self) -> float:

@@ -13,17 +13,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .quantized import widened
 
 T = TypeVar("T")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, on the CPU; a CheckpointError where it is unreadable."""
+    """Metadata and tensors of a safetensors file, on the CPU, 8-bit floats as float32; a CheckpointError where it is
+    unreadable."""
     if is_folder(path):
         raise CheckpointError(f"it is a folder; {_reader_of(path)}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, {name: widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
 

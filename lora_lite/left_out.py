@@ -15,6 +15,8 @@ from .shapes import SHAPELESS, shape
 from .stacks import Stack
 from .targets import candidates, fold, is_linear, is_shapeless
 
+EXPERTS = "stacked experts that"  # so the reason begins of those that no adapter reaches
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -116,5 +118,5 @@ def _out_of_reach(path: str, module: nn.Module, key: str, t: Tensor) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
     if t.ndim == 3 and "expert" in f"{path}.{kind}".lower():
-        return f"stacked experts that {kind} runs by itself"
+        return f"{EXPERTS} {kind} runs by itself"
     return f"read by {kind} itself, which calls no layer for it"

@@ -117,6 +117,14 @@ def is_dense(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and t.is_floating_point() and t.dtype.itemsize > 1
 
 
+def widened(t: Tensor) -> Tensor:
+    """The values of 8-bit floats in float32: PyTorch compares few of them and looks for NaN in few. Pairs of 4-bit
+    floats, which it can't convert, as bytes; any other tensor as it is."""
+    if not t.is_floating_point() or t.dtype.itemsize > 1:
+        return t
+    return t.view(torch.uint8) if "float4" in str(t.dtype) else t.float()
+
+
 def bias_of(layer: Any) -> Float[Tensor, " N"] | None:
     """A layer's bias with its values, also where accelerate offloads it; None: it has none."""
     return brought(layer, "bias")

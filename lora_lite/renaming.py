@@ -53,6 +53,10 @@ class Renaming:
         """A name of the model as the file has it."""
         return _moved(name, {new: old for old, new in self.prefixes.items()})
 
+    def reaches(self, name: str) -> bool:
+        """Whether a name of the model is one that the map gives; all are, where there is none."""
+        return not self.prefixes or any(_begins(new, name) for new in self.prefixes.values())
+
     def check(self, names: Collection[str]) -> None:
         """Raise a CheckpointError where an entry of the map begins none of the file's names."""
         for prefix in self.prefixes:

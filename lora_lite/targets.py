@@ -1,7 +1,8 @@
 """Find the layers to adapt, by structure: anything with the shape of a linear map and a weight. And say why not.
 
 What a user names is a promise: each entry of `target_names`, `rank_pattern`, `alpha_pattern`, `layers` and of an
-`exclude_names` that is not the default must find something, or `find_targets` raises.
+`exclude_names` that is not the default must find something, and so must "expert" and "embedding" in `target_roles`, or
+`find_targets` raises.
 """
 
 import re
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
-from .errors import AttachError
+from .errors import AttachError, first_of
 from .placement import mesh_of
 from .quantized import weight_of
 from .renaming import WRAPPED, named_modules, named_parameters
@@ -154,7 +155,7 @@ def choose(model: nn.Module, cfg: AdapterConfig, promised: bool = True) -> tuple
     }
     targets = [target for target in found if not why[target.name]]
     if promised:
-        _keep_promises(model, cfg, found, targets)
+        _keep_promises(model, cfg, found, targets, why)
     if not targets and any(not _why_not(target, cfg, others) for target in found):
         raise AttachError(
             f"modules_to_save={cfg.modules_to_save}: {', '.join(in_full)} train in full, and hold all layers that an "
@@ -199,7 +200,9 @@ def _finds(pattern: str, names: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for name in names)
 
 
-def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], targets: list[Target]) -> None:
+def _keep_promises(
+    model: nn.Module, cfg: AdapterConfig, found: list[Target], targets: list[Target], why: dict[str, str]
+) -> None:
     chosen = [target.name for target in targets]
     if cfg.names_given:
         for pattern in cfg.target_names:
@@ -212,6 +215,9 @@ def _keep_promises(model: nn.Module, cfg: AdapterConfig, found: list[Target], ta
     for index in cfg.layers or ():
         if not any(target.block == index for target in targets):
             raise AttachError(_no_match(f"{index} of ", model, found, cfg))
+    for kind in cfg.kinds_given:
+        if targets and not any(target.role == kind for target in targets):
+            raise AttachError(_none_of_a_kind(kind, model, {t.name: why[t.name] for t in found if t.role == kind}))
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, field):
             if targets and not _finds(pattern, chosen):
@@ -327,6 +333,20 @@ def _role(name: str, layer: Any, widths: set[int]) -> Role:
     if reads and writes:
         return "writer" if _WRITERS.search(name) else "reader"
     return "reader" if reads else "writer" if writes else "inner"
+
+
+def _none_of_a_kind(kind: Role, model: nn.Module, reasons: dict[str, str]) -> str:
+    """Of a kind that `target_roles` asks for. `reasons`: why each layer of that kind is left out."""
+    from .left_out import EXPERTS, unreachable
+
+    found = [f"{name}: {why}" for name, why in reasons.items()]
+    if kind == "expert":
+        found += [f"{each.kind} ×{each.count}: {each.why}" for each in unreachable(model) if EXPERTS in each.why]
+    what = "a stack of experts" if kind == "expert" else "an embedding"
+    return (
+        f"target_roles: no layer that is adapted is {what} ({first_of(found) or 'the model has none'}); leave {kind!r} "
+        "out of target_roles"
+    )
 
 
 def _no_match(entry: str, model: nn.Module, found: list[Target], cfg: AdapterConfig, pattern: str = "") -> str:

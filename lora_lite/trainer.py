@@ -1,11 +1,14 @@
 """AdapterCallback: a transformers Trainer's checkpoints hold the adapter alone. And what TRL's trainers need beside."""
 
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,9 +27,9 @@ from .selection import disabled
 class AdapterCallback(TrainerCallback):
     """`Trainer(..., callbacks=[AdapterCallback()])`, for trainers of transformers, TRL and sentence-transformers.
 
-    A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name), and as the
-    model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it resumes or loads the
-    best model. The base weights, which no method changes, are not written.
+    A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name, in which `/`
+    is `%2F`), and as the model's weights the adapter's tensors alone, to which the Trainer goes back by itself when it
+    resumes or loads the best model. The base weights, which no method changes, are not written.
 
     From the Trainer's start on, and after training, `model.save_pretrained` and so `trainer.save_model` write the
     adapter in the base's stead, until it is detached.
@@ -206,9 +209,19 @@ def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | Non
             save_gathered(model, path, each.name, gathered)
 
 
+_LONGEST = 200  # bytes; systems take 255, of which a temporary file beside it needs some
+
+
 def _file_of(name: str, count: int) -> str:
-    """One adapter's file has a name that is known; several have their own, but that of the model's weights is taken."""
-    return "adapter.safetensors" if count == 1 else f"{'adapter_' if name == 'model' else ''}{name}.safetensors"
+    """One adapter's file has a name that is known. Several have their own, in which what leads out of a folder is
+    escaped as in a URL, and a name too long for a file is its beginning and digest; that of the model's weights is
+    taken."""
+    if count == 1:
+        return "adapter.safetensors"
+    stem = re.sub(r"[/\\\0%]", lambda found: quote(found[0], safe=""), name)
+    if len(stem.encode()) > _LONGEST:
+        stem = f"{stem[:32]}-{hashlib.sha256(name.encode()).hexdigest()}"
+    return f"{'adapter_' if re.fullmatch('(adapter_)*model', stem) else ''}{stem}.safetensors"
 
 
 def _calling_trainer() -> Trainer:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import SITE, Params
 from .placement import is_sharded, whole
+from .quantized import widened
 from .renaming import named_modules, plain_name
 from .shapes import SHAPELESS
 
@@ -48,6 +49,11 @@ class _Entry:
     def other(self) -> Any:
         """What would stand in its places instead of what does."""
         return self.original if self.in_place else self.trained
+
+    def standing(self) -> list[Tensor]:
+        """What stands in the first of its places, and whatever else with the same values stands in the others."""
+        here = list({id(t): t for _, held, key in self.places if (t := held.get(key)) is not None}.values())
+        return [t for t in here if same(t, here[0])]
 
     def require_fit(self) -> None:
         """Raise where the other can't stand in its places."""
@@ -127,15 +133,15 @@ class WholeModules:
         return {name: whole(t).detach().cpu().contiguous() for name, t in self.tensors().items()}
 
     def names_in(self, model: nn.Module) -> dict[str, list[str]]:
-        """Of each tensor, by its first name, all the names that it has in the model."""
-        by_id = {id(t): name for name, t in self.tensors().items()} | {
-            id(e.original): n for n, e in self.entries.items()
-        }
-        found: dict[str, list[str]] = {}
+        """Of each tensor, by its first name, all the names that it has in the model, or has where another attachment's
+        stands there now. A tie that loading has broken counts as long as the values are the same."""
+        names: dict[int, list[str]] = {}
         for place, t in standing(model):
-            if id(t) in by_id:
-                found.setdefault(by_id[id(t)], []).append(place.name)
-        return found
+            names.setdefault(id(t), []).append(place.name)
+        return {
+            first: [name for t in entry.standing() for name in names.get(id(t), ())]
+            for first, entry in self.entries.items()
+        }
 
     def give_up(self, model: nn.Module) -> list[str]:
         """Leave as it is, and name, what can't be taken off: modules that have left the model, and resized tensors."""
@@ -200,6 +206,15 @@ def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         for key, t in held.items():
             if t is not None and key not in module._non_persistent_buffers_set:
                 yield held, key, t
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether they are one tensor, or two with the same values that this process can see."""
+    if a is b:
+        return True
+    if is_sharded(a) or is_sharded(b) or a.is_meta or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(widened(a), widened(b))
 
 
 def _copy(name: str, t: Tensor) -> Tensor:

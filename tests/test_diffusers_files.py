@@ -182,4 +182,13 @@ def test_refusals(tmp_path: Path) -> None:
     save_file({"lora_unet_down.lora_down.weight": torch.ones(2, 2)}, tmp_path / FILE)
     with pytest.raises(ll.CheckpointError, match="a file of another program is rewritten by"):
         ll.import_diffusers(model, tmp_path)
+    matrices = {"unet.fc.lora_A.weight": torch.ones(2, 2), "unet.fc.lora_B.weight": torch.ones(2, 2)}
+    for changed, message in [
+        ({"unet.fc.alpha": torch.ones(2)}, r"fc\.alpha must be one number"),
+        ({"unet.fc.alpha": torch.ones(1, dtype=torch.complex64)}, r"fc\.alpha must be one number"),
+        ({"unet.fc.lora_A.weight": torch.tensor(1.0)}, r"no tensor of a layer's name and \.lora_A\.weight that is"),
+    ]:
+        save_file({**matrices, **changed}, tmp_path / FILE)
+        with pytest.raises(ll.CheckpointError, match=message):
+            ll.import_diffusers(model, tmp_path)
     assert_same(model, before)

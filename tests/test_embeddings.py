@@ -353,7 +353,15 @@ def test_layers_that_cant_take_one(layer: nn.Module, message: str) -> None:
     model = nn.ModuleDict({"table": layer, "linear": nn.Linear(6, 6)})
     with pytest.raises(ll.AttachError, match=f"table .*{message}"):
         ll.attach(model, ll.LoRAConfig(r=2, target_names=("table",)))
-    attachment = ll.attach(model, ll.LoRAConfig(r=2, target_roles=("reader", "embedding")))
+    with pytest.raises(ll.AttachError, match=f"table .*{message}"):
+        ll.attach(model, ll.LoRAConfig(r=2, target_roles=("reader", "embedding")))
+    other = nn.ModuleDict({**model, "other": nn.Embedding(9, 6)})
+    assert list(ll.attach(other, ll.LoRAConfig(r=2, target_roles=("reader", "embedding"))).adapters) == [
+        "linear",
+        "other",
+    ]
+    ll.detach(other)
+    attachment = ll.attach(model, ll.LoRAConfig(r=2))
     assert list(attachment.adapters) == ["linear"]
     assert any("table" in line and "×1" in line for line in attachment.summary().splitlines())
 

@@ -332,6 +332,9 @@ def test_refusals_name_the_experts() -> None:
         other.model.layers[0].mlp.experts = make(other.config)
         with pytest.raises(ll.AttachError, match=said):
             ll.attach(other, ll.LoRAConfig(target_names=(r"layers.0.*\.experts\.",)))
+        other.model.layers[1].mlp.experts = make(other.config)
+        with pytest.raises(ll.AttachError, match=said):
+            ll.attach(other, ll.LoRAConfig(target_roles=("reader", "expert")))
     with pytest.raises(
         ll.CalibrationError, match=r"gave \d tokens to its expert \d \(\d of 4 experts lack some\), and .* 5 are"
     ):

@@ -131,6 +131,33 @@ def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "base" / "model.safetensors")) == len(list(model.parameters()))
 
 
+NAMES = ["run/1", "/", "../up", "a\\b", "nul\0l", "100%", "run%2F1", "é" * 150, "n" * 1000, "n" * 1001]
+
+
+def test_files_of_several_adapters_stay_in_their_checkpoint(tmp_path: Path) -> None:
+    """Whatever their names are, each has a file of its own, beside that of the model's weights."""
+    names = [name.replace(".", "") for name in NAMES] + [str(tmp_path / "outside" / "x"), "model", "adapter_model", "b"]
+    (tmp_path / "outside").mkdir()
+    model: Any = llama()
+    for name in names:
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("layers.0.*q_proj",)), name=name)
+    for name in names:
+        randomize(ll.attachment.require_attachment(model, name).adapters["model.layers.0.self_attn.q_proj"], len(name))
+    run = Trainer(model, saving(tmp_path / "run"), train_dataset=examples(), eval_dataset=examples(4))
+    run.add_callback(AdapterCallback())
+    run.train()
+    found = sorted(tmp_path.glob("run/checkpoint-2/*.safetensors"))
+    assert len(found) == len(names) + 1
+    assert not list((tmp_path / "outside").iterdir())
+    run.save_model(str(tmp_path / "last"))
+    assert {path.name for path in tmp_path.glob("last/*.safetensors")} == {path.name for path in found}
+    stored = {path.name: load_file(path) for path in tmp_path.glob("last/*.safetensors") if path.stem != "model"}
+    for name in names:
+        own = ll.state_dict(model, name)
+        assert sum(all(torch.equal(each[key], t) for key, t in own.items()) for each in stored.values()) == 1
+    assert {"run%2F1.safetensors", "b.safetensors", "adapter_model.safetensors"} < stored.keys()
+
+
 def test_resumes(tmp_path: Path) -> None:
     """Two steps, then two more from the checkpoint, are four steps."""
     found = []

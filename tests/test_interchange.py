@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -17,6 +17,7 @@ from models import (
     assert_close,
     assert_same,
     attach,
+    build,
     calibration_batches,
     gpt2,
     llama,
@@ -352,11 +353,20 @@ def test_dropout_beside_an_embedding(tmp_path: Path) -> None:
         ll.attach(llama(), attachment.cfg)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
+ABOVE: dict[str, tuple[Any, str, int]] = {
+    "lora": (peft.LoraConfig(r=8), r"score \(32 → 3\)", 3),
+    "dora": (peft.LoraConfig(r=8, use_dora=True), r"score \(32 → 3\)", 3),
+    "delora": (peft.DeloraConfig(r=8), r"score \(32 → 3\)", 3),
+    "hra": (peft.HRAConfig(r=40), r"q_proj \(32 → 32\)", 32),
+}
+
+
+@pytest.mark.parametrize("variant", ABOVE)
+def test_a_rank_above_a_layer_s_width(variant: str, tmp_path: Path) -> None:
     """The formula holds at any rank. `attach` leaves such layers out, or refuses them by name."""
     make = of("LlamaForSequenceClassification", "LlamaConfig", **CLASSIFIER, num_labels=3)
-    config = peft.LoraConfig(r=8, target_modules=["q_proj", "score"], use_dora=dora)
+    config, layer, width = ABOVE[variant]
+    config.target_modules = ["q_proj", "score"]
     ours = agrees(make, config, tmp_path / "theirs")
     want, (attachment,) = output(ours), ll.attachment.attachments(ours)
     ll.save(ours, tmp_path / "file")
@@ -365,9 +375,47 @@ def test_a_rank_above_a_layer_s_width(dora: bool, tmp_path: Path) -> None:
     ll.detach(ours)
     ll.load(ours, tmp_path / "file")
     assert_close(output(ours), want, TOLERANCE)
-    with pytest.raises(ll.AttachError, match=r"score \(32 → 3\): r=8 is larger than the layer allows; use r ≤ 3"):
+    with pytest.raises(ll.AttachError, match=rf"{layer}: r=\d+ is larger than the layer allows; use r ≤ {width}"):
         ll.attach(make(), attachment.cfg)
-    assert "score" not in attach(make(), attachment.cfg.variant, r=8, exclude_names=()).adapters
+    if variant != "hra":
+        assert "score" not in attach(make(), variant, r=8, exclude_names=()).adapters
+
+
+def test_an_odd_number_of_reflections(tmp_path: Path) -> None:
+    """Of them none starts as the base model, and a trained one is as good as any."""
+    ours = agrees(llama, peft.HRAConfig(r=3, target_modules=["q_proj"]), tmp_path / "theirs")
+    want, (attachment,) = output(ours), ll.attachment.attachments(ours)
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(output(read_by_both(llama, tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"q_proj .*r must be even: .*got 3"):
+        ll.attach(llama(), attachment.cfg)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_of_a_rank_above_a_layer_s_width(rslora: bool, tmp_path: Path) -> None:
+    """PEFT takes all triplets that there are, under the scale of the rank that was asked for."""
+    fields: Any = {"target_modules": ["q_proj", "k_proj", "embed_tokens"], "alpha_pattern": {"layers.1.*k_proj": 9}}
+    config = peft.LoraConfig(r=40, lora_alpha=6, init_lora_weights="pissa", use_rslora=rslora, **fields)
+    ours = agrees(lambda: llama(num_key_value_heads=2), config, tmp_path / "theirs")
+    want, (attachment,) = output(ours), ll.attachment.attachments(ours)
+    assert {a.cfg.r for n, a in attachment.adapters.items() if "proj" in n} == {16, 32}
+    ll.save(ours, tmp_path / "file")
+    ll.export_peft(ours, tmp_path / "ours")
+    assert_close(output(read_by_both(lambda: llama(num_key_value_heads=2), tmp_path / "ours")), want, TOLERANCE)
+    ll.detach(ours)
+    ll.load(ours, tmp_path / "file")
+    assert_close(output(ours), want, TOLERANCE)
+    with pytest.raises(ll.AttachError, match=r"k_proj \(32 → 16\): r=20 is larger than the layer allows; use r ≤ 16"):
+        ll.attach(llama(num_key_value_heads=2), ll.PiSSAConfig(r=20, target_names=("k_proj",)))
+    tensors = load_file(file := tmp_path / "theirs" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
+    save_file({**tensors, key: torch.ones(40, 32)}, file)
+    with pytest.raises(ll.CheckpointError, match=r"k_proj\.lora_A has shape \(40, 32\), not \(16, 32\)"):
+        ll.import_peft(llama(num_key_value_heads=2), tmp_path / "theirs")
 
 
 def test_pissa_of_twice_a_layer_s_width(tmp_path: Path) -> None:
@@ -391,6 +439,53 @@ def test_a_router_among_the_parameters(tmp_path: Path) -> None:
     saved_by_peft(qwen3_moe(), config, tmp_path)
     with pytest.raises(ll.CheckpointError, match=r"target_parameters name gate\.weight, and lora-lite adapts stacked"):
         ll.import_peft(qwen3_moe(), tmp_path)
+
+
+def test_an_embedding_among_the_parameters(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["embed_tokens.weight"])
+    saved_by_peft(llama(), config, tmp_path)
+    refused(tmp_path, r"target_parameters name embed_tokens\.weight, and lora-lite adapts stacked experts and linear")
+
+
+OTHER_KINDS = {
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8, 4)), ["0"], r"0 \(Conv2d\)"),
+    "attention": (
+        lambda: nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)}),
+        ["attn", "fc"],
+        r"attn \(MultiheadAttention\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_layers_are_named(kind: str, tmp_path: Path) -> None:
+    make, names, what = OTHER_KINDS[kind]
+    saved_by_peft(make(), peft.LoraConfig(r=2, target_modules=names), tmp_path)
+    with pytest.raises(ll.CheckpointError, match=rf"it adapts {what}, and lora-lite adapts linear layers"):
+        ll.import_peft(make(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tied", "message"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True, "puts an embedding's adapter on lm_head too"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            False,
+            r"makes lm_head\.weight one with an embedding .* this model has them apart; tie them first",
+        ),
+    ],
+)
+def test_ties_that_peft_keeps(fields: Any, tied: bool, message: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, ensure_weight_tying=True, **fields)
+    saved_by_peft(llama(tie_word_embeddings=True), config, tmp_path)
+    with pytest.raises(ll.CheckpointError, match=f"its ensure_weight_tying {message}"):
+        ll.import_peft(llama(tie_word_embeddings=tied), tmp_path)
+
+
+def test_a_module_in_full_whose_tie_peft_keeps(tmp_path: Path) -> None:
+    fields: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    agrees(lambda: llama(tie_word_embeddings=True), peft.LoraConfig(r=4, **fields), tmp_path)
 
 
 class Net(nn.Module):
@@ -690,6 +785,28 @@ def test_refuses_damaged_files(tmp_path: Path) -> None:
         refused(file.parent, why)
 
 
+SHAPES = [(), (0,), (1,), (32,), (0, 0), (1, 0), (2, 3, 4), (1, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "experts"])
+def test_tensors_of_any_shape(variant: str, tmp_path: Path) -> None:
+    """A damaged file's are taken, where they have all numbers and no other order, or refused."""
+    make = qwen3_moe if variant == "experts" else llama
+    names = {"ia3_ff": "down_proj$", "experts": r"experts\.(gate_up|down)_proj$"}
+    model = make()
+    attach(model, "lora" if variant == "experts" else variant, target_names=(names.get(variant, "q_proj$"),))
+    ll.export_peft(model, tmp_path)
+    tensors = load_file(file := tmp_path / "adapter_model.safetensors")
+    for key in [key for key in tensors if "layers.0" in key]:
+        for shape in SHAPES:
+            save_file({**tensors, key: torch.ones(shape)}, file)
+            if torch.ones(shape).squeeze().shape == tensors[key].squeeze().shape:
+                ll.import_peft(make(), tmp_path)
+                continue
+            with pytest.raises(ll.CheckpointError):
+                ll.import_peft(make(), tmp_path)
+
+
 def test_export_leaves_a_pair_or_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New tensors beside an earlier config would load, with the wrong alpha."""
     folder, model = a_lora(tmp_path / "earlier"), llama()
@@ -892,6 +1009,38 @@ def test_layers_that_have_moved(form: str, tmp_path: Path) -> None:
         fresh = Wrapped(llama())
         again(fresh, tmp_path / file)
         assert_close(logits(fresh), logits(ours), 1e-6)
+
+
+def vision_language() -> Any:
+    """With a vision tower whose layers are called as those of the language model, which is `llama`."""
+    text = {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "pad_token_id": 0}
+    vision = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, "projection_dim": 16}
+    made = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=60)
+    model: Any = build(transformers.LlavaForConditionalGeneration, made)
+    model.model.language_model, model.lm_head = (small := cast(Any, llama())).model, small.lm_head
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], r".*\.(q|v)_proj"], ids=str)
+@pytest.mark.parametrize("in_full", [None, ["mlp"]], ids=str)
+def test_a_language_model_s_adapter_in_a_larger_model(in_full: Any, targets: Any, tmp_path: Path) -> None:
+    """The map says what the file is of: its target_modules match layers of the vision tower too."""
+    config = peft.LoraConfig(r=4, target_modules=targets, modules_to_save=in_full)
+    theirs = saved_by_peft(llama(), config, tmp_path)
+    large = vision_language()
+    before = snapshot(large)
+    if not in_full:
+        with pytest.raises(ll.CheckpointError, match=rf"pass prefix_map={MOVED}".replace("{", r"\{")):
+            ll.import_peft(large, tmp_path)
+    assert_same(large, before)
+    attachment: Any = ll.import_peft(large, tmp_path, prefix_map={"model": "model.language_model"})
+    assert_close(logits(large), logits(theirs), TOLERANCE)
+    assert all(name.startswith("model.language_model.") for name in (*attachment.adapters, *attachment.whole.names))
+    ll.export_peft(large, tmp_path / "ours")
+    again = vision_language()
+    ll.import_peft(again, tmp_path / "ours")
+    assert_close(logits(again), logits(theirs), TOLERANCE)
 
 
 def test_modules_that_have_moved(tmp_path: Path) -> None:

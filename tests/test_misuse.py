@@ -338,7 +338,6 @@ BAD_FIELDS: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.LoRAConfig, {"target_names": 3.5}, "a sequence; got 3.5"),
     (ll.LoRAConfig, {"layers": (0, -1)}, "indices of 0 or more, or None; got (0, -1)"),
     (ll.LoRAConfig, {"layers": ("0",)}, "indices of 0 or more, or None; got ('0',)"),
-    (ll.HRAConfig, {"r": 5}, "even: reflections start in pairs that cancel; got 5"),
     (ll.DeLoRAConfig, {"lambda0": 0}, "greater than 0; got 0"),
     (ll.DeLoRAConfig, {"lambda0": -1.0}, "greater than 0; got -1.0"),
     (ll.AntiPaSTOConfig, {"r": 10}, "divisible by block_size=4; got 10"),

@@ -85,8 +85,9 @@ def test_patterns_are_checked() -> None:
         ll.LoRAConfig(rank_pattern={"q_proj": 0})
     with pytest.raises(ll.ConfigError, match=r"alpha must be .* got -1, from the pattern"):
         ll.LoRAConfig(alpha_pattern={"q_proj": -1})
-    with pytest.raises(ll.ConfigError, match=r"HRAConfig\.r must be even.* from the pattern"):
-        ll.HRAConfig(rank_pattern={"q_proj": 3})
+    for odd in ({"r": 3}, {"rank_pattern": {"q_proj": 3}}):
+        with pytest.raises(ll.AttachError, match=r"q_proj .*: HRAConfig\.r must be even: .* got 3"):
+            ll.attach(llama(), ll.HRAConfig(**odd))
     with pytest.raises(ll.ConfigError, match=r"rank_pattern: '.*' is not a regular expression"):
         ll.LoRAConfig(rank_pattern={"(": 4})
     with pytest.raises(ll.ConfigError, match="rank_pattern must be a dict"):

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,36 @@ def test_stacked_experts_by_name() -> None:
     """Llama 4's, which transformers does not dispatch."""
     message = r"'gate_up_proj\$' of (.|\n)*experts.gate_up_proj ×2: not adaptable, stacked experts that Llama4TextExp"
     refused(ZOO["llama4"][0](), L(r=4, target_names=("q_proj$", "gate_up_proj$")), message)
+
+
+@pytest.mark.parametrize(
+    ("model", "role", "fields", "message"),
+    [
+        ("llama4", "expert", {}, r"a stack of experts \(.*gate_up_proj ×2: .* Llama4TextExperts runs by itself"),
+        ("llama", "expert", {}, r"a stack of experts \(the model has none\); leave 'expert' out of target_roles"),
+        (
+            "qwen2_moe",
+            "expert",
+            {"exclude_names": (r"\.experts",)},
+            r"experts\.gate_up_proj: excluded by '\\\\\.experts'",
+        ),
+        ("llama", "embedding", {"layers": (0,)}, r"an embedding \(model\.embed_tokens: not in layers=\(0,\)\)"),
+        ("llama", "embedding", {"modules_to_save": ("embed",)}, r"model\.embed_tokens: trained in full"),
+    ],
+)
+def test_a_kind_that_is_asked_for_must_be_there(model: str, role: Any, fields: dict[str, Any], message: str) -> None:
+    made = llama() if model == "llama" else ZOO[model][0]()
+    refused(made, L(r=4, target_roles=("reader", "writer", role), **fields), message)
+
+
+def test_roles_that_are_places_may_be_empty_and_so_may_those_of_a_default() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class WithExperts(ll.LoRAConfig):
+        target_roles: tuple = ("reader", "expert")
+
+    for cfg in (L(r=4, target_roles=("reader", "inner")), WithExperts(r=4)):
+        assert {t.role for t in ll.attach(llama(), cfg).targets} == {"reader"}
+    assert "expert" in {t.role for t in ll.attach(ZOO["qwen2_moe"][0](), WithExperts(r=4)).targets}
 
 
 def test_defaults_leave_narrow_layers_out_but_not_all() -> None:

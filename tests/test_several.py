@@ -211,7 +211,7 @@ def test_names() -> None:
     before = snapshot(model)
     with pytest.raises(ll.AttachError, match=r"named 'a' is attached to this model already.*another name"):
         ll.attach(model, config("lora"), name="a")
-    for name in ("", "a.b", "keys", "before", "rows", "off", "name", 3):
+    for name in ("", "a.b", "keys", "before", "rows", "off", "name", "\ud800", 3):
         with pytest.raises(ValueError, match="can't be an adapter's name"):
             ll.attach(model, config("lora"), name=name)  # type: ignore[call-overload]
     assert_same(model, before)

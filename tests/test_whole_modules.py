@@ -1,7 +1,9 @@
 """`modules_to_save`: heads, embeddings and norms that train in full beside an adapter, on copies."""
 
 import copy
+import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from models import (
     start_tolerance,
     token_ids,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -152,6 +155,153 @@ def test_tied_weights_train_once(tmp_path: Path) -> None:
     assert_close(logits(theirs), trained, 1e-5)
 
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied_or_not(tied: bool) -> Any:
+    """The same outputs either way."""
+    model: Any = qwen3(tie_word_embeddings=tied)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    return model
+
+
+def refuses(load: Any, model: Any, path: Path, *fragments: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(ll.CheckpointError) as raised:
+        load(model, path)
+    assert all(fragment in str(raised.value) for fragment in fragments)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")], ids=str)
+def test_a_file_of_tied_weights_is_for_tied_ones(names: tuple[str, ...], tmp_path: Path) -> None:
+    """What trains in one place would be missing in the other."""
+    for tied in (True, False):
+        model = tied_or_not(tied)
+        assert torch.equal(logits(model), logits(tied_or_not(not tied)))
+        ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=names))
+        randomize(model)
+        ll.save(model, tmp_path / "a")
+        same = tied_or_not(tied)
+        ll.load(same, tmp_path / "a")
+        assert torch.equal(logits(same), logits(model))
+        fragments = (
+            ["it trains", f"{EMBED} and {HEAD} as one", "tie_word_embeddings=True"]
+            if tied
+            else [f"this model ties {EMBED} and {HEAD}, and it trains", "apart", "tie_word_embeddings=False"]
+        )
+        refuses(ll.load, tied_or_not(not tied), tmp_path / "a", *fragments)
+
+
+def test_a_tie_with_what_the_model_has_not(tmp_path: Path) -> None:
+    model = tied_or_not(True)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens",)))
+    randomize(model)
+    ll.save(model, tmp_path / "a")
+    headless = tied_or_not(False).model.eval()
+    ll.load(headless, tmp_path / "a", prefix_map={"model": ""})
+    assert torch.equal(headless(token_ids()).last_hidden_state, model.model(token_ids()).last_hidden_state)
+
+
+def test_two_tensors_with_the_same_values_are_as_good_as_one(tmp_path: Path) -> None:
+    model = tied_or_not(False)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens", "lm_head")))
+    randomize(model)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    ll.save(model, tmp_path / "a")
+    tied = tied_or_not(True)
+    ll.load(tied, tmp_path / "a")
+    assert torch.equal(logits(tied), logits(model))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_file_of_a_tie_that_loading_broke(apart: bool, tmp_path: Path) -> None:
+    model = tied_or_not(True)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens",)))
+    randomize(model)
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    if apart:
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+    with pytest.warns(UserWarning, match=rf"parameters of the base that train \({re.escape(HEAD)}\)"):
+        ll.save(model, tmp_path / "a")
+    if apart:
+        refuses(ll.load, tied_or_not(True), tmp_path / "a", f"it trains {EMBED} apart")
+    else:
+        tied = tied_or_not(True)
+        ll.load(tied, tmp_path / "a")
+        assert torch.equal(logits(tied), logits(model))
+
+
+def test_a_file_that_does_not_say_what_was_tied(tmp_path: Path) -> None:
+    """As earlier versions wrote it: taken as the model has it."""
+    model = tied_or_not(True)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens",)))
+    randomize(model)
+    ll.save(model, tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["whole_aliases"]) == {HEAD: EMBED}
+    for broken in ("[]", '{"lm_head.weight": "another"}', '{"lm_head.weight": [1]}', "{"):
+        save_file(load_file(tmp_path / "a"), tmp_path / "b", {**metadata, "whole_aliases": broken})
+        refuses(ll.load, tied_or_not(True), tmp_path / "b", "its whole_aliases")
+    del metadata["whole_aliases"]
+    save_file(load_file(tmp_path / "a"), tmp_path / "a", metadata)
+    tied = tied_or_not(True)
+    ll.load(tied, tmp_path / "a")
+    assert torch.equal(logits(tied), logits(model))
+    ll.load(tied_or_not(False), tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_files_in_8_bit_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PyTorch computes little with them: a file that has them is read as one of their values in float32."""
+    model = tied_or_not(True)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("embed_tokens", "norm")))
+    randomize(model)
+    ll.save(model, tmp_path / "a")
+    ll.export_peft(model, tmp_path / "peft")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        metadata = file.metadata()
+    found = []
+    for path, load in ((tmp_path / "a", ll.load), (tmp_path / "peft" / "adapter_model.safetensors", ll.import_peft)):
+        narrow = {name: t.to(dtype) for name, t in load_file(path).items()}
+        for each in (narrow, {name: t.float() for name, t in narrow.items()}):
+            save_file(each, path, metadata)
+            again = tied_or_not(True)
+            load(again, path if load is ll.load else path.parent)
+            found.append(logits(again))
+        pairs = {name: t.view(torch.uint8).view(torch.float4_e2m1fn_x2) for name, t in narrow.items()}
+        save_file(pairs, path, metadata)
+        refuses(load, tied_or_not(True), path if load is ll.load else path.parent, "is of torch.uint8")
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_a_base_with_buffers_in_8_bit_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Beside the adapter, and in a module that trains in full."""
+    for in_full in ((), ("norm",)):
+        model: Any = Normed()
+        model.norm.register_buffer("gain", torch.ones(8).to(dtype))
+        before = snapshot(model)
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",), modules_to_save=in_full))
+        ll.save(model, tmp_path / "a")
+        model.norm.gain.fill_(4.0)
+        if in_full:
+            ll.save(model, tmp_path / "a")
+        else:
+            with pytest.warns(UserWarning, match=r"buffers that have changed since attach \(norm\.gain\)"):
+                ll.save(model, tmp_path / "a")
+            model.norm.gain.fill_(1.0)
+        ll.detach(model)
+        assert_same(model, before)
+        ll.load(model, tmp_path / "a")
+        assert model.norm.gain.float().eq(4.0 if in_full else 1.0).all()
+
+
 def test_new_tokens() -> None:
     model: Any = llama()
     model.resize_token_embeddings(70)
@@ -199,7 +349,7 @@ def test_moved_meanwhile() -> None:
     assert model.head.weight.dtype == torch.float64
 
 
-def test_two_adapters_with_a_head_each() -> None:
+def test_two_adapters_with_a_head_each(tmp_path: Path) -> None:
     model, x = Normed().eval(), torch.randn(4, 8)
     before, base = snapshot(model), model(x)
     fields: dict[str, Any] = {"target_names": ("body",), "modules_to_save": ("head",)}
@@ -218,6 +368,14 @@ def test_two_adapters_with_a_head_each() -> None:
         assert torch.equal(model(x), of_a)
         ll.use(model, "b")
         assert torch.equal(model(x), of_b)
+    for name in ("a", "b"):  # whichever stands in the model
+        ll.export_peft(model, tmp_path / name, name=name)
+    with pytest.warns(UserWarning, match="'c' do so with a, b too"):
+        ll.import_peft(model, tmp_path / "a", name="c")
+    ll.use(model, "c")
+    assert_close(model(x), of_a, 1e-6)
+    ll.detach(model, "c")
+    ll.use(model, "b")
     with ll.disabled(model):
         assert torch.equal(model(x), base)
     with pytest.raises(ValueError, match="a, b trains whole modules"):

@@ -138,7 +138,10 @@ def _in_pefts_terms(
             f"it has nothing for {place!r}; its names begin with {places}. Say which by place=; a file of another "
             "program is rewritten by pipeline.load_lora_weights(path) and pipeline.save_lora_weights(folder, ...)"
         )
-    alphas = {key.removesuffix(_ALPHA): float(mine.pop(key)) for key in list(mine) if key.endswith(_ALPHA)}
+    found = {key.removesuffix(_ALPHA): mine.pop(key) for key in list(mine) if key.endswith(_ALPHA)}
+    if strange := [f"{layer}{_ALPHA}" for layer, t in found.items() if t.numel() != 1 or t.is_complex()]:
+        raise CheckpointError(f"{first_of(strange)} must be one number")
+    alphas = {layer: t.item() for layer, t in found.items()}
     if strange := [key for key in mine if ".lora_A." not in key and ".lora_B." not in key and "lora_mag" not in key]:
         raise CheckpointError(
             f"it holds {first_of(strange)}, which are not in diffusers' present format; rewrite it by "
@@ -153,7 +156,9 @@ def _in_pefts_terms(
 def _from_tensors(tensors: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, Any]:
     """The config of a file without metadata: alpha is the rank where the file does not say it."""
     end = ".lora_A.weight"
-    ranks = {key.removesuffix(end): len(t) for key, t in tensors.items() if key.endswith(end)}
+    ranks = {key.removesuffix(end): len(t) for key, t in tensors.items() if key.endswith(end) and t.ndim}
+    if not ranks:
+        raise CheckpointError(f"it has no tensor of a layer's name and {end} that is a matrix")
     return {
         **patterns(ranks, {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}),
         "target_modules": list(ranks),

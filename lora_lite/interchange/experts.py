@@ -26,7 +26,7 @@ def stacked(
     A: Float[Tensor, "ER K"], B: Float[Tensor, "N RE"], experts: int
 ) -> tuple[Float[Tensor, "E R K"], Float[Tensor, "E N R"]]:
     """PEFT's tensors as a stack's."""
-    if len(A) % experts or B.shape[1] % experts:
+    if A.ndim != 2 or B.ndim != 2 or len(A) % experts or B.shape[1] % experts:
         raise CheckpointError(f"ranks of {tuple(A.shape)} and {tuple(B.shape)} can't be shared by {experts} experts")
     return A.unflatten(0, (experts, -1)), B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 

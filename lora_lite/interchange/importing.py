@@ -7,23 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter
 from ..attaching import build, check_free, derive, init, install, whole_modules
 from ..attachment import DEFAULT, Attachment, unwrap
 from ..backend import check_backend
-from ..checkpoint import fill, filled, named_targets, not_in_file
+from ..checkpoint import fill, filled, named_targets, not_in_file, require_layers
 from ..config import AdapterConfig, is_number
 from ..errors import CheckpointError, LoraLiteError, first_of
 from ..files import read_json, read_tensors
 from ..quantized import weight_of
 from ..renaming import Renaming, named_parameters, proposal
+from ..shapes import shape
 from ..stacks import Stack
 from ..targets import Target, candidates
 from ..variant import REGISTRY
-from ..whole_modules import WholeModules, standing
+from ..whole_modules import WholeModules, same, standing
 from .conversions import WEIGHT
 from .experts import names_in_file, stacked
 from .formats import DROPOUT, EMBEDDING, LORA, PREFIX, ROAD, TENSORS
@@ -104,14 +104,17 @@ def attach_stored(
         config = {**_DEFAULTS, **config, "modules_to_save": in_full(config)}
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
-        whole = _whole_modules(model, config["modules_to_save"], stored, moved)
+        whole = _whole_modules(model, config, stored, moved)
         tensors = _unstacked(model, config, _ours(named, _without_bases(model, named, stored, moved)), moved)
+        require_layers(model, [moved.new(name.rpartition(".")[0]) for name in tensors])
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors}, moved)
         for variant, of_variant in _by_variant(named, moved.keys(tensors)).items():
             own = f"{name}_ff" if ready else name
             cfg = _config(variant, config, [key.rpartition(".")[0] for key in of_variant], moved)
             cfg = cfg.renamed({old: moved.new(old) for old in (key.rpartition(".")[0] for key in tensors)})
-            ready[own] = (cfg, backend, *_adapters(model, cfg, config, of_variant, backend))
+            targets = _targets(model, config, of_variant)
+            cfg = _with_widths(cfg, targets) if variant == "pissa" else cfg
+            ready[own] = (cfg, backend, targets, _adapters(model, targets, cfg, of_variant, backend))
     except LoraLiteError as error:
         raise CheckpointError(f"{what}: {error}") from error
     for own in ready:
@@ -247,7 +250,7 @@ def _without_bases(model: nn.Module, variant: str, stored: dict[str, Tensor], mo
         is_rest = variant == "pissa" and f"{PREFIX}{layer}.{LORA['lora_A']}" in stored
         if base is None or (is_rest and base.shape == its.shape):
             continue
-        if not torch.equal(base.detach().cpu(), its.to(base.dtype)):
+        if not same(base.detach().cpu(), its.to(base.dtype)):
             raise CheckpointError(f"its base has another {layer} than this model: in its vocabulary or its values")
     return {key: t for key, t in stored.items() if not key.endswith(end)}
 
@@ -256,7 +259,7 @@ def _without_weights(model: nn.Module, config: dict[str, Any], moved: Renaming) 
     """The config with linear layers of which `target_parameters` names the weights among the `target_modules`, where
     they are the same. PEFT's patterns are of the weights' names, there."""
     parameters, modules = config.get("target_parameters") or [], config.get("target_modules") or []
-    linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t)]
+    linears = [moved.old(t.name) for t in candidates(model) if not _is_stack(t) and t.role != "embedding"]
     of_weights = {
         name: [layer for layer in linears if matches([name], layer + WEIGHT)]
         for name in parameters
@@ -302,11 +305,19 @@ def _unstacked(
     return tensors
 
 
-def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor], moved: Renaming) -> WholeModules:
+def _whole_modules(
+    model: nn.Module, config: dict[str, Any], stored: dict[str, Tensor], moved: Renaming
+) -> WholeModules:
     """The modules that PEFT trained in full, filled; their tensors are taken out of `stored`."""
+    names = config["modules_to_save"]
     old = {moved.old(name): first for name, first in modules_of(model).items() if name}
-    modules = list(dict.fromkeys(first for name, first in old.items() if ends(names, name)))
-    absent = [name for name in names if not any(ends([name], module) for module in old)]
+    mine = [  # of a larger model the map says which part the file is of
+        name
+        for name, first in old.items()
+        if moved.reaches(first) or any(key.startswith(f"{PREFIX}{name}.") for key in stored)
+    ]
+    modules = list(dict.fromkeys(old[name] for name in mine if ends(names, name)))
+    absent = [name for name in names if not any(ends([name], module) for module in mine)]
     if missing := [name for name in absent if any(f"{name}." in key for key in stored)]:
         raise CheckpointError(
             f"the model has no module {first_of(missing)}, which it trains in full (modules_to_save)"
@@ -315,15 +326,16 @@ def _whole_modules(model: nn.Module, names: list[str], stored: dict[str, Tensor]
     found = {}
     for first, aliases in whole_modules(model, modules).names_in(model).items():
         in_file = {alias: PREFIX + moved.old(alias) for alias in aliases}
-        mine = {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
-        if len(mine) < len(aliases) or any(not torch.equal(t, next(iter(mine.values()))) for t in mine.values()):
-            raise CheckpointError(
-                f"this model ties {' and '.join(aliases)}, and it trains {' and '.join(mine) or 'none of them'} apart"
-                if len(aliases) > 1
-                else f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}"
-            )
-        found[first] = next(iter(mine.values()))
-    return filled(model, modules, found)
+        if not stored.keys() & in_file.values():
+            raise CheckpointError(f"{first} is missing, of a module that it trains in full{_proposal(first, stored)}")
+        found |= {alias: stored.pop(key) for alias, key in in_file.items() if key in stored}
+    rest = [place.name for place, _ in standing(model) if PREFIX + moved.old(place.name) in stored]
+    if rest and config.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"its ensure_weight_tying makes {first_of(rest)} one with an embedding that trains in full, and this model "
+            "has them apart; tie them first, as tie_word_embeddings=True in its config does"
+        )
+    return filled(model, modules, found, aliases={})  # PEFT writes a tensor for each name
 
 
 def _proposal(name: str, stored: Mapping[str, Tensor]) -> str:
@@ -341,12 +353,18 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         name
         for t, name in old
         if not _is_stack(t)
+        and moved.reaches(t.name)
         and is_named(config, name)
         and is_in_block(config, name)
         and not (is_all_linear(wanted) and (t.is_head or t.role == "embedding"))
     ]
     meant = {name for name in layers if is_named(config, name) and is_in_block(config, name)}
     extra = [name for name in sorted(layers - meant) if not matches(parameters, name)]
+    if extra and config.get("ensure_weight_tying"):
+        raise CheckpointError(
+            f"its ensure_weight_tying puts an embedding's adapter on {first_of(extra)} too, and here each layer has "
+            "its own; merge it with PEFT"
+        )
     if (wanted or parameters) and extra:
         raise CheckpointError(
             f"its target_modules, or its layers_to_transform, do not match {first_of(extra)}, for which it has tensors"
@@ -355,6 +373,7 @@ def _compare_targets(model: nn.Module, config: dict[str, Any], layers: set[str],
         raise CheckpointError(
             f"its target_modules match {len(names)} layers of this model, and it has no tensors for "
             f"{first_of(missing)}: the file is not whole, or is of another model"
+            f"{proposal([moved.new(name) for name in layers], [t.name for t, _ in old])}"
         )
 
 
@@ -369,19 +388,38 @@ def _by_variant(variant: str, tensors: dict[str, Tensor]) -> dict[str, dict[str,
         return {variant: tensors}
     kinds: dict[str, dict[str, Tensor]] = {"ia3": {}, "ia3_ff": {}}
     for name, t in tensors.items():
-        kinds["ia3" if t.shape[-1] == 1 else "ia3_ff"][name] = t
+        kinds["ia3" if t.shape[-1:] == (1,) else "ia3_ff"][name] = t
     return {kind: found for kind, found in kinds.items() if found} or {variant: tensors}
 
 
-def _adapters(
-    model: nn.Module, cfg: AdapterConfig, config: dict[str, Any], tensors: dict[str, Tensor], backend: str
-) -> tuple[list[Target], dict[str, Adapter]]:
-    targets = named_targets(model, {"base_model": str(config.get("base_model_name_or_path"))}, tensors)
+def _targets(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Target]:
+    """The layers of the tensors."""
+    targets = named_targets(model, {"base_model": config.get("base_model_name_or_path") or "unnamed"}, tensors)
     if twice := in_two_places(model, targets):
         raise CheckpointError(
             f"{' and '.join(twice)} are one layer, in whose first place alone PEFT's adapter acts, and one here would "
             "in all; give the model a copy in one of them"
         )
+    return targets
+
+
+def _with_widths(cfg: AdapterConfig, targets: list[Target]) -> AdapterConfig:
+    """The config with no r above a layer's width: so many singular triplets PEFT's PiSSA has there, under the scale of
+    the r that it was given. Embeddings, which it starts the ordinary way, keep theirs."""
+    ranks, alphas = {}, {}
+    for target in targets:
+        own, width = cfg.for_layer(target.name), min(shape(target.layer))
+        if own.r > width and target.role != "embedding":
+            pattern = rf"^{re.escape(target.name)}$"
+            ranks[pattern] = width
+            alphas[pattern] = own.alpha * own.scale / replace(own, r=width).scale
+    patterns = {"rank_pattern": {**ranks, **cfg.rank_pattern}, "alpha_pattern": {**alphas, **cfg.alpha_pattern}}
+    return replace(cfg, **patterns)
+
+
+def _adapters(
+    model: nn.Module, targets: list[Target], cfg: AdapterConfig, tensors: dict[str, Tensor], backend: str
+) -> dict[str, Adapter]:
     adapters = {t.name: build(t, REGISTRY[cfg.variant], cfg, backend) for t in targets}
     for t in targets:
         _check_embedding(t, adapters[t.name])
@@ -398,7 +436,7 @@ def _adapters(
     _reshape(adapters, tensors)
     fill(adapters, tensors)
     derive(targets, adapters)
-    return targets, adapters
+    return adapters
 
 
 def _check_ties(model: nn.Module, targets: list[Target]) -> None:
@@ -457,6 +495,6 @@ def _reshape(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
         for key, wanted in adapter.state_dict().items():
             t = tensors.get(f"{layer}.{key}")
             if t is not None and key == "lora_U":
-                tensors[f"{layer}.{key}"] = t.t()
+                tensors[f"{layer}.{key}"] = t.t() if t.ndim == 2 else t
             elif t is not None and t.numel() == wanted.numel() and 1 in t.shape:
                 tensors[f"{layer}.{key}"] = t.reshape(wanted.shape)

@@ -43,13 +43,16 @@ class DeLoRA(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        check_rank(cfg.r, in_features, out_features)
         return {
             "lora_A": ParamSpec((cfg.r, in_features), init="kaiming"),
             "lora_B": ParamSpec((out_features, cfg.r), init="zeros"),
             "lora_lambda": ParamSpec((1,), init=lambda t: t.fill_(cfg.lambda0)),
             "lora_wnorm": ParamSpec((in_features,), init="ones", as_buffer=True),
         }
+
+    @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        check_rank(cfg.r, in_features, out_features)
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:

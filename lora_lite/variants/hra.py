@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
+from ..errors import UnfitError
 from ..linalg import reflections
 from ..params import Params, ParamSpec
 from ..primitives import InputLowRankAdd
@@ -22,14 +23,11 @@ from ._checks import check_rank
 
 @dataclass(frozen=True, kw_only=True)
 class HRAConfig(AdapterConfig):
-    """HRA's config; see `AdapterConfig`. r is the number of reflections, even; alpha is not used."""
+    """HRA's config; see `AdapterConfig`. r is the number of reflections, even where they start here; alpha is not
+    used."""
 
     variant: ClassVar[str] = "hra"
     takes_dropout: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.r % 2 == 0, "r", "even: reflections start in pairs that cancel")
 
 
 def _paired_rows(U: Tensor) -> None:
@@ -44,8 +42,13 @@ class HRA(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        check_rank(cfg.r, in_features)
         return {"lora_U": ParamSpec((cfg.r, in_features), init=_paired_rows)}
+
+    @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        if cfg.r % 2:
+            raise UnfitError(f"HRAConfig.r must be even: reflections start in pairs that cancel; got {cfg.r}", "odd r")
+        check_rank(cfg.r, in_features)
 
     @staticmethod
     def primitive(p: Params, layer: nn.Module, cfg: Any) -> InputLowRankAdd:

@@ -34,7 +34,6 @@ class PiSSA(Variant):
 
     @staticmethod
     def param_specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ParamSpec]:
-        check_rank(cfg.r, in_features, out_features)
         A, B = (cfg.r, in_features), (out_features, cfg.r)
         return {
             "lora_A": ParamSpec(A, init="zeros"),
@@ -42,6 +41,10 @@ class PiSSA(Variant):
             "lora_A0": ParamSpec(A, init="zeros", as_buffer=True),
             "lora_B0": ParamSpec(B, init="zeros", as_buffer=True),
         }
+
+    @staticmethod
+    def check_worth(in_features: int, out_features: int, cfg: Any) -> None:
+        check_rank(cfg.r, in_features, out_features)
 
     @staticmethod
     def init(p: Params, layer: nn.Module, cfg: Any) -> None:
