@@ -7,7 +7,7 @@ What a user names is a promise: each entry of `target_names`, `rank_pattern`, `a
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -207,7 +207,7 @@ def _keep_promises(
     if cfg.names_given:
         for pattern in cfg.target_names:
             if not _finds(pattern, chosen):
-                raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg, pattern))
+                raise AttachError(_no_match(f"{pattern!r} of ", model, found, cfg, pattern, why))
         for name, module in named_modules(model):
             wanted, excluded = (any(_finds(each, [name]) for each in p) for p in (cfg.target_names, cfg.exclude_names))
             if wanted and not excluded and is_shapeless(module):
@@ -349,16 +349,25 @@ def _none_of_a_kind(kind: Role, model: nn.Module, reasons: dict[str, str]) -> st
     )
 
 
-def _no_match(entry: str, model: nn.Module, found: list[Target], cfg: AdapterConfig, pattern: str = "") -> str:
+def _no_match(
+    entry: str,
+    model: nn.Module,
+    found: list[Target],
+    cfg: AdapterConfig,
+    pattern: str = "",
+    why: Mapping[str, str] | None = None,
+) -> str:
     """One line a kind of layer: block indices are folded, so a deep model's list stays short. `pattern`: the one of
-    target_names that matches none."""
+    target_names that matches none that is chosen. `why`: of each layer why it is not."""
     from .left_out import out_of_reach, unreachable
 
     kinds: dict[str, int] = Counter(f"{fold(t.name)} ({t.role})" for t in found)
     listing = "\n".join(f"  {kind} ×{count}" for kind, count in kinds.items()) or "  (the model has no linear layer)"
     near = _nearest(pattern, (t.name for t in found)) if pattern else ""
     others = [each for each in unreachable(model) if each.matters]
-    if pattern and (named := out_of_reach(model, pattern)):
+    if pattern and why and (left := [f"{t.name}: {why[t.name]}" for t in found if re.search(pattern, t.name)]):
+        near = f". It finds what is left out ({first_of(left)})"
+    elif pattern and (named := out_of_reach(model, pattern)):
         near = f". It finds what is not adaptable ({named})"
     rest = "".join(f"\n  {each.kind} ×{each.count}: not adaptable, {each.why}" for each in others)
     return (

@@ -606,6 +606,20 @@ def test_on_a_4bit_base(variant: str, tmp_path: Path) -> None:
     assert_close(logits(again), logits(ours), TOLERANCE)
 
 
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("variant", ["hra", "delora"])
+def test_pefts_hra_and_delora_know_no_quantised_base(variant: str, bits: str, tmp_path: Path) -> None:
+    """On the dense base they compute what they were given; on this one something else, or nothing."""
+    llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    options = transformers.BitsAndBytesConfig(**{bits: True})
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=options, dtype=torch.float32, device_map="cpu"
+    )
+    ours = trained(base.train(), variant, target_names=("q_proj$",))
+    with pytest.warns(UserWarning, match=rf"PEFT's {variant} takes .* codes .* of model\.layers\.0.self_attn\.q_proj"):
+        ll.export_peft(ours, tmp_path / "adapter")
+
+
 def test_a_method_of_ones_own_leaves_as_lora(tmp_path: Path) -> None:
     class Halves(ll.REGISTRY["lora"]):
         """LoRA, half as strong."""

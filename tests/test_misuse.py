@@ -164,7 +164,7 @@ class Packed(nn.Module):
 @pytest.mark.parametrize("variant", NEED_WEIGHT)
 def test_weight_that_cannot_be_read(variant: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), Packed())
-    fragments = ("1 (8 → 8): its weight is a Parameter of dtype torch.int8", "lora, ia3, ia3_ff, hra, road")
+    fragments = ("1 (8 → 8): its weight is a Parameter of dtype torch.int8", "lora, ia3, ia3_ff, hra and road")
     refused(ll.AttachError, lambda: ll.attach(model, config(variant)), *fragments, model=model)
 
 

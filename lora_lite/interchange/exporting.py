@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch.nn.functional import pad
 from ..adapter import Adapter
 from ..attachment import Attachment, require_attachment, unwrap
 from ..checkpoint import names_now, standalone, warn_of_losses
-from ..errors import AttachError
+from ..errors import AttachError, first_of
 from ..files import replace_files, writing_folder
 from ..idle import current_names
 from ..params import SITE
 from ..primitives import LowRankAdd
+from ..quantized import weight_of
 from ..renaming import named_parameters
 from ..shapes import is_conv1d
 from ..stacks import Stack
@@ -207,6 +209,7 @@ def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[d
     what the file holds, so that their error is of that."""
     _refuse_stacks(attachment)
     name, cfg = attachment.cfg.variant, attachment.cfg
+    _warn_of_codes(attachment)
     tensors = {
         f"{layer}.{its}": _stored(_like_peft(getattr(adapter, mine), its, name))
         for layer, adapter in adapters.items()
@@ -224,6 +227,18 @@ def _as_its_own(attachment: Attachment, adapters: dict[str, Adapter]) -> tuple[d
     elif name == "road":
         config |= {"variant": ROAD[cfg.kind], "group_size": cfg.group_size}  # type: ignore[attr-defined]
     return config, tensors
+
+
+def _warn_of_codes(attachment: Attachment) -> None:
+    """PEFT's HRA and DeLoRA compute with what a layer stores, which of a quantised one are codes: the former goes on in
+    8 bits, with other outputs; else it fails."""
+    layers = [t.name for t in attachment.targets if (w := weight_of(t.layer)) is not None and w.dtype.itemsize == 1]
+    if layers and attachment.cfg.variant in ("hra", "delora"):
+        warnings.warn(
+            f"export_peft: PEFT's {attachment.cfg.variant} takes a quantised base's codes for its weights, here of "
+            f"{first_of(layers)}: load the file on the unquantised base, or use save(model, path)",
+            stacklevel=4,
+        )
 
 
 def _refuse_stacks(attachment: Attachment) -> None:

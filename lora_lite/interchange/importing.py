@@ -69,7 +69,8 @@ def import_peft(
     outputs and `name` + "_ff" for the inputs, and a dict of both is returned.
 
     Args:
-        prefix_map: beginnings of layers' names in the file → in this model, where they differ.
+        prefix_map: beginnings of layers' names in the file → in this model, where they differ. Where `target_modules`
+            or `modules_to_save` match other layers of a larger model too, those that the map gives are meant.
 
     Raises:
         AttachError: an adapter is attached already.
