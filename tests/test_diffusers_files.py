@@ -127,6 +127,20 @@ def test_what_diffusers_saved(place: str, metadata: bool, tmp_path: Path) -> Non
     assert_close(out(ours), out(theirs), 1e-5)
 
 
+@EACH_PLACE
+def test_what_one_model_saved_by_itself(place: str, tmp_path: Path) -> None:
+    import peft
+
+    theirs: Any = MODELS[place]()
+    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"]))
+    randomize(theirs, by=0.3)
+    theirs.save_lora_adapter(tmp_path)
+    for own in (None, ""):
+        ours = MODELS[place]()
+        ll.import_diffusers(ours, tmp_path, place=own)
+        assert_close(out(ours), out(theirs), 1e-5)
+
+
 def test_alphas_beside_the_tensors(tmp_path: Path) -> None:
     """As older trainers write them, under the layers' names."""
     ours = trained(zoo.unet(), alpha=6.0)

@@ -81,7 +81,8 @@ def import_diffusers(
 
     Args:
         path: the file, or the folder that has a `pytorch_lora_weights.safetensors`.
-        place: the model's name in the pipeline: "unet", "transformer", "text_encoder". By default its class's.
+        place: the model's name in the pipeline: "unet", "transformer", "text_encoder"; "" for a file of one model alone,
+            as `model.save_lora_adapter` writes it. By default its class's, or "" where the file's names are the model's.
         prefix_map: beginnings of layers' names in the file → in this model, where they differ.
 
     Raises:
@@ -91,11 +92,13 @@ def import_diffusers(
     """
     path = Path(path)
     file = path / _FILE if is_folder(path) else path
-    place = place or place_of(unwrap(model))
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata, tensors = read_tensors(file)
-        return _in_pefts_terms(place, metadata, tensors)
+        firsts = {key.partition(".")[0] for key in tensors}
+        alone = bool(firsts) and firsts <= unwrap(model)._modules.keys()
+        its_place = place if place is not None else "" if alone else place_of(unwrap(model))
+        return _in_pefts_terms(its_place, metadata, tensors)
 
     found = attach_stored(model, read, f"import_diffusers: {file}", name, backend, Renaming(prefix_map))
     assert isinstance(found, Attachment)  # only an IA3 becomes two
@@ -130,7 +133,7 @@ def _in_pefts_terms(
     place: str, metadata: dict[str, str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of one model of the pipeline as PEFT's files have them."""
-    start = f"{place}."
+    start = f"{place}." if place else ""
     mine = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
     if not mine:
         places = ", ".join(sorted({key.partition(".")[0] for key in tensors})[:5])
