@@ -81,8 +81,9 @@ def import_diffusers(
 
     Args:
         path: the file, or the folder that has a `pytorch_lora_weights.safetensors`.
-        place: the model's name in the pipeline: "unet", "transformer", "text_encoder"; "" for a file of one model alone,
-            as `model.save_lora_adapter` writes it. By default its class's, or "" where the file's names are the model's.
+        place: the model's name in the pipeline: "unet", "transformer", "text_encoder"; "" for a file of one model
+            alone, as `model.save_lora_adapter` writes it. By default its class's, or "" where the file's names are the
+            model's.
         prefix_map: beginnings of layers' names in the file → in this model, where they differ.
 
     Raises:
