@@ -1,10 +1,11 @@
 """Which implementation of the token-space operations a layer runs. The only place that chooses."""
 
+import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +17,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _IN_TRANSFORMS = "the kernels neither differentiate forward nor run within torch.func or a trace"
+
+_package: Any = sys.modules[__name__.rpartition(".")[0]]
 
 _in_force: dict[tuple[str, torch.device, torch.dtype], tuple[ModuleType, str, str]] = {}
 _warned: set[str] = set()
@@ -71,7 +74,15 @@ def _chosen(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[M
     return _in_force[key]
 
 
-_chosen_for_graph = torch.compiler.assume_constant_result(_chosen)  # no graph has the imports behind a choice
+@torch.compiler.assume_constant_result  # no graph has the imports behind a choice
+def _named(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    return _chosen(requested, device, dtype)[1:]
+
+
+def _chosen_for_graph(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:
+    """The same for a graph that is compiled, which takes the operations from where their module stands."""
+    name, reason = _named(requested, device, dtype)
+    return (reference if name == "reference" else _package.kernels.ops), name, reason
 
 
 def _choose(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[ModuleType, str, str]:

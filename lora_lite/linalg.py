@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .operators import transformed
+from .operators import transformed, watched
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
@@ -164,11 +164,13 @@ _made: dict[Any, tuple[Tensor, ...]] = {}
 
 
 def _constants(key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """What `make` makes, of the dtype and on the device of `like`: `once`, but for a tensor of a class of its own."""
+    """What `make` makes, of the dtype and on the device of `like`: `once`, but for who looks at operators (a trace, a
+    recomputation that expects those of its forward), or for a tensor of a class of its own."""
 
     def outside() -> tuple[Tensor, ...]:
         with torch.inference_mode(False):
             return make()
 
-    plain = type(like) in (Tensor, torch.nn.Parameter)
-    return once(_made, (*key, like.dtype, like.device), outside) if plain else outside()
+    if watched() or type(like) not in (Tensor, torch.nn.Parameter):
+        return outside()
+    return once(_made, (*key, like.dtype, like.device), outside)

@@ -65,6 +65,11 @@ def _transformed() -> bool:
 _transformed_graph = torch.compiler.assume_constant_result(_transformed)  # asked when it is compiled
 
 
+def without_values() -> bool:
+    """Whether tensors are made that hold none (FakeTensorMode)."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """In which autocast has products there; None: it is off, as it always is for tensors without values."""
     if not torch._C._is_any_autocast_enabled() or (kind := device.type) == "meta":

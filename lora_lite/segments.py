@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .operators import operator, transformed, watched
+from .operators import operator, transformed, without_values
 
 T = TypeVar("T")
 
@@ -24,9 +24,9 @@ _GROUPED = (torch.float32, torch.bfloat16, torch.float16) if grouped_mm is not N
 
 
 def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
-    """What `make` makes, kept in `made`. Who compiles or looks at operators gets its own: a trace, a recomputation that
-    expects those of its forward, a FakeTensorMode, whose tensors hold no values."""
-    if watched():
+    """What `make` makes, kept in `made`. A graph that is compiled makes its own, and so does a FakeTensorMode, whose
+    tensors hold no values."""
+    if torch.compiler.is_compiling() or without_values():
         return make()
     if key not in made:
         made[key] = make()
