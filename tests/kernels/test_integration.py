@@ -22,6 +22,7 @@ runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_pe
 dropout, embeddings = load_tests("test_dropout"), load_tests("test_embeddings")
 
 test_compile = runtime.test_compile
+test_compile_with_checkpointing = runtime.test_compile_with_checkpointing
 test_checkpointing = runtime.test_checkpointing
 test_checkpointing_of_a_transformer = runtime.test_checkpointing_of_a_transformer
 test_autocast = runtime.test_autocast
