@@ -18,6 +18,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _IN_TRANSFORMS = "the kernels neither differentiate forward nor run within torch.func or a trace"
 
+# By whose attributes a graph finds the kernels; a module that a constant holds it can't take apart.
 _package: Any = sys.modules[__name__.rpartition(".")[0]]
 
 _in_force: dict[tuple[str, torch.device, torch.dtype], tuple[ModuleType, str, str]] = {}

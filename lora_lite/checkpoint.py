@@ -398,7 +398,7 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
     """The layers that the file names, checked against the model."""
     layers = {target.name: target for target in candidates(model)}
     described, problems = _described(metadata, tensors), []
-    require_layers(model, described)
+    require_layers(model, described, layers)
     for name, shape_in_file in described.items():
         target = layers.get(name)
         if target is None:
@@ -418,11 +418,12 @@ def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str,
     return targets
 
 
-def require_layers(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a CheckpointError where the model has modules of these names that no adapter can stand on."""
-    modules, layers = dict(named_modules(model)), {target.name for target in candidates(model)}
-    others = [f"{name} ({type(modules[name]).__name__})" for name in names if name in modules.keys() - layers]
-    if others := list(dict.fromkeys(others)):
+def require_layers(model: nn.Module, names: Iterable[str], layers: Container[str]) -> None:
+    """Raise a CheckpointError where the model has modules of these names that are none of its `layers`, on which alone
+    an adapter can stand."""
+    modules = dict(named_modules(model))
+    strange = [name for name in dict.fromkeys(names) if name in modules and name not in layers]
+    if others := [f"{name} ({type(modules[name]).__name__})" for name in strange]:
         raise CheckpointError(
             f"it adapts {first_of(others)}, and lora-lite adapts linear layers, embeddings and stacked experts alone"
         )

@@ -43,11 +43,10 @@ def first_of(problems: list[str], shown: int = 3) -> str:
     return "; ".join(problems[:shown]) + more
 
 
-def named(name: str, error: AttachError) -> AttachError:
-    """The error with the layer's name before it, where it is not there."""
+def put_name(name: str, error: AttachError) -> None:
+    """Put the layer's name before the error's message, where it is not there."""
     if not str(error).startswith((f"{name}:", f"{name} (")):
         error.args = (f"{name}: {error}",)
-    return error
 
 
 @contextmanager
@@ -56,5 +55,5 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except AttachError as error:
-        named(name, error)
+        put_name(name, error)
         raise

@@ -235,11 +235,11 @@ class Watch:
 
     def _report_bases_without_backward(self) -> None:
         """`attach` refuses such bases; here of each kind that there is since then the first is tried."""
-        now = {t.name: weight for t in self.targets if (weight := weight_of(t.layer)) is not None}
         kinds: dict[type, list[Target]] = {}
         for t in self.targets:
-            if t.name in now and type(now[t.name]) is not self._kinds.get(t.name):
-                kinds.setdefault(type(now[t.name]), []).append(t)
+            weight = weight_of(t.layer)
+            if weight is not None and type(weight) is not self._kinds.get(t.name):
+                kinds.setdefault(type(weight), []).append(t)
         for kind, targets in kinds.items():
             if not passes_gradient(targets[0].layer):
                 warnings.warn(

@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .backend import select
 from .calls import begin, call_with, end, forget, under_way, with_call
 from .embeddings import on_ids
-from .errors import AttachError, named
+from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
 from .params import SITE
 from .placement import execution_device, is_managed
@@ -222,7 +222,7 @@ class Site(nn.ModuleDict):
         try:
             primitive, dtype = primitive_of(adapter, layer), x.dtype
         except AttachError as error:
-            named(self.name, error)
+            put_name(self.name, error)
             raise
         if is_embedding(layer):
             primitive, dtype = on_ids(primitive, layer), token_dtype(layer)

@@ -107,7 +107,8 @@ def attach_stored(
         moved.check([key.removeprefix(PREFIX) for key in stored])
         whole = _whole_modules(model, config, stored, moved)
         tensors = _unstacked(model, config, _ours(named, _without_bases(model, named, stored, moved)), moved)
-        require_layers(model, [moved.new(name.rpartition(".")[0]) for name in tensors])
+        layers = {target.name for target in candidates(model)}
+        require_layers(model, [moved.new(name.rpartition(".")[0]) for name in tensors], layers)
         _compare_targets(model, config, {name.rpartition(".")[0] for name in tensors}, moved)
         for variant, of_variant in _by_variant(named, moved.keys(tensors)).items():
             own = f"{name}_ff" if ready else name
