@@ -1,6 +1,6 @@
 """All that a GPU has to say about the kernels, in nine minutes: `just gpu-day`. Without a network.
 
-Five parts (gpu_parts.py), each with a time of its own, which is longer where the parts before it leave some. A part is
+Six parts (gpu_parts.py), each with a time of its own, which is longer where the parts before it leave some. A part is
 a process, so that a crash or a hang costs no more than the case that it is in: the others go on in a new process, and
 the case is named. So is every case for which no time was left. The exit status is 0 where all ran and all was right.
 
@@ -60,6 +60,8 @@ class Settings:
     """Which to run."""
     rehearse: bool = False
     """Run it all on a CPU, tiny and untimed, and write nothing: does the command work?"""
+    seconds: int = 0
+    """For all of them; 0: nine minutes for all parts that there are, and of that each its own share."""
     out: Path = machine.RESULTS / "gpu_day.json"
 
 
@@ -230,6 +232,23 @@ def verify_table(rows: list[dict[str, Any]]) -> Table:
 CONTENDERS = ("ours", "peft", "eager", "compiled")
 
 
+def uses_table(rows: list[dict[str, Any]]) -> Table:
+    made = table("Uses: a small model's step each way, its error of what is allowed", "use", "method", "dtype", "of it")
+    for row in rows:
+        of = row["excess"] if "excess" in row else row["error"] / row["allowed"] if "error" in row else NAN
+        made.add_row(row["use"], row["variant"], row["dtype"], number(of, 2), style="" if row["right"] else "red")
+    return made
+
+
+def mixture_table(rows: list[dict[str, Any]]) -> Table:
+    title = "A step of a mixture of experts with LoRA on its stacks"
+    made = table(title, "contender", "experts", "width", "tokens", "ms", "ms of the GPU's work")
+    for row in rows:
+        sizes = (str(row[name]) for name in ("experts", "width", "tokens"))
+        made.add_row(row["contender"], *sizes, number(row["step_ms"], 4), number(row["device_ms"], 4))
+    return made
+
+
 def host_table(rows: list[dict[str, Any]]) -> Table:
     title = "Host: CPU µs that a layer adds to a small step over the bare layer's"
     made = table(title, "method", *CONTENDERS)
@@ -306,6 +325,8 @@ def page(found: dict[str, Found], console: Console) -> None:
     for made in (
         kernels_table(rows("kernels")),
         verify_table(rows("verify")),
+        uses_table(rows("uses")),
+        mixture_table(rows("layers", "mixture")),
         host_table(rows("layers", "host")),
         layers_table(rows("layers", "layer")),
         model_table(rows("model")),
@@ -330,10 +351,12 @@ def main(s: Settings) -> int:
         sys.exit("gpu-day needs a GPU that torch sees; --rehearse tries the command without one")
     if unknown := set(s.parts) - PARTS.keys():
         sys.exit(f"gpu-day has no part {', '.join(unknown)}; its parts are {', '.join(PARTS)}")
+    times = {name: PARTS[name].seconds for name in s.parts}
+    stretch = s.seconds / sum(times.values()) if s.seconds else 10 if s.rehearse else 1
     deadline, found = time.monotonic(), {}
     for name in s.parts:
         # A part that ends early leaves its time to those after it; a rehearsal is of the command, not of its speed.
-        deadline += PARTS[name].seconds * (10 if s.rehearse else 1)
+        deadline += stretch * times[name]
         found[name] = run_part(name, deadline, s)
         print(f"{name}: {len(found[name].rows)} rows in {found[name].seconds:.0f} s", flush=True)
         if not s.rehearse:  # after each part: the machine may be taken back

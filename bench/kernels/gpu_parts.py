@@ -173,6 +173,161 @@ def _verify(b: Bench, variant: str, dtype: torch.dtype) -> Rows:
     return [{**of_case, "worst": str(worst), "excess": worst.excess}]
 
 
+# Of losses and gradients of a whole model, whose own layers round too.
+ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
+
+
+@contextmanager
+def setting(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def uses(b: Bench) -> Cases:
+    """Training as people run it: a step of a small model each way, beside the plain step, or the reference's."""
+    found: Cases = {}
+    for variant in ("lora", "dora", "ia3", "hra", "road"):
+        for how in ("compiled", "captured", "on a stream", "deterministic"):
+            if b.device == "cuda" or how not in ("captured", "on a stream"):
+                found[f"{how} {variant}"] = partial(_use, b, how, variant)
+        found[f"without waits {variant}"] = partial(_without_waits, b, variant)
+        for how in ("autocast", "tf32"):
+            found[f"{how} {variant}"] = partial(_beside_reference, b, how, variant)
+        found[f"mixture {variant}"] = partial(_mixture, b, variant)
+    found["an adapter for each row"] = partial(_beside_reference, b, "an adapter for each row", "lora")
+    return found
+
+
+def _adapted(b: Bench, variant: str, dtype: torch.dtype, backend: str = "triton") -> nn.Module:
+    model = random_models.llama(*b.small_llama, dtype).to(b.device)
+    ll.attach(model, random_models.our_config(variant, 8), backend=backend)
+    torch.manual_seed(1)
+    move(ll.parameters(model))
+    return model
+
+
+def _ids(b: Bench, seed: int = 0) -> torch.Tensor:
+    return torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(seed)).to(b.device)
+
+
+def _step(model: Any, call: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The loss and the adapter's gradients."""
+    loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+    return [loss.detach(), *torch.autograd.grad(loss, ll.parameters(model))]
+
+
+def _compared(got: list[torch.Tensor], want: list[torch.Tensor], allowed: float, **of_case: Any) -> dict[str, Any]:
+    errors = [operations.error(a, b) for a, b in zip(got, want, strict=True)]
+    worst = max(errors, key=lambda e: float("inf") if e != e else e)
+    return {**of_case, "error": worst, "allowed": allowed, "right": worst <= allowed}
+
+
+def _use(b: Bench, how: str, variant: str) -> Rows:
+    rows = []
+    for dtype, allowed in ALLOWED.items():
+        model = _adapted(b, variant, dtype)
+        first, second = _ids(b), _ids(b, 1)
+        for _ in range(3):  # the first are recorded
+            plain = _step(model, model, first)
+        want = _step(model, model, second)
+        if how == "compiled":
+            got = _step(model, torch.compile(model, backend=b.compiler), second)
+        elif how == "captured":
+            got = _captured(model, first, second)
+        elif how == "on a stream":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                got = [_step(model, model, ids) for ids in (first, second)][1]
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            fixed = torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+            with setting(*fixed, True):
+                got, again = _step(model, model, second), _step(model, model, second)
+            if not all(map(torch.equal, got, again)):
+                raise RuntimeError("two steps under use_deterministic_algorithms differ")
+        if all(map(torch.equal, plain, want)):
+            raise RuntimeError("two batches gave the same: what was compared?")
+        name = str(dtype).removeprefix("torch.")
+        rows.append(_compared(got, want, allowed, use=how, variant=variant, dtype=name))
+        torch._dynamo.reset()
+    return rows
+
+
+def _captured(model: Any, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    """A step as a CUDA graph, captured with one batch and replayed with another."""
+    ids, graph = first.clone(), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            _step(model, model, ids)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        got = _step(model, model, ids)
+    ids.copy_(second)
+    graph.replay()
+    torch.cuda.synchronize()
+    return got
+
+
+def _without_waits(b: Bench, variant: str) -> Rows:
+    """Each adapted layer's step, while whatever waits for the GPU raises."""
+    model = _adapted(b, variant, torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features != 1024]
+    inputs = [torch.randn(66, layer.in_features, device=b.device, dtype=torch.bfloat16) for layer in layers]
+
+    def step() -> None:
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x.requires_grad_()).sum().backward()
+
+    step(), step(), step()
+    if b.device == "cuda":
+        with setting(torch.cuda.get_sync_debug_mode, torch.cuda.set_sync_debug_mode, "error"):
+            step()
+    return [{"use": "without waits", "variant": variant, "dtype": "bfloat16", "layers": len(layers), "right": True}]
+
+
+def _beside_reference(b: Bench, how: str, variant: str) -> Rows:
+    """Of a float32 model: under autocast, with TF32 allowed; or with an adapter for each row of a batch."""
+    found = []
+    for backend in ("triton", "reference"):
+        model = _adapted(b, variant, torch.float32, backend)
+        if how == "an adapter for each row":
+            ll.attach(model, random_models.our_config(variant, 4), backend=backend, name="other")
+            torch.manual_seed(2)
+            move(ll.parameters(model))
+            ll.use(model, ["other", "default"])
+        with (
+            torch.autocast(b.device, torch.bfloat16, enabled=how == "autocast"),
+            setting(
+                torch.get_float32_matmul_precision,
+                torch.set_float32_matmul_precision,
+                "high" if how == "tf32" and backend == "triton" else "highest",
+            ),
+        ):
+            found.append([_step(model, model, _ids(b)) for _ in range(3)][-1])
+    allowed = {"autocast": 5e-2, "tf32": 1e-2}.get(how, 1e-3)
+    return [_compared(*found, allowed, use=how, variant=variant, dtype="float32")]
+
+
+def _mixture(b: Bench, variant: str) -> Rows:
+    """`ll.verify` of the method on a mixture's stacks of weights."""
+    model = random_models.qwen_moe(8, torch.bfloat16, width=64).to(b.device)
+    config = ll.REGISTRY[variant].config(r=8, target_roles=(), target_names=(r"experts\.",))
+    attachment = ll.attach(model, config, backend="triton")
+    move(ll.parameters(model))
+    rows = ll.verify(model, {"input_ids": _ids(b), "labels": _ids(b)})
+    if len(rows) != len(attachment.adapters):
+        raise RuntimeError(f"{len(rows)} of {len(attachment.adapters)} layers were verified")
+    worst = max(row.excess for row in rows)
+    return [{"use": "mixture", "variant": variant, "dtype": "bfloat16", "excess": worst, "right": worst <= 1}]
+
+
 # ---- fast ------------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +338,7 @@ def layer_times(b: Bench) -> Cases:
         found[f"kernels {_size(s)}"] = partial(_kernels, b, s)
     for method in METHODS:
         found[f"host {method}"] = partial(_host, b, method)
+    found["mixture"] = partial(_mixture_times, b)
     # What takes a singular value decomposition of a large matrix comes last.
     in_order = sorted(product(b.layer_shapes, METHODS), key=lambda each: each[1] in DECOMPOSING and each[0].K > 1024)
     for s, method in in_order:
@@ -222,11 +378,38 @@ def _layer(b: Bench, method: str, s: Shape) -> Rows:
     return [{"kind": "layer", **row} for row in rows]
 
 
+def _mixture_times(b: Bench) -> Rows:
+    """A step of a mixture with LoRA on its stacks, beside PEFT's of the same parameters."""
+    import peft
+
+    experts, width = (32, 1024) if b.device == "cuda" else (4, 64)
+    stacks = ("gate_up_proj", "down_proj")
+    models = {
+        name: random_models.qwen_moe(experts, torch.bfloat16, width).to(b.device) for name in ("base", "ours", "peft")
+    }
+    ll.attach(models["ours"], ll.LoRAConfig(r=16, alpha=32, target_names=tuple(rf"experts\.{s}$" for s in stacks)))
+    rival = peft.LoraConfig(r=16, lora_alpha=32, target_modules=[], target_parameters=[f"experts.{s}" for s in stacks])
+    models["peft"] = peft.get_peft_model(models["peft"], rival)  # type: ignore[arg-type]
+    x = torch.randn(4, 512, width, device=b.device, dtype=torch.bfloat16, requires_grad=True)
+    rows = []
+    for name, model in models.items():
+
+        def step(model: Any = model) -> None:
+            x.grad = None
+            model.zero_grad()
+            model(inputs_embeds=x).logits.float().square().mean().backward()
+
+        step()
+        row = {"kind": "mixture", "contender": name, "experts": experts, "width": width, "tokens": 2048, "r": 16}
+        rows.append({**row, "step_ms": b.timer(step)[0], "device_ms": b.device_timer(step)})
+    return rows
+
+
 def model_steps(b: Bench) -> Cases:
     """A training step of a language model with LoRA; what has to be compiled comes last."""
     return {
         f"{name} {rows * length} tokens": partial(_model_step, b, name, rows, length)
-        for names in (("base", "lora_lite", "peft", "eager"), ("compiled",))
+        for names in (("base", "lora_lite", "peft", "eager"), ("compiled", "lora_lite_compiled"))
         for rows, length in b.tokens
         for name in names
     }
@@ -248,7 +431,7 @@ def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
     x = torch.randn(rows, length, model.config.hidden_size, device=b.device, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(model.config.vocab_size, (rows, length), device=b.device)
     optimizer = torch.optim.AdamW(trainable or [torch.zeros(1, requires_grad=True)], lr=1e-4)
-    call = torch.compile(model, backend=b.compiler, dynamic=False) if name == "compiled" else model
+    call = torch.compile(model, backend=b.compiler, dynamic=False) if "compiled" in name else model
 
     def step() -> None:
         x.grad = None
@@ -281,7 +464,7 @@ def _language_model(b: Bench, name: str) -> tuple[Any, list[Any]]:
     if name == "peft":
         model = get_peft_model(model, peft_config("lora", 16, 32.0, random_models.TARGETS))  # type: ignore[arg-type]
     elif name != "base":
-        ll.attach(model, random_models.our_config("lora", 16), backend="triton" if name == "lora_lite" else "reference")
+        ll.attach(model, random_models.our_config("lora", 16), backend="triton" if "lora_lite" in name else "reference")
     trainable = [p for p in model.parameters() if p.requires_grad]
     move(trainable)
     return model, trainable
@@ -329,9 +512,10 @@ class Part:
 
 
 PARTS = {
-    "kernels": Part(110, 16, checks),
-    "verify": Part(45, 3, verified),
+    "kernels": Part(100, 16, checks),
+    "verify": Part(35, 4, verified),
+    "uses": Part(50, 4, uses),
     "modelled": Part(20, 1, modelled),
-    "layers": Part(185, 1, layer_times),
-    "model": Part(160, 1, model_steps),
+    "layers": Part(175, 1, layer_times),
+    "model": Part(145, 1, model_steps),
 }

@@ -4,6 +4,7 @@ Triton's own binder, specialisation and compiler run for an H100, under a driver
 are whatever memory held. What this leaves out of a real step: the launch itself (2 to 4 µs a kernel, PyTorch's too).
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from lora_lite import backend
+from lora_lite import backend, kernels
 from lora_lite.kernels import interpreter, launching
 
 # Operators of PyTorch that launch nothing: they look at tensors, or only ask for memory.
@@ -103,7 +105,8 @@ def _forget() -> None:
     """What was compiled and chosen for a driver is not another's."""
     backend._in_force.clear()
     launching.forget()
-    for kernel in jit._triton_jit_function_registry.values():
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{kernels.__name__}.")]
+    for kernel in (each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)):
         kernel.device_caches.clear()
 
 

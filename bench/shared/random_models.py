@@ -47,3 +47,16 @@ def qwen(layers: int = 2, **sizes: int) -> nn.Module:
     }
     config = Qwen3Config(**{**widths, **sizes}, num_hidden_layers=layers, tie_word_embeddings=True, rope_theta=1e6)
     return Qwen3ForCausalLM(config).eval()
+
+
+def qwen_moe(experts: int, dtype: torch.dtype, width: int = 256, layers: int = 2, visited: int = 4) -> nn.Module:
+    """A mixture of experts with a frozen base, the same on each call."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=width, intermediate_size=width, moe_intermediate_size=width,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4,
+        num_experts=experts, num_experts_per_tok=visited,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config).to(dtype).requires_grad_(False).train()

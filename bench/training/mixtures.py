@@ -14,9 +14,9 @@ from typing import Any
 
 import peft
 import torch
+from random_models import qwen_moe
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lora_lite as ll
 
@@ -24,25 +24,14 @@ NAME = "qwen3_moe"
 STACKS = ("gate_up_proj", "down_proj")
 
 
-def build(experts: int, dtype: torch.dtype, width: int = 256, layers: int = 2, visited: int = 4) -> Any:
-    """A mixture with a frozen base, the same on each call."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=512, hidden_size=width, intermediate_size=width, moe_intermediate_size=width,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, head_dim=width // 4,
-        num_experts=experts, num_experts_per_tok=visited,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).to(dtype).requires_grad_(False).train()
-
-
 def adapted(experts: int, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
     """The bare base, ours and PEFT's, with the same adapters."""
-    ours, theirs = build(experts, dtype), build(experts, dtype)
+    ours, theirs = qwen_moe(experts, dtype), qwen_moe(experts, dtype)
     ll.attach(ours, ll.LoRAConfig(r=r, alpha=2 * r, target_names=tuple(rf"experts\.{each}$" for each in STACKS)))
     config = peft.LoraConfig(
         r=r, lora_alpha=2 * r, target_modules=[], target_parameters=[f"experts.{each}" for each in STACKS]
     )
-    return {"base": build(experts, dtype), "ours": ours, "peft": peft.get_peft_model(theirs, config)}
+    return {"base": qwen_moe(experts, dtype), "ours": ours, "peft": peft.get_peft_model(theirs, config)}
 
 
 @contextmanager
