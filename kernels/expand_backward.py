@@ -13,7 +13,19 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from .common import MAX_RANK, block_of, full_waves, inside, named, precision, rows_of, side_by_side, small, tile
+from .common import (
+    LONG_SUM,
+    MAX_RANK,
+    block_of,
+    full_waves,
+    inside,
+    named,
+    precision,
+    rows_of,
+    side_by_side,
+    small,
+    tile,
+)
 from .expand import rows_apart
 from .launching import launch
 from .segments import Runs, own, own_vector, parts_of, run_of_rows
@@ -34,10 +46,11 @@ MOST_RANKS_UNCAST = 16
 def _expand_backward_kernel(
     dy, h, B, dh, dB, y, g, bias, dy_base, dg, wide_B, table, scale,
     M, N, R, stride_dm, stride_dn, stride_ym, stride_yn, stride_hm, m_per_program,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, OVER_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): the columns of block j, down the rows of part i. dh holds a result a block, dB and dg a part.
-    wide_B is B as the parameter is."""
+    wide_B is B as the parameter is. OVER_TOKENS: how products are added to dB."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     first, end, matrix = run_of_rows(tl.program_id(1), m_per_program, M, table)
@@ -67,7 +80,7 @@ def _expand_backward_kernel(
             tl.store(tile(dy_base, rows, cols, N, 1), dy_wide * gain, mask=here)
         if dB is not None:
             h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, end, R), other=0.0)
-            dB_acc = tl.dot(tl.trans(dy_tile.to(dtype)), h_tile, dB_acc, input_precision=PRECISION)
+            dB_acc = tl.dot(tl.trans(dy_tile.to(dtype)), h_tile, dB_acc, input_precision=OVER_TOKENS)
         if dh is not None:
             dh_tile = scale * tl.dot(dy_tile.to(dtype), B_tile, input_precision=PRECISION)
             tl.store(tile(dh, rows, ranks, R, 1), dh_tile, mask=inside(rows, ranks, end, R))
@@ -139,7 +152,8 @@ def launch_expand_backward(
         dh = h.new_empty((M, R)) if in_parts else None
         dhs, dBs, dgs = parts_like(dh, blocks), parts_like(dB, count, runs), parts_like(dg, count, runs)
         numbers = (float(scale), M, N, R, *dy.stride(), *((0, 0) if y is None else y.stride()), h.stride(0), each)
-        constants = (precision(dy, h.dtype), config.rows, config.cols, block_of(R))
+        hows = (precision(dy, h.dtype, many_tiles=size >= LONG_SUM) for size in (min(M, N), M))
+        constants = (*hows, config.rows, config.cols, block_of(R))
         wide_B = None if y is None else B
         narrow = small(B, h.dtype) if in_parts and MOST_RANKS_UNCAST < R else B
         tensors = (dy, h, narrow, dhs, dBs, y, g, bias, dy_base, dgs, wide_B, table)

@@ -61,7 +61,7 @@ def _add_product(W, A, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _root(norm_sq):
-    return tl.sqrt(tl.maximum(norm_sq, 1e-12))
+    return tl.sqrt_rn(tl.maximum(norm_sq, 1e-12))
 
 
 @triton.jit

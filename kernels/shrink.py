@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import DTYPES, block_of, inside, named, precision, rows_of, small, split, tile
+from .common import DTYPES, LONG_SUM, block_of, inside, named, precision, rows_of, small, split, tile
 from .dropout import kept
 from .launching import launch
 from .layers import MOST_LAYERS, MOST_RANKS_MASKED, launches_of, ranks_of, rescales
@@ -113,7 +113,8 @@ def launch_shrink(
         blocks, table, rows, count, each = shares(config)
         parts = parts_like(h, count)
         numbers = (float(scale), M, K, R, R_1, R_2, *x.stride(), each)
-        constants = (precision(x, dtype), rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype], across)
+        how = precision(x, dtype, many_tiles=min(M, K) >= LONG_SUM)  # few tokens take no time either way
+        constants = (how, rows, config.cols, block_of(R), len(of.ends), DTYPES[dtype], across)
         launch(_shrink_kernel, (blocks, count), (x, A, parts, table, seeds), numbers, constants, config)
         sum_parts((parts, h, None))
         return h

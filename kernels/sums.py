@@ -9,11 +9,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from .common import inside, tile
 from .launching import launch
 from .segments import Runs
 from .tuning import cdiv
 
-_SUMMED = 1024  # elements of a program
+_SUMMED = 512  # elements of a program
+_AT_ONCE = 8  # parts in flight, added pairwise: a chain one by one waits for each, and rounds as often
 
 MOST_BYTES = 96 << 20  # of the parts of a sum, for as long as a step of a layer takes
 
@@ -24,7 +26,7 @@ def most_parts(size: int) -> int:
 
 
 @triton.jit
-def _sum_block(parts, out, order, starts, P, size, block, BLOCK: tl.constexpr):
+def _sum_block(parts, out, order, starts, P, size, block, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
     """Block `block` of `out`, of all P parts; with an order, of those of the matrix that the block is of."""
     blocks = tl.cdiv(size, BLOCK)
     matrix = block // blocks
@@ -33,30 +35,30 @@ def _sum_block(parts, out, order, starts, P, size, block, BLOCK: tl.constexpr):
     if order is not None:
         first, last = tl.load(starts + matrix), tl.load(starts + matrix + 1)
     total = tl.zeros((BLOCK,), tl.float32)
-    part = parts + at
-    for i in range(first, last):
+    for start in range(first, last, AT_ONCE):
+        which = start + tl.arange(0, AT_ONCE)
+        here = inside(which, at, last, size)
         if order is not None:
-            part = parts + tl.load(order + i).to(tl.int64) * size + at
-        total += tl.load(part, mask=at < size, other=0.0)
-        if order is None:
-            part += size
+            which = tl.load(order + which, mask=which < last, other=0)
+        total += tl.sum(tl.load(tile(parts, which, at, size, 1), mask=here, other=0.0), 0)
     tl.store(out + matrix.to(tl.int64) * size + at, total, mask=at < size)
 
 
 @triton.jit
 def _sum_parts_kernel(
     parts, out, order, starts, parts_2, out_2, order_2, starts_2, parts_3, out_3, order_3, starts_3,
-    P, size, blocks, P_2, size_2, blocks_2, P_3, size_3, BLOCK: tl.constexpr,
+    P, size, blocks, P_2, size_2, blocks_2, P_3, size_3, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Up to three sums: the first `blocks` programs do the first, the next `blocks_2` the second."""
     block = tl.program_id(0)
     if block < blocks:
-        _sum_block(parts, out, order, starts, P, size, block, BLOCK)
+        _sum_block(parts, out, order, starts, P, size, block, BLOCK, AT_ONCE)
     elif parts_2 is not None:
         if block < blocks + blocks_2:
-            _sum_block(parts_2, out_2, order_2, starts_2, P_2, size_2, block - blocks, BLOCK)
+            _sum_block(parts_2, out_2, order_2, starts_2, P_2, size_2, block - blocks, BLOCK, AT_ONCE)
         elif parts_3 is not None:
-            _sum_block(parts_3, out_3, order_3, starts_3, P_3, size_3, block - blocks - blocks_2, BLOCK)
+            before = blocks + blocks_2
+            _sum_block(parts_3, out_3, order_3, starts_3, P_3, size_3, block - before, BLOCK, AT_ONCE)
 
 
 def parts_like(out: Tensor | None, count: int, runs: Runs | None = None) -> Float[Tensor, "P ..."] | None:
@@ -85,4 +87,4 @@ def sum_parts(*sums: tuple[Tensor | None, Tensor | None, Runs | None]) -> None:
     if tensors:
         tensors += [None] * (12 - len(tensors))
         numbers += [0] * (9 - len(numbers))
-        launch(_sum_parts_kernel, (total,), tensors, numbers[:8], (_SUMMED,))
+        launch(_sum_parts_kernel, (total,), tensors, numbers[:8], (_SUMMED, _AT_ONCE))

@@ -196,7 +196,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "shrink_backward_dropout": {
             64: (Config(32, 32, 8),),
             128: (Config(16, 16, 8, 1),),
-            256: (Config(16, 16, 8),),
+            256: (Config(16, 16, 16, 1),),
         },
         "expand_grouped": {256: (Config(32, 32, 4),)},
         "expand_backward_grouped": {128: (Config(16, 32, 8, 1),), 256: (Config(16, 16, 8, 1),)},

@@ -17,7 +17,7 @@ from unittest import mock
 import operations
 import random_models
 import torch
-from kernel_times import Limits, Quantiles, Shape, Timer, device_timer, gpu_timer, layers, limits, move
+from kernel_times import Limits, Quantiles, Shape, Timer, device_timer, gpu_timer, kernel_timer, layers, limits, move
 from kernel_times import kernels as kernel_rows
 from operations import DTYPES, SEGMENTED, Case
 from torch import nn
@@ -50,6 +50,7 @@ class Bench:
 
     device: str = "cuda"
     timer: Timer = gpu_timer
+    kernel_timer: Timer = kernel_timer
     step_timer: Timer = long_timer
     device_timer: Callable[[Callable[[], Any]], float] = device_timer
     cpu_clock: Callable[[], float] = time.process_time
@@ -355,7 +356,7 @@ def _limits(b: Bench) -> Rows:
 
 
 def _kernels(b: Bench, s: Shape) -> Rows:
-    rows = kernel_rows(s, b.timer, Limits(copy=float("nan"), matmul=float("nan")), b.device)
+    rows = kernel_rows(s, b.kernel_timer, Limits(copy=float("nan"), matmul=float("nan")), b.device)
     return [{"kind": "kernel", **{k: v for k, v in row.items() if not k.startswith("of_")}} for row in rows]
 
 
