@@ -17,7 +17,19 @@ from unittest import mock
 import operations
 import random_models
 import torch
-from kernel_times import Limits, Quantiles, Shape, Timer, device_timer, gpu_timer, kernel_timer, layers, limits, move
+from kernel_times import (
+    Limits,
+    Quantiles,
+    Shape,
+    Timer,
+    by_launch,
+    device_timer,
+    gpu_timer,
+    kernel_timer,
+    layers,
+    limits,
+    move,
+)
 from kernel_times import kernels as kernel_rows
 from operations import DTYPES, SEGMENTED, Case
 from torch import nn
@@ -53,6 +65,7 @@ class Bench:
     kernel_timer: Timer = kernel_timer
     step_timer: Timer = long_timer
     device_timer: Callable[[Callable[[], Any]], float] = device_timer
+    profiler: Callable[[Callable[[], Any]], dict[str, float]] = by_launch
     cpu_clock: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
     rounds: int = 30
@@ -261,19 +274,29 @@ def _use(b: Bench, how: str, variant: str) -> Rows:
 
 def _captured(model: Any, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
     """A step as a CUDA graph, captured with one batch and replayed with another."""
-    ids, graph = first.clone(), torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
+    ids, got = first.clone(), []
+
+    def step() -> None:
+        got[:] = _step(model, model, ids)
+
+    replay = as_graph(step)
+    ids.copy_(second)
+    replay()
+    torch.cuda.synchronize()
+    return got
+
+
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The same as a CUDA graph, captured after what a first run chooses has been chosen."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            _step(model, model, ids)
+            step()
     torch.cuda.current_stream().wait_stream(side)
     with torch.cuda.graph(graph):
-        got = _step(model, model, ids)
-    ids.copy_(second)
-    graph.replay()
-    torch.cuda.synchronize()
-    return got
+        step()
+    return graph.replay
 
 
 def _without_waits(b: Bench, variant: str) -> Rows:
@@ -283,8 +306,8 @@ def _without_waits(b: Bench, variant: str) -> Rows:
     inputs = [torch.randn(66, layer.in_features, device=b.device, dtype=torch.bfloat16) for layer in layers]
 
     def step() -> None:
-        for layer, x in zip(layers, inputs, strict=True):
-            layer(x.requires_grad_()).sum().backward()
+        outputs = [layer(x.requires_grad_()) for layer, x in zip(layers, inputs, strict=True)]
+        torch.stack([y.sum() for y in outputs]).sum().backward()
 
     step(), step(), step()
     if b.device == "cuda":
@@ -406,13 +429,22 @@ def _mixture_times(b: Bench) -> Rows:
     return rows
 
 
+STEPS = (
+    ("base", "lora_lite", "peft", "eager"),
+    ("base captured", "lora_lite captured", "peft captured"),
+    ("eager compiled", "lora_lite compiled"),
+)
+MOST_KERNELS = 20  # of a step, whose times are kept
+
+
 def model_steps(b: Bench) -> Cases:
-    """A training step of a language model with LoRA; what has to be compiled comes last."""
+    """A training step of a language model with LoRA, by itself, as a CUDA graph, and compiled."""
     return {
         f"{name} {rows * length} tokens": partial(_model_step, b, name, rows, length)
-        for names in (("base", "lora_lite", "peft", "eager"), ("compiled", "lora_lite_compiled"))
+        for names in STEPS
         for rows, length in b.tokens
         for name in names
+        if b.device == "cuda" or "captured" not in name
     }
 
 
@@ -431,8 +463,10 @@ def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
     model, trainable = _language_model(b, name)
     x = torch.randn(rows, length, model.config.hidden_size, device=b.device, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(model.config.vocab_size, (rows, length), device=b.device)
-    optimizer = torch.optim.AdamW(trainable or [torch.zeros(1, requires_grad=True)], lr=1e-4)
-    call = torch.compile(model, backend=b.compiler, dynamic=False) if "compiled" in name else model
+    captured = name.endswith("captured")
+    trains = trainable or [torch.zeros(1, requires_grad=True, device=b.device)]
+    optimizer = torch.optim.AdamW(trains, lr=1e-4, capturable=captured)
+    call = torch.compile(model, backend=b.compiler, dynamic=False) if name.endswith("compiled") else model
 
     def step() -> None:
         x.grad = None
@@ -441,16 +475,21 @@ def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
         optimizer.step()
 
     start = b.clock()
+    if captured:
+        step = as_graph(step)
     step()
     first = b.clock() - start
     machine.reset_peak_memory()
     step()
     peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
     median, low, high = b.step_timer(step)
+    of_kernels = b.profiler(step)
+    most = sorted(of_kernels.items(), key=lambda item: -item[1])[:MOST_KERNELS]
     return {
         "contender": name, "tokens": rows * length, "layers": b.model_layers, "r": 16,
         "trainable": sum(p.numel() for p in trainable), "step_ms": median, "step_ms_20": low, "step_ms_80": high,
-        "device_ms": b.device_timer(step), "peak_bytes": peak, "first_step_s": first,
+        "device_ms": sum(of_kernels.values()) / 1e3, "peak_bytes": peak, "first_step_s": first,
+        "us_of_kernels": {name: round(us, 1) for name, us in most},
     }  # fmt: skip
 
 
@@ -462,10 +501,11 @@ def _language_model(b: Bench, name: str) -> tuple[Any, list[Any]]:
     with torch.device(b.device):
         model: nn.Module = random_models.qwen(b.model_layers, **dict(b.model_sizes)).to(torch.bfloat16)
     model.requires_grad_(False).train()
+    name = name.split()[0]
     if name == "peft":
         model = get_peft_model(model, peft_config("lora", 16, 32.0, random_models.TARGETS))  # type: ignore[arg-type]
     elif name != "base":
-        ll.attach(model, random_models.our_config("lora", 16), backend="triton" if "lora_lite" in name else "reference")
+        ll.attach(model, random_models.our_config("lora", 16), backend="triton" if name == "lora_lite" else "reference")
     trainable = [p for p in model.parameters() if p.requires_grad]
     move(trainable)
     return model, trainable

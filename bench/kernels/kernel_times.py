@@ -6,6 +6,7 @@ The timer is an argument: Triton's on a GPU, a fake one in the tests, which run 
 import copy
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -57,8 +58,8 @@ def kernel_timer(run: Callable[[], Any], times: int = 20) -> Quantiles:
     return median, low, high
 
 
-def device_timer(run: Callable[[], Any], calls: int = 3) -> float:
-    """Milliseconds that the GPU works in a run, without its waits for the host; what fits its cache may be there.
+def by_launch(run: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """µs that the GPU works in a run, by kernel, PyTorch's too; what fits its cache may be there.
 
     Raises:
         RuntimeError: the profiler sees nothing of the GPU's.
@@ -69,10 +70,18 @@ def device_timer(run: Callable[[], Any], calls: int = 3) -> float:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()
-    on_gpu = [e for e in profile.events() or () if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    if not on_gpu:
+    found: Counter[str] = Counter()
+    for event in profile.events() or ():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            found[event.name.removeprefix("void ").split("<")[0].split("(")[0]] += event.time_range.elapsed_us() / calls
+    if not found:
         raise RuntimeError("torch.profiler saw no kernel: CUPTI is missing here, or may not be used")
-    return sum(e.time_range.elapsed_us() for e in on_gpu) / calls / 1e3
+    return dict(found)
+
+
+def device_timer(run: Callable[[], Any]) -> float:
+    """Milliseconds that the GPU works in a run, without its waits for the host."""
+    return sum(by_launch(run).values()) / 1e3
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass
@@ -24,11 +23,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import machine
 import torch
 import tyro
-from kernel_times import Shape, _with_rank, _without_rank, kernel_timer
+from kernel_times import Shape, _with_rank, _without_rank, by_launch, kernel_timer
 from launch_path import without_launching
 from rich.console import Console
 from rich.table import Table
-from torch.autograd import DeviceType
 
 from lora_lite.kernels import tuning
 from lora_lite.kernels.expand_backward import MOST_RANKS_IN_PARTS
@@ -147,19 +145,6 @@ def time_rows(case: tuple[str, int, list[Config]], deadline: float) -> list[dict
             with tuning.force(config=Config(*result["row"])):
                 result["launches"] = by_launch(launch)
     return found
-
-
-def by_launch(run: Any, calls: int = 3) -> dict[str, float]:
-    """µs of each kernel's, PyTorch's too, as the profiler has it; what fits the cache is there."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    found: Counter[str] = Counter()
-    for event in profile.events() or ():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            found[event.name.split("(")[0].split("<")[0][-40:]] += event.time_range.elapsed_us() / calls
-    return {name: round(us, 2) for name, us in found.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -332,6 +332,100 @@ def mixtures() -> str:
     return "\n".join(lines)
 
 
+GPU_CONTENDERS = {
+    "base": "base", "lora_lite": "lora-lite", "peft": "PEFT", "eager": "eager PyTorch",
+    "compiled": "eager PyTorch, compiled", "eager compiled": "eager PyTorch, compiled",
+    "lora_lite compiled": "lora-lite, compiled", "base captured": "base, as a CUDA graph",
+    "lora_lite captured": "lora-lite, as a CUDA graph", "peft captured": "PEFT, as a CUDA graph",
+}  # fmt: skip
+
+
+def of_gpu(part: str, kind: str | None = None) -> tuple[list[dict[str, Any]], str]:
+    """A part's rows of `just gpu-day`, and where they were measured."""
+    found = read(RESULTS / "gpu_day.json")["parts"][part]
+    m, v = found["measured"]["machine"], found["measured"]["versions"]
+    where = (
+        f"Measured on one {m['gpu']} beside {m['cores']} cores of an {m['cpu']}, with torch {v['torch']}, Triton "
+        f"{v['triton']}, PEFT {v['peft']} and `just gpu-day`."
+    )
+    return [row for row in found["rows"] if kind is None or row["kind"] == kind], where
+
+
+def gpu_model() -> str:
+    """A language model's training step on a GPU."""
+    rows, where = of_gpu("model")
+    first = rows[0]
+    lines = [
+        f"A training step with AdamW of {first['layers']} layers of Qwen3-0.6B's widths, LoRA r={first['r']} on all "
+        "seven linears, in bf16, the adapter in float32: milliseconds as it runs, milliseconds of the GPU's own work "
+        f"(where the host is slower, the GPU waits), and the peak of memory. {where}",
+        "",
+        "| tokens | | ms a step | beyond the base | GPU ms | beyond the base | peak memory |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for tokens in sorted({row["tokens"] for row in rows}):
+        of = {row["contender"]: row for row in rows if row["tokens"] == tokens}
+        base = of["base"]
+        for name in filter(of.__contains__, GPU_CONTENDERS):
+            row = of[name]
+            cells = []
+            for of_time in ("step_ms", "device_ms"):
+                more = "–" if row is base else f"{row[of_time] - base[of_time]:.1f}"
+                cells += [f"{row[of_time]:.1f}", more]
+            peak = f"{row['peak_bytes'] / 2**30:.2f} GiB"
+            lines.append(f"| {tokens:,} | {GPU_CONTENDERS[name]} | {' | '.join(cells)} | {peak} |")
+    return "\n".join(lines)
+
+
+def gpu_layers() -> str:
+    """What an adapter adds to a layer's step on a GPU."""
+    rows, where = of_gpu("layers", "layer")
+    names = [name for name in GPU_CONTENDERS if name != "base"]
+    names = [name for name in names if any(row["contender"] == name for row in rows)]
+    lines = [
+        "What an adapter adds to a forward and backward of one linear layer in bf16, in µs of the GPU's own work "
+        f"(torch.profiler). {where}",
+        "",
+        f"| method | tokens × width, r | base | {' | '.join(GPU_CONTENDERS[name] for name in names)} |",
+        f"|---|---|--:|{'--:|' * len(names)}",
+    ]
+    for key in dict.fromkeys((row["variant"], row["M"], row["K"], row["R"]) for row in rows):
+        of = {row["contender"]: row for row in rows if (row["variant"], row["M"], row["K"], row["R"]) == key}
+        base = 1e3 * of["base"]["device_ms"]
+        cells = [f"{1e3 * of[name]['device_ms'] - base:.0f}" if name in of else "–" for name in names]
+        size = f"{key[1]:,} × {key[2]:,}" + ("" if key[0] in WITHOUT_RANK else f", {key[3]}")
+        lines.append(f"| {NAMES[key[0]]} | {size} | {base:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_kernels() -> str:
+    """Each kernel on a GPU: right, and how fast."""
+    checked, _ = of_gpu("kernels")
+    rows, where = of_gpu("layers", "kernel")
+    (limit,), _ = of_gpu("layers", "limits")
+    both = read(RESULTS / "gpu_day.json")["modelled_and_measured"]
+    model = {(row["what"], row["M"], row["R"]): row["modelled_us"] for row in both}
+    right = sum(row["right"] for row in checked)
+    lines = [
+        f"{len(checked):,} cases of the kernels, forward and backward, were compared with float64 there, {right:,} "
+        f"within the bar. A copy moves {limit['copy'] / 1e12:.2f} TB/s, reads and writes together; a bf16 product of "
+        f"large matrices {limit['matmul'] / 1e12:.0f} TFLOP/s. Times of the GPU alone, its cache emptied before, with "
+        f"what belongs to a launcher: casts of the adapter's matrices and sums of parts. {where}",
+        "",
+        "| kernel | tokens × width, r | bytes that must move | µs | TB/s | of the copy's | modelled µs |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        rate = row["bytes"] / row["ms"] / 1e9
+        us = model.get((row["kernel"], row["M"], row["R"]))
+        lines.append(
+            f"| {row['kernel']} | {row['M']:,} × {row['K']:,}, {row['R']} | {row['bytes'] / 1e6:.0f} MB "
+            f"| {1e3 * row['ms']:.0f} | {rate:.2f} | {percent(1e12 * rate / limit['copy'])} "
+            f"| {f'{us:.0f}' if us else '–'} |"
+        )
+    return "\n".join(lines)
+
+
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
@@ -363,6 +457,9 @@ TABLES = {
     "device_model": device_model,
     "float32": float32,
     "mixtures": mixtures,
+    "gpu_model": gpu_model,
+    "gpu_layers": gpu_layers,
+    "gpu_kernels": gpu_kernels,
 }
 
 

@@ -24,6 +24,7 @@ BENCH = dataclasses.replace(
     kernel_timer=lambda run: (run(), (2.0, 1.0, 3.0))[1],
     step_timer=lambda run: (run(), (20.0, 10.0, 30.0))[1],
     device_timer=lambda run: (run(), 1.5)[1],
+    profiler=lambda run: (run(), {"gemm": 1400.0, "_expand_kernel": 100.0})[1],
 )
 
 
@@ -45,9 +46,13 @@ def found() -> dict[str, Found]:
     return {
         "kernels": Found(rows("kernels", *first_of_each_operation())),
         "verify": Found(rows("verify", "lora bfloat16")),
+        "uses": Found(
+            rows("uses", "compiled lora", "deterministic ia3", "without waits road", "autocast lora", "mixture lora")
+            + rows("uses", "an adapter for each row")
+        ),
         "modelled": modelled,
         "layers": Found(
-            rows("layers", "limits", "kernels M40 K64 N64 R16", "host lora", "layer pissa M40 K64 N64 R16")
+            rows("layers", "mixture", "limits", "kernels M40 K64 N64 R16", "host lora", "layer pissa M40 K64 N64 R16")
             + rows("layers", "layer lora M40 K64 N64 R16", "layer antipasto M40 K64 N64 R16")
         ),
         "model": Found(rows("model", *PARTS["model"].cases(BENCH))),
@@ -75,7 +80,7 @@ def test_every_operation_and_method_is_there() -> None:
     for part, methods in (("verify", gpu_parts.VARIANTS), ("layers", gpu_parts.METHODS)):
         for method in methods:
             assert [name for name in names[part] if method in name.split()], (part, method)
-    for contender in ("lora_lite", "peft", "eager", "compiled"):
+    for contender in ("lora_lite", "peft", "eager", "eager compiled", "lora_lite captured", "peft captured"):
         assert {f"{contender} 800 tokens", f"{contender} 8192 tokens"} <= set(names["model"])
 
 
@@ -119,6 +124,30 @@ def test_verify(found: dict[str, Found]) -> None:
     assert 0 < row["excess"] <= 1
 
 
+def test_uses(found: dict[str, Found]) -> None:
+    uses = found["uses"].rows
+    assert [(row["use"], row["variant"], row["dtype"]) for row in uses] == [
+        ("compiled", "lora", "bfloat16"),
+        ("compiled", "lora", "float32"),
+        ("deterministic", "ia3", "bfloat16"),
+        ("deterministic", "ia3", "float32"),
+        ("without waits", "road", "bfloat16"),
+        ("autocast", "lora", "float32"),
+        ("mixture", "lora", "bfloat16"),
+        ("an adapter for each row", "lora", "float32"),
+    ]
+    assert all(row["right"] for row in uses)
+    assert uses[5]["error"] > 0, "the kernels and the reference round alike: what was compared?"
+
+
+def test_a_wrong_use_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = low_rank.launch_expand
+    launching.forget()
+    monkeypatch.setattr(low_rank, "launch_expand", lambda *args, **kwargs: launch(*args, **kwargs) * 1.3)
+    (row,) = rows("uses", "autocast lora")
+    assert not row["right"]
+
+
 def test_layers(found: dict[str, Found]) -> None:
     measured = found["layers"].rows
     kernels = {row["kernel"] for row in of(measured, kind="kernel")}
@@ -135,9 +164,10 @@ def test_layers(found: dict[str, Found]) -> None:
 
 def test_model(found: dict[str, Found]) -> None:
     steps = {row["contender"]: row for row in found["model"].rows}
-    assert list(steps) == ["base", "lora_lite", "peft", "eager", "compiled"]
+    assert list(steps) == ["base", "lora_lite", "peft", "eager", "eager compiled", "lora_lite compiled"]
     assert steps["base"]["trainable"] == 0
-    assert len({steps[name]["trainable"] for name in ("lora_lite", "peft", "eager", "compiled")}) == 1
+    assert len({steps[name]["trainable"] for name in list(steps)[1:]}) == 1
+    assert all(row["us_of_kernels"] == {"gemm": 1400.0, "_expand_kernel": 100.0} for row in steps.values())
     assert all(row["step_ms"] == 20.0 and row["device_ms"] == 1.5 for row in steps.values())
 
 
@@ -161,6 +191,8 @@ def test_page(found: dict[str, Found]) -> None:
     for part in (
         "Kernels against",
         "ll.verify",
+        "Uses:",
+        "A step of a mixture",
         "Host:",
         "Layers:",
         "A training step",
