@@ -103,7 +103,8 @@ def launch_shrink(
     def shares(config: Config) -> tuple[int, Tensor | None, int, int, int]:
         """(blocks of rows, table of their shares, rows of a block, parts of the columns, columns of a part)."""
         blocks, table, rows = blocks_of(M, config, runs)
-        return blocks, table, rows, *split(K, config.cols, min(programs(x) // blocks, K // (4 * config.cols)))
+        least = config.cols * (4 if dtype.itemsize == 2 else 1)  # the longer a chain of float32's, the less exact
+        return blocks, table, rows, *split(K, config.cols, min(programs(x) // blocks, K // least))
 
     def moves(config: Config) -> float:
         blocks, _, _, count, _ = shares(config)

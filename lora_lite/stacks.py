@@ -184,7 +184,7 @@ def experts_forward(
     Raises:
         AttachError: expert parallelism was switched on after attach.
     """
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):  # since transformers 5.18
         raise AttachError(f"{type(experts).__name__}: expert parallelism was switched on after attach; detach before")
     up, down = experts._modules[STACKS].values()
     for stack in (up, down):

@@ -64,6 +64,8 @@ class Settings:
     """Which to run."""
     rehearse: bool = False
     """Run it all on a CPU, tiny and untimed, and write nothing: does the command work?"""
+    compiler: str = "inductor"
+    """torch.compile's backend for what it compiles, which takes most of the time; "": leave that out."""
     seconds: int = 0
     """For all of them; 0: nine minutes for all parts that there are, and of that each its own share."""
     out: Path = machine.RESULTS / "gpu_day.json"
@@ -163,7 +165,7 @@ def run_part(name: str, deadline: float, s: Settings) -> Found:
     start = time.monotonic()
     names = list(PARTS[name].cases(bench_of(s)))
     workers = min(PARTS[name].workers, os.cpu_count() or 1)
-    command = [sys.executable, __file__, "--work", name, *["--rehearse"] * s.rehearse]
+    command = [sys.executable, __file__, "--work", name, s.compiler, *["--rehearse"] * s.rehearse]
     environment = {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # see torch.use_deterministic_algorithms
         "OMP_NUM_THREADS": "1" if workers > 1 or s.rehearse else "8",
@@ -181,7 +183,7 @@ def run_part(name: str, deadline: float, s: Settings) -> Found:
 
 
 def bench_of(s: Settings) -> Bench:
-    return REHEARSAL if s.rehearse else Bench()
+    return REHEARSAL if s.rehearse else Bench(compiler=s.compiler)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -379,7 +381,8 @@ def main(s: Settings) -> int:
 
 if __name__ == "__main__":
     if "--work" in sys.argv:
-        _, _, part, *options, cases, said = sys.argv
-        work(part, json.loads(cases), Path(said), bench_of(Settings(rehearse="--rehearse" in options)))
+        _, _, part, compiler, *options, cases, said = sys.argv
+        bench = bench_of(Settings(rehearse="--rehearse" in options, compiler=compiler))
+        work(part, json.loads(cases), Path(said), bench)
     else:
         sys.exit(main(tyro.cli(Settings)))

@@ -71,6 +71,7 @@ class Bench:
     rounds: int = 30
     """Of twenty small steps, whose CPU time is taken."""
     compiler: str = "inductor"
+    """torch.compile's backend; empty: nothing is compiled by it."""
     shapes: tuple[tuple[int, int, int, int, str, bool], ...] = (
         # M, K, N, R, layout, bias: real ones, then primes, other strides, and ranks beyond one launch
         (1, 1024, 3072, 16, "contiguous", False),
@@ -206,7 +207,7 @@ def uses(b: Bench) -> Cases:
     found: Cases = {}
     for variant in ("lora", "dora", "ia3", "hra", "road"):
         for how in ("compiled", "captured", "on a stream", "deterministic"):
-            if b.device == "cuda" or how not in ("captured", "on a stream"):
+            if b.compiler if how == "compiled" else b.device == "cuda" or how == "deterministic":
                 found[f"{how} {variant}"] = partial(_use, b, how, variant)
         found[f"without waits {variant}"] = partial(_without_waits, b, variant)
         for how in ("autocast", "tf32"):
@@ -387,7 +388,7 @@ def _host(b: Bench, method: str) -> Rows:
     import host
 
     steps = host.steps_of(method, "triton", b.device)
-    for name in ("eager", "compiled"):
+    for name in ("eager", "compiled") if b.compiler else ("eager",):
         layer = host.ours(method, "reference", host.model(host.WIDTH, host.WIDTH, device=b.device))
         layer = torch.compile(layer, backend=b.compiler) if name == "compiled" else layer
         steps[name] = host.step_of(layer, host.TOKENS, host.WIDTH)  # type: ignore[arg-type]
@@ -444,7 +445,7 @@ def model_steps(b: Bench) -> Cases:
         for names in STEPS
         for rows, length in b.tokens
         for name in names
-        if b.device == "cuda" or "captured" not in name
+        if (b.device == "cuda" or "captured" not in name) and (b.compiler or "compiled" not in name)
     }
 
 

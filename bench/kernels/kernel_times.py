@@ -273,7 +273,8 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
 
     base = linear()
     found: dict[str, tuple[Any, list[Tensor], Any]] = {"base": (base["k_proj"], [], base)}  # type: ignore[index]
-    for name, backend in (("lora_lite", "triton"), ("eager", "reference"), ("compiled", "reference")):
+    by_backend = {"lora_lite": "triton", "eager": "reference"} | ({"compiled": "reference"} if compiler else {})
+    for name, backend in by_backend.items():
         module: Any = ours(backend)
         call = torch.compile(module["k_proj"], backend=compiler) if name == "compiled" else module["k_proj"]
         found[name] = (call, ll.parameters(module), module)
