@@ -68,7 +68,7 @@ class Bench:
     profiler: Callable[[Callable[[], Any]], dict[str, float]] = by_launch
     cpu_clock: Callable[[], float] = time.process_time
     clock: Callable[[], float] = time.perf_counter
-    rounds: int = 30
+    rounds: int = 15
     """Of twenty small steps, whose CPU time is taken."""
     compiler: str = "inductor"
     """torch.compile's backend; empty: nothing is compiled by it."""
