@@ -361,13 +361,15 @@ def layer_times(b: Bench) -> Cases:
     found: Cases = {"limits": partial(_limits, b)}
     for s in b.layer_shapes:
         found[f"kernels {_size(s)}"] = partial(_kernels, b, s)
+    found["mixture"] = partial(_mixture_times, b)
+    for method in METHODS:
+        for s in b.layer_shapes:
+            found[f"layer {method} {_size(s)}"] = partial(_layer, b, method, s)
     for method in METHODS:
         found[f"host {method}"] = partial(_host, b, method)
-    found["mixture"] = partial(_mixture_times, b)
     # What takes a singular value decomposition of a large matrix comes last.
-    in_order = sorted(product(b.layer_shapes, METHODS), key=lambda each: each[1] in DECOMPOSING and each[0].K > 1024)
-    for s, method in in_order:
-        found[f"layer {method} {_size(s)}"] = partial(_layer, b, method, s)
+    late = [f"layer {method} {_size(s)}" for s in b.layer_shapes if s.K > 1024 for method in DECOMPOSING]
+    found |= {name: found.pop(name) for name in late}
     return found
 
 
