@@ -41,6 +41,20 @@ def inside(rows, cols, M, N):
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a b, to be added to a tile that is read and written row by row; ACROSS, as (bᵀ aᵀ)ᵀ. AMD's compiler then stores
+    128 bits a thread and not 64; NVIDIA's rearranges the tile in eight steps instead of two."""
+    if ACROSS:
+        return tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision=PRECISION))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+def lies_across(t: Tensor) -> bool:
+    """Whether `product` is to be ACROSS on t's device."""
+    return architecture(t).startswith("gfx")
+
+
+@triton.jit
 def _join_kernel(first, second, third, out, size, size_2, size_3, BLOCK: tl.constexpr):
     """One after the other, in out's dtype."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

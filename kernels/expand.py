@@ -10,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import block_of, inside, named, precision, rows_of, small, tile
+from .common import block_of, inside, lies_across, named, precision, product, rows_of, small, tile
 from .dropout import kept, rescale
 from .launching import launch
 from .segments import Runs, blocks_of, own, own_vector, share_of_rows
@@ -26,8 +26,10 @@ def _expand_kernel(
     y, h, B, out, g, bias, table, seed, scale,
     M, N, R, stride_ym, stride_yn, stride_hm, stride_bn, stride_br,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    AT_ONCE: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out a program; neighbouring programs take neighbouring columns of the same rows."""
+    """One tile of out a program; neighbouring programs take neighbouring columns of the same rows. A program waits for
+    memory once where BLOCK_R holds all ranks (AT_ONCE): all that it reads is asked for before any of it is used."""
     blocks = tl.cdiv(N, BLOCK_N)
     top, last, matrix = share_of_rows(tl.program_id(0) // blocks, M, table, BLOCK_M)
     rows = top + tl.arange(0, BLOCK_M)
@@ -35,18 +37,28 @@ def _expand_kernel(
     here = inside(rows, cols, last, N)
     B, of_B = own(B, table, matrix, R, N)
     dtype = h.dtype.element_ty
-    y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0).to(tl.float32)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)  # transposed: AMD's compiler then stores 128 bits a thread, not 64
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
-        B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
-        acc = tl.dot(B_tile.to(dtype), tl.trans(h_tile), acc, input_precision=PRECISION)
-    change = scale * tl.trans(acc)
     if g is not None:
         gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         if bias is not None:
             b = own_vector(bias, table, matrix, cols, N, 0.0)[None, :]
+    if AT_ONCE:
+        ranks = tl.arange(0, BLOCK_R)
+        h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
+        B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
+    y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0)
+    if AT_ONCE:
+        change = product(h_tile, tl.trans(B_tile.to(dtype)), PRECISION, ACROSS)
+    else:
+        change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, R, BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)
+            h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
+            B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
+            change += product(h_tile, tl.trans(B_tile.to(dtype)), PRECISION, ACROSS)
+    change *= scale
+    y_tile = y_tile.to(tl.float32)
+    if g is not None:
+        if bias is not None:
             y_tile = (y_tile - b) * gain + b
         else:
             y_tile *= gain
@@ -89,7 +101,7 @@ def launch_expand(
         blocks, table, rows = blocks_of(M, config, runs)
         numbers = (float(scale), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
         how = precision(y, h.dtype, many_tiles=2 * inner < R)
-        constants = (how, rows, config.cols, block_of(R, inner))
+        constants = (how, rows, config.cols, block_of(R, inner), block_of(R, inner) >= R, lies_across(y))
         grid = (blocks * cdiv(N, config.cols),)
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out

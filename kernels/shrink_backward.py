@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import LONG_SUM, block_of, full_waves, inside, named, precision, rows_of, tile
+from .common import LONG_SUM, block_of, full_waves, inside, lies_across, named, precision, product, rows_of, tile
 from .dropout import kept, rescale
 from .expand import launch_expand
 from .launching import launch
@@ -47,10 +47,10 @@ def _shrink_backward_kernel(
     x, dx_base, dx_base_2, dx_base_3, dh, dh_2, dh_3, h, A, dx, dA, dB, table, seeds,
     M, K, R, R_1, R_2, stride_dm, stride_dk, stride_xm, stride_xk, m_per_program,
     PRECISION: tl.constexpr, OVER_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, LAYERS: tl.constexpr,
+    BLOCK_R: tl.constexpr, LAYERS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Program (j, i): block j of columns, part i of rows; dA, and with h dB = dx_baseᵀ h, hold a result a part. Layers
-    that read the same x have a dx_base, a dh (of ranks up to R_1, R_2, R), a seed each. dx as (Aᵀ dhᵀ)ᵀ: see expand.
+    that read the same x have a dx_base, a dh (of ranks up to R_1, R_2, R), a seed each.
     OVER_TOKENS: how products are added to dA and dB."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, BLOCK_R)
@@ -75,7 +75,7 @@ def _shrink_backward_kernel(
                 dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=OVER_TOKENS)
         if seeds is None:
             if dx is not None:
-                dx_tile = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(dh_tile), input_precision=PRECISION))
+                dx_tile = product(dh_tile, A_tile, PRECISION, ACROSS)
         else:
             dx_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for i in tl.static_range(LAYERS):
@@ -87,7 +87,7 @@ def _shrink_backward_kernel(
                     of_layer = tl.where(keep, x_tile, 0.0)
                     dA_acc = tl.dot(tl.trans(of_layer), own_dh, dA_acc, input_precision=OVER_TOKENS)
                 if dx is not None:
-                    own_dx = tl.trans(tl.dot(tl.trans(A_tile), tl.trans(own_dh), input_precision=PRECISION))
+                    own_dx = product(own_dh, A_tile, PRECISION, ACROSS)
                     dx_tile += tl.where(keep, rescale(seeds + i) * own_dx, 0.0)
         if dx is not None:
             if dx_base is not None:
@@ -155,7 +155,7 @@ def launch_shrink_backward(
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         numbers = (M, K, R, R_1, R_2, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
         hows = (precision(x, dhs[0].dtype, many) for many in (False, M >= LONG_SUM))  # dx is a sum over ranks, in one
-        constants = (*hows, config.rows, config.cols, block_of(R), len(dhs))
+        constants = (*hows, config.rows, config.cols, block_of(R), len(dhs), lies_across(x))
         of_layers = [*bases, *[None] * (3 - len(bases)), *dhs, *[None] * (3 - len(dhs))]
         tensors = (x, *of_layers, h, A, dx, dAs, dBs, table, seeds)
         launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)
