@@ -101,7 +101,7 @@ def launch_expand(
         blocks, table, rows = blocks_of(M, config, runs)
         numbers = (float(scale), M, N, R, *y.stride(), h.stride(0), *B.stride()[-2:])
         how = precision(y, h.dtype, many_tiles=2 * inner < R)
-        constants = (how, rows, config.cols, block_of(R, inner), block_of(R, inner) >= R, lies_across(y))
+        constants = (how, rows, config.cols, block_of(R, inner), block_of(R, inner) >= R, lies_across(y, h.dtype))
         grid = (blocks * cdiv(N, config.cols),)
         launch(_expand_kernel, grid, (y, h, B, out, g, bias, table, seed), numbers, constants, config)
         return out

@@ -155,7 +155,7 @@ def launch_shrink_backward(
         dAs, dBs = parts_like(dA, count, runs), parts_like(dB, count, runs)
         numbers = (M, K, R, R_1, R_2, *(bases[0].stride() if bases else (0, 0)), *x.stride(), each)
         hows = (precision(x, dhs[0].dtype, many) for many in (False, M >= LONG_SUM))  # dx is a sum over ranks, in one
-        constants = (*hows, config.rows, config.cols, block_of(R), len(dhs), lies_across(x))
+        constants = (*hows, config.rows, config.cols, block_of(R), len(dhs), lies_across(x, dhs[0].dtype))
         of_layers = [*bases, *[None] * (3 - len(bases)), *dhs, *[None] * (3 - len(dhs))]
         tensors = (x, *of_layers, h, A, dx, dAs, dBs, table, seeds)
         launch(_shrink_backward_kernel, (blocks, count), tensors, numbers, constants, config)

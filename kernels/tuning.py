@@ -161,6 +161,61 @@ _DEEP: dict[str, dict[int, Rows]] = {
     "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
 }
 
+# Hopper's: the rows that were the fastest on an H200 (bench/results/rows.json, `just gpu-day rows`), at r = 16, 64 and
+# 256, and what lies between them. Tiles of 64 rows, and three stages: with two a loop waits for each tile.
+_HOPPER: dict[str, dict[int, Rows]] = {
+    **_DEEP,
+    "shrink": {
+        32: (Config(32, 256, 4, 4), Config(64, 256, 8, 3), Config(16, 256, 4, 3)),
+        64: (Config(64, 128, 4, 4), Config(64, 256, 8, 3), Config(32, 128, 4, 3)),
+        128: (Config(64, 128, 8, 3), Config(32, 128, 8, 3), Config(128, 64, 8, 3)),
+        256: (Config(64, 64, 8, 4), Config(64, 64, 4, 4)),
+    },
+    "expand": {64: (Config(64, 128, 8), Config(64, 64, 4)), 256: (Config(64, 64, 4), Config(64, 128, 8))},
+    "expand_backward": {
+        64: (Config(64, 256, 8, 3), Config(64, 128, 8, 3)),
+        128: (Config(64, 128, 8, 3), Config(64, 64, 8, 3)),
+        256: (Config(64, 64, 8, 3), Config(64, 64, 4, 3)),
+    },
+    "expand_backward_grouped": {
+        64: (Config(64, 256, 8, 3), Config(64, 128, 8, 3)),
+        256: (Config(64, 64, 8, 3),),
+    },
+    "expand_backward_rescale": {
+        16: (Config(64, 256, 8, 3), Config(64, 128, 4, 3)),
+        64: (Config(64, 128, 8, 3), Config(64, 256, 8, 3)),
+        128: (Config(64, 128, 8, 3), Config(64, 64, 8, 3)),
+        256: (Config(64, 64, 8, 3),),
+    },
+    "shrink_backward": {
+        16: (Config(64, 256, 16, 1), Config(64, 128, 8, 3)),
+        64: (Config(64, 256, 8, 3), Config(64, 128, 8, 3)),
+        128: (Config(64, 128, 8, 3), Config(64, 64, 8, 3)),
+        256: (Config(64, 64, 8, 3),),
+    },
+    "shrink_backward_grouped": {
+        128: (Config(64, 128, 8, 3), Config(64, 64, 8, 3)),
+        256: (Config(64, 64, 16, 3), Config(64, 64, 8, 3)),
+    },
+    "shrink_backward_together": {
+        128: (Config(64, 64, 16, 3), Config(64, 128, 16, 3)),
+        256: (Config(64, 64, 8, 3),),
+    },
+    "shrink_backward_dropout": {
+        64: (Config(64, 64, 8),),
+        256: (Config(64, 64, 8, 1),),
+    },
+    "shrink_backward_together_dropout": {64: (Config(16, 64, 4, 1), Config(32, 64, 8, 1))},
+    "shrink_expand_backward": {
+        64: (Config(64, 128, 8, 3), Config(64, 128, 16, 3)),
+        128: (Config(64, 64, 8, 3), Config(32, 64, 8, 3)),
+    },
+    "row_norm": {32: (Config(128, 128, 8, 3),), 64: (Config(128, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
+    "row_norm_float32": {**_NVIDIA["row_norm_float32"], 128: (Config(64, 32, 8, 6),)},
+    "scale_backward": {256: (Config(64, 256, 8), Config(16, 256, 4))},
+    "rotate_backward": {256: (Config(64, 128, 8), Config(32, 256, 8))},
+}
+
 # (vendor or architecture, bytes an element) → kernel → most ranks in a block → rows, of which the first goes before
 # others that move as little. With dropout, groups, several layers or a matrix that lies across (`…_dropout`,
 # `…_grouped`, `…_together`, `…_across`) a kernel takes its plain rows where it has none of its own.
@@ -172,19 +227,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
         "row_norm": {32: (Config(64, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
         "row_norm_float32": _NVIDIA["row_norm_float32"],
     },
-    # Hopper has the registers for 512 columns at r = 64, which halves the parts of dh.
-    ("sm_90", 2): {
-        **_DEEP,
-        "expand_backward": {
-            **{ranks: rows for ranks, rows in _DEEP["expand_backward"].items() if ranks != 16},
-            64: (Config(32, 512, 16, 1), Config(32, 256, 8), Config(64, 128, 8)),
-        },
-        "expand_backward_rescale": {
-            **_DEEP["expand_backward_rescale"],
-            32: (Config(32, 256, 8), Config(32, 128, 8)),
-        },
-        "row_norm_float32": {**_DEEP["row_norm_float32"], 64: (Config(64, 64, 8, 3),)},
-    },
+    ("sm_90", 2): _HOPPER,
     # A float32 product's operands lie in registers, whole or as large and small parts: short inner dimensions.
     ("nvidia", 4): {
         "shrink": {64: (Config(32, 32, 8),), 256: (Config(16, 32, 8),)},
