@@ -41,13 +41,21 @@ def inside(rows, cols, M, N):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
-    """a b, to be added to a tile that is read and written row by row; ACROSS, as (bᵀ aᵀ)ᵀ. AMD's compiler then stores
-    128 bits a thread and not 64, and NVIDIA's takes fewer registers, but of 16 bits on Hopper eight steps instead of
-    two to rearrange the tile."""
+def product(a, b, acc, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """acc + a b, which is to be added to a tile that is read and written row by row; ACROSS, as (bᵀ aᵀ)ᵀ, which
+    `upright` turns. AMD's compiler then stores 128 bits a thread and not 64, and NVIDIA's takes fewer registers, but of
+    16 bits on Hopper eight steps instead of two to rearrange the tile."""
     if ACROSS:
-        return tl.trans(tl.dot(tl.trans(b), tl.trans(a), input_precision=PRECISION))
-    return tl.dot(a, b, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def upright(t, ACROSS: tl.constexpr):
+    """What `product` gives, row by row."""
+    return tl.trans(t) if ACROSS else t
 
 
 def lies_across(t: Tensor, dtype: torch.dtype) -> bool:

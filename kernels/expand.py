@@ -10,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import block_of, inside, lies_across, named, precision, product, rows_of, small, tile
+from .common import block_of, inside, lies_across, named, precision, product, rows_of, small, tile, upright
 from .dropout import kept, rescale
 from .launching import launch
 from .segments import Runs, blocks_of, own, own_vector, share_of_rows
@@ -47,15 +47,15 @@ def _expand_kernel(
         B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0)
     if AT_ONCE:
-        change = product(h_tile, tl.trans(B_tile.to(dtype)), PRECISION, ACROSS)
+        acc = product(h_tile, tl.trans(B_tile.to(dtype)), None, PRECISION, ACROSS)
     else:
-        change = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M) if ACROSS else (BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, R, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)
             h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
             B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
-            change += product(h_tile, tl.trans(B_tile.to(dtype)), PRECISION, ACROSS)
-    change *= scale
+            acc = product(h_tile, tl.trans(B_tile.to(dtype)), acc, PRECISION, ACROSS)
+    change = scale * upright(acc, ACROSS)
     y_tile = y_tile.to(tl.float32)
     if g is not None:
         if bias is not None:

@@ -14,7 +14,19 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .common import LONG_SUM, block_of, full_waves, inside, lies_across, named, precision, product, rows_of, tile
+from .common import (
+    LONG_SUM,
+    block_of,
+    full_waves,
+    inside,
+    lies_across,
+    named,
+    precision,
+    product,
+    rows_of,
+    tile,
+    upright,
+)
 from .dropout import kept, rescale
 from .expand import launch_expand
 from .launching import launch
@@ -75,7 +87,7 @@ def _shrink_backward_kernel(
                 dB_acc = tl.dot(tl.trans(base_tile.to(dtype)), h_tile, dB_acc, input_precision=OVER_TOKENS)
         if seeds is None:
             if dx is not None:
-                dx_tile = product(dh_tile, A_tile, PRECISION, ACROSS)
+                dx_tile = upright(product(dh_tile, A_tile, None, PRECISION, ACROSS), ACROSS)
         else:
             dx_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
             for i in tl.static_range(LAYERS):
@@ -87,7 +99,7 @@ def _shrink_backward_kernel(
                     of_layer = tl.where(keep, x_tile, 0.0)
                     dA_acc = tl.dot(tl.trans(of_layer), own_dh, dA_acc, input_precision=OVER_TOKENS)
                 if dx is not None:
-                    own_dx = product(own_dh, A_tile, PRECISION, ACROSS)
+                    own_dx = upright(product(own_dh, A_tile, None, PRECISION, ACROSS), ACROSS)
                     dx_tile += tl.where(keep, rescale(seeds + i) * own_dx, 0.0)
         if dx is not None:
             if dx_base is not None:

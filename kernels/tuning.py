@@ -70,7 +70,7 @@ _NVIDIA: dict[str, dict[int, Rows]] = {
     # No loop over tokens, so nothing to pipeline: warps hide the latency. h and B are read again for each block.
     "expand": {
         64: (Config(64, 128, 8), Config(64, 128, 4)),
-        256: (Config(64, 128, 8), Config(128, 128, 8)),
+        256: (Config(64, 128, 8), Config(64, 64, 4)),
     },
     # Parts of dh cost 4·R/cols passes over dy, parts of dB 4·R/(rows of a program): columns as wide as the
     # accumulator of dB allows, unless the batch is short.
@@ -224,6 +224,7 @@ TABLE: dict[tuple[str, int], dict[str, dict[int, Rows]]] = {
     ("sm_100", 2): _DEEP,
     ("sm_80", 2): {
         **_DEEP,
+        "expand_grouped": {64: _NVIDIA["expand"][64], 256: (Config(64, 64, 4),)},
         "row_norm": {32: (Config(64, 64, 8, 3),), 128: (Config(64, 32, 8, 3),)},
         "row_norm_float32": _NVIDIA["row_norm_float32"],
     },
