@@ -346,6 +346,16 @@ def test_refusals_name_the_experts() -> None:
         logits(model)
 
 
+def test_a_transformers_that_knows_no_expert_parallelism() -> None:
+    """Releases before 5.18 have the experts and not the attribute."""
+    model = mixture()
+    adapted(model)
+    want = logits(model)
+    for layer in model.model.layers:
+        vars(layer.mlp.experts).pop("_is_expert_parallel", None)
+    assert torch.equal(logits(model), want)
+
+
 def test_eva_learns_from_the_rows_that_an_expert_got() -> None:
     """Its directions are those of the routed rows, padding left out."""
     model = mixture()

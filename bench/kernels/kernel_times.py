@@ -58,7 +58,7 @@ def kernel_timer(run: Callable[[], Any], times: int = 20) -> Quantiles:
     return median, low, high
 
 
-def by_launch(run: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+def by_launch(run: Callable[[], Any], calls: int = 9) -> dict[str, float]:
     """µs that the GPU works in a run, by kernel, PyTorch's too; what fits its cache may be there.
 
     Raises:

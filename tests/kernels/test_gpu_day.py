@@ -10,7 +10,9 @@ from typing import Any
 
 import gpu_day
 import gpu_parts
+import launches
 import pytest
+import rows as bench_rows
 import torch
 from gpu_day import Found, Settings
 from gpu_parts import PARTS
@@ -61,6 +63,33 @@ def found() -> dict[str, Found]:
 
 def of(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def test_rows() -> None:
+    """Each row of the table and others, a row that fails beside them; of the fastest and the table's the launches."""
+    s = bench_rows.Settings(
+        rehearse=True, kernels=("shrink", "expand_backward_again"), ranks=(16,), sizes=((9, 24, 20),)
+    )
+    shrink, _ = bench_rows.cases(s)
+    rows = (*shrink[2], bench_rows.Config(8, 24, 4))  # which are no powers of two
+    times = iter([3.0, 2.0, 1.0] * 2)
+    found = bench_rows.time_rows(
+        ("shrink", 16, rows),
+        s,
+        lambda run: (run(), (next(times), 0, 0))[1],
+        lambda run: {"a": 1.5},
+        time.monotonic() + 60,
+    )
+    assert [row.get("us") for row in found] == [3000.0, 2000.0, 1000.0, None]
+    assert "failed" in found[3]
+    assert [row["of_table"] for row in found] == [True] * 3 + [False]
+    assert ["launches" in row for row in found] == [False, False, True, False]
+    launch = bench_rows.launch_of("expand_backward_again", s.sizes[0], 16, "cpu")
+    with launches.counted() as launched:
+        launch()
+    assert "_shrink_kernel" in launched
+    assert bench_rows.table(found).row_count == 1
+    assert set(bench_rows.tried("expand", 16)) > set(bench_rows.of_table("expand", 16))
 
 
 def test_nine_minutes() -> None:

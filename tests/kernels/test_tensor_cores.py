@@ -6,11 +6,17 @@ truncated to the place of the largest), and the compiled code is read for where 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from compiling import compiled_value
 from numpy.typing import NDArray
+
+from lora_lite.kernels import expand_backward, shrink, shrink_backward, sums
 
 Array = NDArray[np.float64]
 Product = Callable[..., Array]
@@ -146,3 +152,58 @@ print(json.dumps(found))""")
         assert dots % (2 if name == "row_norm_float32" else 3) == 0 < dots, name
         assert goes_on == [], name
         assert added_to, name
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N", "of_h", "of_dh", "of_dB", "of_dA"),
+    [
+        (300, 200, 160, "tf32x3", "tf32x3", "tf32x3", "tf32x3"),
+        (1, 200, 160, "ieee", "ieee", "ieee", "ieee"),  # a measured 2·10⁻⁷ in TF32, of one product
+        (300, 60, 40, "ieee", "ieee", "tf32x3", "tf32x3"),
+        (60, 200, 160, "ieee", "ieee", "ieee", "ieee"),
+    ],
+)
+def test_short_sums_take_float32s_own_instructions(
+    M: int, K: int, N: int, of_h: str, of_dh: str, of_dB: str, of_dA: str
+) -> None:
+    """The three parts of a TF32 product leave as much out of a sum of one as of many."""
+    x, y, h, A, B = (torch.randn(*size) for size in ((M, K), (M, N), (M, 8), (8, K), (N, 8)))
+    seen: dict[str, Any] = {}
+
+    def note(kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Sequence[Any], config: Any = None) -> None:
+        seen.setdefault(kernel.fn.__name__, constants)
+
+    with ExitStack() as stack:
+        for module in (shrink, expand_backward, shrink_backward):
+            stack.enter_context(mock.patch.object(module, "launch", note))
+        shrink.launch_shrink(x, A, torch.float32)
+        expand_backward.launch_expand_backward(y, h, B, 1.0, True, True)
+        shrink_backward.launch_shrink_backward([x], [h], x, A, True, True)
+    assert seen["_shrink_kernel"][0] == of_h
+    assert seen["_expand_backward_kernel"][:2] == (of_dh, of_dB)
+    assert seen["_shrink_backward_kernel"][:2] == ("ieee", of_dA)
+
+
+def test_parts_are_added_in_short_chains() -> None:
+    """One by one, 500 numbers lose several times what eight at a time do."""
+    parts = torch.rand(500, 700) + 0.5
+    out = torch.empty(700)
+    sums.sum_parts((parts, out, None))
+    want, one_by_one = parts.double().sum(0), parts[0].clone()
+    for part in parts[1:]:
+        one_by_one += part
+    lost, chain = ((each - want).norm() / want.norm() for each in (out, one_by_one))
+    assert lost < chain / 2
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_a_root_is_rounded_once(architecture: str) -> None:
+    """`tl.sqrt` is an approximation on NVIDIA's, twice as far off as a rounded root may be."""
+    code = compiled_value(f"""
+import json, kernels_report as k
+config = k.rows_of("row_norm", "{architecture}", "bfloat16", 16)[0]
+with k.tuning.force(config=config, architecture="{architecture}"):
+    *_, last = k.record(k.kernel_calls(k.torch.bfloat16, 64, 4096, 4096, 16)["row_norm"])
+print(json.dumps(k.compiled(last, k.ARCHITECTURES["{architecture}"].target).asm["ptx"]))""")
+    assert "sqrt.rn" in code
+    assert "sqrt.approx" not in code

@@ -252,9 +252,9 @@ def test_float32_is_multiplied_as_pytorch_does(change: Callable[[], None], expec
         with tuning.force(architecture=architecture):
             full = "ieee" if architecture.startswith("gfx") else "tf32x3"
             one = expected == "tf32" and has
-            assert common.precision(x, torch.float32) == ("tf32" if one else full)
+            assert common.precision(x, torch.float32, many_tiles=True) == ("tf32" if one else full)
             assert common.precision(x, torch.float32, many_tiles=False) == ("tf32" if one else "ieee")
-            assert common.precision(x, torch.bfloat16) == "ieee"
+            assert common.precision(x, torch.bfloat16, many_tiles=True) == "ieee"
     same, h = ops.shrink(x.requires_grad_(), torch.randn(3, 12).requires_grad_())
     ops.scale(ops.expand_add(same, h, torch.randn(12, 3), 0.7), torch.ones(12)).sum().backward()
 
