@@ -205,7 +205,10 @@ _HOPPER: dict[str, dict[int, Rows]] = {
         64: (Config(64, 64, 8),),
         256: (Config(64, 64, 8, 1),),
     },
-    "shrink_backward_together_dropout": {64: (Config(16, 64, 4, 1), Config(32, 64, 8, 1))},
+    "shrink_backward_together_dropout": {
+        32: (Config(32, 128, 8, 1),),
+        64: (Config(16, 128, 8, 1), Config(32, 64, 8, 1)),
+    },
     "shrink_expand_backward": {
         64: (Config(64, 128, 8, 3), Config(64, 128, 16, 3)),
         128: (Config(64, 64, 8, 3), Config(32, 64, 8, 3)),

@@ -11,7 +11,7 @@ the longest of
     products / the tensor cores' rate
     2 µs
 
-Assumptions, all of them:
+On an H200 kernels took 1.3 to 4.1 times as long (docs/measurements.md, "On a GPU"). Assumptions, all of them:
 - Every tensor argument of a launch moves once through memory (tests/kernels/test_passes.py counts it): its tiles are
   read or written once, and what is read again comes from cache. But DoRA's W moves once for every 128 ranks.
 - What is read again are tensors with R columns or rows, a tile of them for each token-sized tile. The cache has CACHE

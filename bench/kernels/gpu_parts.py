@@ -414,7 +414,7 @@ def _mixture_times(b: Bench) -> Rows:
     """A step of a mixture with LoRA on its stacks, beside PEFT's of the same parameters."""
     import peft
 
-    experts, width = (32, 1024) if b.device == "cuda" else (4, 64)
+    experts, width, tokens = (32, 1024, 2048) if b.device == "cuda" else (4, 64, 16)
     stacks = ("gate_up_proj", "down_proj")
     models = {
         name: random_models.qwen_moe(experts, torch.bfloat16, width).to(b.device) for name in ("base", "ours", "peft")
@@ -422,7 +422,7 @@ def _mixture_times(b: Bench) -> Rows:
     ll.attach(models["ours"], ll.LoRAConfig(r=16, alpha=32, target_names=tuple(rf"experts\.{s}$" for s in stacks)))
     rival = peft.LoraConfig(r=16, lora_alpha=32, target_modules=[], target_parameters=[f"experts.{s}" for s in stacks])
     models["peft"] = peft.get_peft_model(models["peft"], rival)  # type: ignore[arg-type]
-    x = torch.randn(4, 512, width, device=b.device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(4, tokens // 4, width, device=b.device, dtype=torch.bfloat16, requires_grad=True)
     rows = []
     for name, model in models.items():
 
@@ -432,7 +432,7 @@ def _mixture_times(b: Bench) -> Rows:
             model(inputs_embeds=x).logits.float().square().mean().backward()
 
         step()
-        row = {"kind": "mixture", "contender": name, "experts": experts, "width": width, "tokens": 2048, "r": 16}
+        row = {"kind": "mixture", "contender": name, "experts": experts, "width": width, "tokens": tokens, "r": 16}
         rows.append({**row, "step_ms": b.timer(step)[0], "device_ms": b.device_timer(step)})
     return rows
 

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from lora_lite.kernels import launching, low_rank, scale
 
+pytestmark = pytest.mark.xdist_group("gpu_day")  # one process, since what the tests look at takes a minute to make
+
 BENCH = dataclasses.replace(
     gpu_day.REHEARSAL,
     timer=lambda run: (run(), (2.0, 1.0, 3.0))[1],
