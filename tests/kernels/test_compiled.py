@@ -86,6 +86,25 @@ def test_accesses_are_wide(report: dict[str, Any]) -> None:
             assert row["stores_128"] > 0 or row["kernel"] not in stores, row
 
 
+def test_hopper_rearranges_a_tile_in_two_steps() -> None:
+    """With a barrier each; where a product lies across it is eight. And `expand` waits for memory once."""
+    found = of_report("""
+import re
+found = {}
+for name in ("expand", "shrink_backward"):
+    for config in k.tuning.candidates(name, "sm_90", 2, 16):
+        with k.tuning.force(config=config, architecture="sm_90"):
+            launch, *_ = k.record(k.kernel_calls(k.torch.bfloat16, 8192, 4096, 4096, 16)[name])
+        code = k.compiled(launch, k.ARCHITECTURES["sm_90"].target).asm["ptx"]
+        before, *after = re.split(r"bar(?:rier)?[.]sync", code)
+        found[f"{name} {config}"] = len(after), sum("ld.global" in each for each in after)
+print(json.dumps(found))""")
+    assert len(found) == 4
+    for name, (barriers, that_loads_follow) in found.items():
+        assert barriers <= 8, name
+        assert that_loads_follow == 0 or not name.startswith("expand"), name
+
+
 def compiled_anew(*options: str) -> "subprocess.CompletedProcess[str]":
     return compiling("kernels_report.py", "--no-save", "--first-only", "--dtypes", "bfloat16", *options)
 
