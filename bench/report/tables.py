@@ -28,6 +28,7 @@ NAMES = {
 }
 RECIPES = {
     "adapters": "bench-adapters", "block": "bench-kernels", "host": "bench-host", "kernel_bench": "bench-kernels",
+    "rows": "gpu-day rows",
 }  # fmt: skip
 """Of the justfile, by script, where they have other names."""
 WITHOUT_RANK = ("ia3", "ia3_ff", "road")
