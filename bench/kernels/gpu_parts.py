@@ -7,7 +7,7 @@ in them: a part is a process of its own, and several of the first are started at
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -334,11 +334,9 @@ def _beside_reference(b: Bench, how: str, variant: str) -> Rows:
             ll.use(model, ["other", "default"])
         with (
             torch.autocast(b.device, torch.bfloat16, enabled=how == "autocast"),
-            setting(
-                torch.get_float32_matmul_precision,
-                torch.set_float32_matmul_precision,
-                "high" if how == "tf32" and backend == "triton" else "highest",
-            ),
+            setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high")
+            if how == "tf32" and backend == "triton"
+            else nullcontext(),
         ):
             found.append([_step(model, model, _ids(b)) for _ in range(3)][-1])
     allowed = {"autocast": 5e-2, "tf32": 1e-2}.get(how, 1e-3)
