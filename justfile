@@ -42,8 +42,8 @@ bnb-smoke *args:
 
 # The tests: the library's, then the kernels' in Triton's interpreter; a process a core. Exit 5: nothing selected.
 test *args:
-    OMP_NUM_THREADS=1 {{python}} -m pytest -n auto --dist loadgroup -m "not slow" "$@"
-    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto --dist loadgroup -m "not slow" tests/kernels "$@" || [ $? = 5 ]
+    OMP_NUM_THREADS=1 {{python}} -m pytest -n auto -m "not slow" "$@"
+    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto -m "not slow" tests/kernels "$@" || [ $? = 5 ]
 
 # The inner loop: lint, types, and the tests that the working tree's changes concern; since another commit, if named.
 test-quick since="HEAD": lint

@@ -22,6 +22,14 @@ MOST_RANKS_UNCAST = 32
 
 
 @triton.jit
+def _factors(h, B, rows, cols, ranks, last, N, R, of_B, stride_hm, stride_bn, stride_br):
+    """Tiles of h and Bᵀ."""
+    h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
+    B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
+    return h_tile, tl.trans(B_tile.to(h.dtype.element_ty))
+
+
+@triton.jit
 def _expand_kernel(
     y, h, B, out, g, bias, table, seed, scale,
     M, N, R, stride_ym, stride_yn, stride_hm, stride_bn, stride_br,
@@ -36,25 +44,22 @@ def _expand_kernel(
     cols = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     here = inside(rows, cols, last, N)
     B, of_B = own(B, table, matrix, R, N)
-    dtype = h.dtype.element_ty
     if g is not None:
         gain = own_vector(g, table, matrix, cols, N, 1.0)[None, :]
         if bias is not None:
             b = own_vector(bias, table, matrix, cols, N, 0.0)[None, :]
     if AT_ONCE:
         ranks = tl.arange(0, BLOCK_R)
-        h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
-        B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
+        h_tile, B_tile = _factors(h, B, rows, cols, ranks, last, N, R, of_B, stride_hm, stride_bn, stride_br)
     y_tile = tl.load(tile(y, rows, cols, stride_ym, stride_yn), mask=here, other=0.0)
     if AT_ONCE:
-        acc = product(h_tile, tl.trans(B_tile.to(dtype)), None, PRECISION, ACROSS)
+        acc = product(h_tile, B_tile, None, PRECISION, ACROSS)
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_M) if ACROSS else (BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, R, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)
-            h_tile = tl.load(tile(h, rows, ranks, stride_hm, 1), mask=inside(rows, ranks, last, R), other=0.0)
-            B_tile = tl.load(tile(B, cols, ranks, stride_bn, stride_br), mask=inside(cols, ranks, N, of_B), other=0.0)
-            acc = product(h_tile, tl.trans(B_tile.to(dtype)), acc, PRECISION, ACROSS)
+            h_tile, B_tile = _factors(h, B, rows, cols, ranks, last, N, R, of_B, stride_hm, stride_bn, stride_br)
+            acc = product(h_tile, B_tile, acc, PRECISION, ACROSS)
     change = scale * upright(acc, ACROSS)
     y_tile = y_tile.to(tl.float32)
     if g is not None:

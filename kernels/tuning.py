@@ -213,8 +213,8 @@ _HOPPER: dict[str, dict[int, Rows]] = {
         64: (Config(64, 128, 8, 3), Config(64, 128, 16, 3)),
         128: (Config(64, 64, 8, 3), Config(32, 64, 8, 3)),
     },
-    "row_norm": {32: (Config(128, 128, 8, 3),), 64: (Config(128, 64, 8, 3),), 128: (Config(64, 32, 8, 6),)},
-    "row_norm_float32": {**_NVIDIA["row_norm_float32"], 128: (Config(64, 32, 8, 6),)},
+    "row_norm": {**_DEEP["row_norm"], 32: (Config(128, 128, 8, 3),)},
+    "row_norm_float32": {**_DEEP["row_norm_float32"], 64: (Config(64, 64, 8, 3),)},
     "scale_backward": {256: (Config(64, 256, 8), Config(16, 256, 4))},
     "rotate_backward": {256: (Config(64, 128, 8), Config(32, 256, 8))},
 }

@@ -111,11 +111,16 @@ def stacks_of(experts: nn.Module) -> dict[str, Stack]:
     return {key: Stack(experts, key) for key in keys}
 
 
+def _shared_out(experts: Any) -> bool:
+    """By expert parallelism, of which transformers 5.17 says nothing."""
+    return getattr(experts, "_is_expert_parallel", False)
+
+
 def unfit_stack(stack: Stack) -> str:
     """Why no adapter could act on it; empty: nothing is known against it."""
     experts = stack.experts
     kind, weight = type(experts).__name__, getattr(experts, stack.key)
-    if getattr(experts, "_is_expert_parallel", False):
+    if _shared_out(experts):
         return f"{kind} is shared out by expert parallelism, of which an adapter would get a part of the experts"
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return f"the experts of {kind} are quantised ({weight.dtype}), and have an implementation of their own"
@@ -184,7 +189,7 @@ def experts_forward(
     Raises:
         AttachError: expert parallelism was switched on after attach.
     """
-    if getattr(experts, "_is_expert_parallel", False):  # since transformers 5.18
+    if _shared_out(experts):
         raise AttachError(f"{type(experts).__name__}: expert parallelism was switched on after attach; detach before")
     up, down = experts._modules[STACKS].values()
     for stack in (up, down):

@@ -347,7 +347,7 @@ def test_refusals_name_the_experts() -> None:
 
 
 def test_a_transformers_that_knows_no_expert_parallelism() -> None:
-    """Releases before 5.18 have the experts and not the attribute."""
+    """5.17 has the experts and not the attribute."""
     model = mixture()
     adapted(model)
     want = logits(model)

@@ -28,9 +28,6 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-pytestmark = pytest.mark.xdist_group("packaging")  # which share what takes long to make
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist, so that this is complete too, from copies, since setuptools writes beside its sources."""

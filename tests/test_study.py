@@ -15,8 +15,6 @@ import tasks
 import torch
 from tiny_model import save_tiny_model
 
-pytestmark = pytest.mark.xdist_group("study")  # which share what takes long to make
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -359,9 +359,7 @@ def main(s: Settings) -> int:
         sys.exit(f"gpu-day has no part {', '.join(unknown)}; its parts are {', '.join(PARTS)}")
     times = {name: PARTS[name].seconds for name in s.parts}
     stretch = s.seconds / sum(times.values()) if s.seconds else 10 if s.rehearse else 1
-    # From a disk that has not been read the first import takes half a minute: while the first part compiles.
-    subprocess.Popen([sys.executable, "-c", "import peft, transformers"], stderr=subprocess.DEVNULL)
-    before = json.loads(s.out.read_text())["parts"] if s.out.exists() and not s.rehearse else {}
+    on_file = json.loads(s.out.read_text())["parts"] if s.out.exists() and not s.rehearse else {}
     deadline, found = time.monotonic(), {}
     for name in s.parts:
         # A part that ends early leaves its time to those after it; a rehearsal is of the command, not of its speed.
@@ -369,8 +367,8 @@ def main(s: Settings) -> int:
         found[name] = run_part(name, deadline, s)
         print(f"{name}: {len(found[name].rows)} rows in {found[name].seconds:.0f} s", flush=True)
         if not s.rehearse:  # after each part: the machine may be taken back
-            before[name] = {**vars(found[name]), "fine": found[name].fine, "measured": machine.describe()}
-            parts = {part: before[part] for part in PARTS if part in before}
+            on_file[name] = {**vars(found[name]), "fine": found[name].fine, "measured": machine.describe()}
+            parts = {part: on_file[part] for part in PARTS if part in on_file}
             both = beside(*(parts[part]["rows"] if part in parts else [] for part in ("modelled", "layers")))
             machine.write(s.out, {"kind": "timed", "parts": parts, "modelled_and_measured": both}, compact=True)
     page(found, Console(width=150, highlight=False))

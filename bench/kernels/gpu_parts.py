@@ -169,6 +169,10 @@ def only_row(row: int) -> Iterator[None]:
         yield
 
 
+def _ids(b: Bench, seed: int = 0) -> torch.Tensor:
+    return torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(seed)).to(b.device)
+
+
 def verified(b: Bench) -> Cases:
     """`ll.verify` of every method on a small Llama with random weights, in 16 bit: float32 is what it compares with."""
     return {
@@ -180,7 +184,7 @@ def verified(b: Bench) -> Cases:
 
 def _verify(b: Bench, variant: str, dtype: torch.dtype) -> Rows:
     model = random_models.llama(*b.small_llama, dtype).to(b.device)
-    ids = torch.randint(1, 1024, (2, 33), generator=torch.Generator().manual_seed(0)).to(b.device)
+    ids = _ids(b)
     batches = [{"input_ids": ids}] if variant == "eva" else None
     attachment = ll.attach(model, random_models.our_config(variant, 8), calibration_data=batches)
     move(ll.parameters(model))
@@ -228,10 +232,6 @@ def _adapted(b: Bench, variant: str, dtype: torch.dtype, backend: str = "triton"
     torch.manual_seed(1)
     move(ll.parameters(model))
     return model
-
-
-def _ids(b: Bench, seed: int = 0) -> torch.Tensor:
-    return torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(seed)).to(b.device)
 
 
 def _step(model: Any, call: Any, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -410,19 +410,12 @@ def _layer(b: Bench, method: str, s: Shape) -> Rows:
 
 def _mixture_times(b: Bench) -> Rows:
     """A step of a mixture with LoRA on its stacks, beside PEFT's of the same parameters."""
-    import peft
+    from rivals import mixtures
 
     experts, width, tokens = (32, 1024, 2048) if b.device == "cuda" else (4, 64, 16)
-    stacks = ("gate_up_proj", "down_proj")
-    models = {
-        name: random_models.qwen_moe(experts, torch.bfloat16, width).to(b.device) for name in ("base", "ours", "peft")
-    }
-    ll.attach(models["ours"], ll.LoRAConfig(r=16, alpha=32, target_names=tuple(rf"experts\.{s}$" for s in stacks)))
-    rival = peft.LoraConfig(r=16, lora_alpha=32, target_modules=[], target_parameters=[f"experts.{s}" for s in stacks])
-    models["peft"] = peft.get_peft_model(models["peft"], rival)  # type: ignore[arg-type]
     x = torch.randn(4, tokens // 4, width, device=b.device, dtype=torch.bfloat16, requires_grad=True)
     rows = []
-    for name, model in models.items():
+    for name, model in mixtures(experts, torch.bfloat16, 16, width, b.device).items():
 
         def step(model: Any = model) -> None:
             x.grad = None
@@ -466,7 +459,7 @@ def _timed_step(b: Bench, name: str, rows: int, length: int) -> dict[str, Any]:
     import machine
 
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    model, trainable = _language_model(b, name)
+    model, trainable = _language_model(b, name.split()[0])
     x = torch.randn(rows, length, model.config.hidden_size, device=b.device, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(model.config.vocab_size, (rows, length), device=b.device)
     captured = name.endswith("captured")
@@ -507,7 +500,6 @@ def _language_model(b: Bench, name: str) -> tuple[Any, list[Any]]:
     with torch.device(b.device):
         model: nn.Module = random_models.qwen(b.model_layers, **dict(b.model_sizes)).to(torch.bfloat16)
     model.requires_grad_(False).train()
-    name = name.split()[0]
     if name == "peft":
         model = get_peft_model(model, peft_config("lora", 16, 32.0, random_models.TARGETS))  # type: ignore[arg-type]
     elif name != "base":

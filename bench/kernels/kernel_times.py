@@ -144,7 +144,7 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
         return torch.randn(*shape, dtype=dtype, device=device)
 
     rows = []
-    for name, (launch, moved, operations, exact) in {**_with_rank(s, draw), **_without_rank(s, draw)}.items():
+    for name, (launch, moved, operations, exact) in {**with_rank(s, draw), **without_rank(s, draw)}.items():
         got, want = launch(), exact()
         pairs = list(zip(got, want, strict=True)) if isinstance(got, tuple) else [(got, want)]
         worst = max(error(a, b) for a, b in pairs)
@@ -160,7 +160,7 @@ def kernels(s: Shape, timer: Timer, limit: Limits, device: str) -> list[dict[str
     return rows
 
 
-def _with_rank(s: Shape, t: Draw) -> Work:
+def with_rank(s: Shape, t: Draw) -> Work:
     bf16, f32, d = torch.bfloat16, torch.float32, torch.Tensor.double
     x, dx_base, y, dy, h, dh = t(s.M, s.K), t(s.M, s.K), t(s.M, s.N), t(s.M, s.N), t(s.M, s.R), t(s.M, s.R)
     thirds = [each.contiguous() for each in dh.tensor_split(3, 1)]
@@ -206,7 +206,7 @@ def _with_rank(s: Shape, t: Draw) -> Work:
     }  # fmt: skip
 
 
-def _without_rank(s: Shape, t: Draw) -> Work:
+def without_rank(s: Shape, t: Draw) -> Work:
     y, dy, MN, d = t(s.M, s.N), t(s.M, s.N), 2 * s.M * s.N, torch.Tensor.double
     g, sines = (t(s.N, dtype=torch.float32) for _ in range(2))
     return {

@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import itertools
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,13 +30,12 @@ import machine
 import torch
 import triton
 import tyro
-from launch_path import compiling_for
+from launch_path import compiling_for, jit_functions
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
-from lora_lite import kernels
 from lora_lite.kernels import common, expand, layers, rotate, row_norm, scale, shrink, tuning
 from lora_lite.kernels.expand_backward import launch_expand_backward
 from lora_lite.kernels.segments import Runs
@@ -364,9 +361,9 @@ def is_bad(row: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """Of the kernels' code, in whichever file it stands, and the block table: what makes a report stale. Comments and
     docstrings do not."""
-    modules = [import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
-    functions = {f for module in modules for f in vars(module).values() if isinstance(f, triton.JITFunction)}
-    return hashlib.sha256("\n".join([repr(tuning.TABLE), *sorted(map(code, functions))]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([repr(tuning.TABLE), *sorted(map(code, jit_functions()))]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def code(function: Any) -> str:

@@ -4,10 +4,11 @@ Triton's own binder, specialisation and compiler run for an H100, under a driver
 are whatever memory held. What this leaves out of a real step: the launch itself (2 to 4 µs a kernel, PyTorch's too).
 """
 
-import sys
+import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -105,9 +106,14 @@ def _forget() -> None:
     """What was compiled and chosen for a driver is not another's."""
     backend._in_force.clear()
     launching.forget()
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{kernels.__name__}.")]
-    for kernel in (each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)):
+    for kernel in jit_functions():
         kernel.device_caches.clear()
+
+
+def jit_functions() -> set[Any]:
+    """The kernels and what they call, in whichever file they stand."""
+    modules = [import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    return {each for module in modules for each in vars(module).values() if isinstance(each, JITFunction)}
 
 
 def torch_launches(step: Any) -> int:

@@ -355,13 +355,12 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def errors(
-    draw: Callable[[], Draw], dtype: torch.dtype, enough: int = 100, through: int = 0, least: int = 1
+    draw: Callable[[], Draw], dtype: torch.dtype, enough: int = 100, through: int = 0
 ) -> dict[str, tuple[float, float]]:
     """By result the error of ours and what is allowed. Results of a few elements, or that come through a few, such as
     the one element of h that a token has at rank 1, are drawn until there are enough of them to compare two errors by.
 
     `through`: how many elements an intermediate has through which all results come; half as many of those are enough.
-    `least`: as many roundoffs are allowed whatever PyTorch's own error is, of which 1.5 times are.
     The error is infinite where a result has the wrong shape or dtype or a value that is not finite, or where the right
     one is zero and ours is not.
     """
@@ -372,7 +371,7 @@ def errors(
     for name in draws[0][0]:
         want, eager, got = (torch.stack([results[i][name] for results in draws]) for i in range(3))
         sound = got.dtype == eager.dtype and got.shape == want.shape and got.isfinite().all().item()
-        roundoff = least * torch.finfo(dtype).eps / 2
+        roundoff = torch.finfo(dtype).eps / 2
         if want.any():
             found[name] = (error(got, want) if sound else float("inf"), max(1.5 * error(eager, want), roundoff))
         else:  # no tokens
@@ -381,12 +380,10 @@ def errors(
 
 
 def errors_of(operation: Callable[[Case], Draw], c: Case) -> dict[str, tuple[float, float]]:
-    """The same of an operation on a case. On a GPU cuBLAS adds a few terms of float32 in a tree, to a roundoff or two;
-    a chain of instructions or of tensor cores' sums takes up to four for two products."""
-    least = 4 if c.device == "cuda" else 1
+    """The same of an operation on a case."""
     if operation in NORMS:
-        return errors(lambda: operation(c), torch.float32, enough=300, least=least)
-    return errors(lambda: operation(c), c.dtype, through=c.M * c.R, least=least if c.dtype == torch.float32 else 1)
+        return errors(lambda: operation(c), torch.float32, enough=300)
+    return errors(lambda: operation(c), c.dtype, through=c.M * c.R)
 
 
 NORMS = (row_norm, row_norm_int8, row_norm_4bit)

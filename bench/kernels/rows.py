@@ -27,19 +27,26 @@ if "--rehearse" in sys.argv or "--compile" in sys.argv:  # decides, when kernels
 import machine
 import torch
 import tyro
-from kernel_times import Shape, Timer, _with_rank, _without_rank, by_launch, kernel_timer
+from kernel_times import Shape, Timer, by_launch, kernel_timer, with_rank, without_rank
 from launch_path import without_launching
 from rich.console import Console
 from rich.table import Table
 
 from lora_lite.kernels import tuning
 from lora_lite.kernels.expand_backward import MOST_RANKS_IN_PARTS
+from lora_lite.kernels.shrink_expand import MOST_RANKS_FUSED
 from lora_lite.kernels.tuning import Config
 
 ACCUMULATORS = {"expand_backward": 1, "expand_backward_rescale": 1, "shrink_backward": 1, "shrink_expand_backward": 2}
 WITHOUT_RANK = ("scale", "scale_backward", "rotate", "rotate_backward")
 # dh by another look at dy, instead of in parts.
 AGAIN = {"expand_backward_again": "expand_backward", "expand_backward_rescale_again": "expand_backward_rescale"}
+# Beyond them it is another kernel's work, or in turns of as many.
+MOST_RANKS = {
+    "shrink_expand_backward": MOST_RANKS_FUSED,
+    "row_norm": 128,
+    **{name: MOST_RANKS_IN_PARTS[plain] for name, plain in AGAIN.items()},
+}
 KERNELS = ("shrink", "expand", *ACCUMULATORS, *AGAIN, "row_norm", *WITHOUT_RANK)
 Case = tuple[str, int, tuple[Config, ...]]  # a kernel, the rank, its rows
 
@@ -96,7 +103,7 @@ def cases(s: Settings) -> list[Case]:
         (kernel, R, of_table(kernel, R) if s.rehearse else tried(kernel, R))
         for kernel in s.kernels
         for R in ((1,) if kernel in WITHOUT_RANK else s.ranks)
-        if not (R > 128 and kernel in ("shrink_expand_backward", "row_norm")) and not (R > 64 and kernel in AGAIN)
+        if MOST_RANKS.get(kernel, R) >= R
     ]
 
 
@@ -104,7 +111,7 @@ def launch_of(kernel: str, size: tuple[int, int, int], R: int, device: str) -> C
     def draw(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*size, device=device).to(dtype)
 
-    of = _without_rank if kernel in WITHOUT_RANK else _with_rank
+    of = without_rank if kernel in WITHOUT_RANK else with_rank
     launch = of(Shape(*size, R), draw)[AGAIN.get(kernel, kernel)][0]
 
     def run() -> Any:

@@ -1,8 +1,13 @@
-"""PEFT's configs of the methods, to run beside ours."""
+"""What PEFT has of the methods, to run beside ours."""
 
 from typing import Any
 
 import peft
+import torch
+from random_models import qwen_moe
+from torch import nn
+
+import lora_lite as ll
 
 
 def peft_config(variant: str, r: int, alpha: float, targets: list[str], group_size: int = 64) -> Any:
@@ -26,3 +31,15 @@ def peft_config(variant: str, r: int, alpha: float, targets: list[str], group_si
         case "road":
             return peft.RoadConfig(target_modules=targets, group_size=group_size)
     return None
+
+
+def mixtures(experts: int, dtype: torch.dtype, r: int, width: int = 256, device: str = "cpu") -> dict[str, nn.Module]:
+    """A mixture of experts: the bare base, and with LoRA on its stacks ours and PEFT's."""
+    models = {name: qwen_moe(experts, dtype, width).to(device) for name in ("base", "ours", "peft")}
+    stacks = ("gate_up_proj", "down_proj")
+    ours = ll.LoRAConfig(r=r, alpha=2 * r, target_names=tuple(rf"experts\.{each}$" for each in stacks))
+    theirs = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules=[], target_parameters=[f"experts.{each}" for each in stacks]
+    )
+    ll.attach(models["ours"], ours)
+    return {**models, "peft": peft.get_peft_model(models["peft"], theirs)}  # type: ignore[arg-type]

@@ -12,26 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 import torch
-from random_models import qwen_moe
 from rich.table import Table
+from rivals import mixtures
 from torch import Tensor, nn
 
-import lora_lite as ll
-
 NAME = "qwen3_moe"
-STACKS = ("gate_up_proj", "down_proj")
-
-
-def adapted(experts: int, dtype: torch.dtype, r: int) -> dict[str, nn.Module]:
-    """The bare base, ours and PEFT's, with the same adapters."""
-    ours, theirs = qwen_moe(experts, dtype), qwen_moe(experts, dtype)
-    ll.attach(ours, ll.LoRAConfig(r=r, alpha=2 * r, target_names=tuple(rf"experts\.{each}$" for each in STACKS)))
-    config = peft.LoraConfig(
-        r=r, lora_alpha=2 * r, target_modules=[], target_parameters=[f"experts.{each}" for each in STACKS]
-    )
-    return {"base": qwen_moe(experts, dtype), "ours": ours, "peft": peft.get_peft_model(theirs, config)}
 
 
 @contextmanager
@@ -77,7 +63,7 @@ def measure(experts: int, dtype: torch.dtype, r: int, tokens: tuple[int, int], s
     with one_thread():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            models = adapted(experts, dtype, r)
+            models = mixtures(experts, dtype, r)
         width = models["base"].config.hidden_size  # type: ignore[union-attr]
         x = torch.randn(*tokens, width, dtype=dtype, requires_grad=True)
         saved = {side: saved_bytes(model, x) for side, model in models.items()}

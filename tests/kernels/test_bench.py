@@ -95,7 +95,6 @@ def test_counted_bytes(variant: str) -> None:
     assert set(row["modelled_us"]) == set(kernel_bench.GPUS)
 
 
-@pytest.mark.slow  # nearly a minute
 def test_counted_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a block of small layers: what they share, they move once; the in-place form moves nothing for additions."""
     widths = {

@@ -223,11 +223,6 @@ def settings() -> Iterator[None]:
         each.fp32_precision = value
 
 
-NEW = "runs with torch 2.9 or later, which has the newer setting"
-needs_new = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason=NEW)
-
-
-@needs_new
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(
     ("change", "expected"),
