@@ -172,8 +172,10 @@ _HOPPER: dict[str, dict[int, Rows]] = {
         256: (Config(64, 64, 8, 4), Config(64, 64, 4, 4)),
     },
     "expand": {64: (Config(64, 128, 8), Config(64, 64, 4)), 256: (Config(64, 64, 4), Config(64, 128, 8))},
+    # 512 columns move least: half the parts of dh. For memory that is slower than an H200's.
     "expand_backward": {
-        64: (Config(64, 256, 8, 3), Config(64, 128, 8, 3)),
+        16: (Config(64, 256, 8, 3), Config(64, 512, 16, 3), Config(64, 128, 8, 3)),
+        64: (Config(64, 256, 8, 3), Config(64, 512, 16, 2), Config(64, 128, 8, 3)),
         128: (Config(64, 128, 8, 3), Config(64, 64, 8, 3)),
         256: (Config(64, 64, 8, 3), Config(64, 64, 4, 3)),
     },
