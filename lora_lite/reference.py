@@ -7,6 +7,7 @@ each row takes its own of them; a row that has none passes unchanged.
 """
 
 import functools
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,11 +22,14 @@ from .segments import Segments
 
 
 def _without_products() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes that this CPU has no matrix products for. PyTorch then multiplies in plain loops, which are far
-    slower than its float32 products."""
+    """The 16-bit dtypes that this CPU has no instructions for matrix products in. PyTorch then multiplies in plain
+    loops, or oneDNN in emulated instructions, either of which is far slower than its float32 products."""
     queries = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     has = {dtype: getattr(torch.ops.mkldnn, query, None) for dtype, query in queries.items()}  # None: not built in
-    return frozenset(dtype for dtype, asked in has.items() if asked is None or not asked())
+    without = {dtype for dtype, asked in has.items() if asked is None or not asked()}
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_bf16_supported():
+        without.add(torch.bfloat16)  # which the query grants to any AVX512
+    return frozenset(without)
 
 
 WITHOUT_PRODUCTS = _without_products()

@@ -1,8 +1,11 @@
 """Every variant against its paper's formula, written with dense matrices and slow loops, in float64."""
 
 import math
+import platform
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -388,6 +391,13 @@ class Products(TorchDispatchMode):
         elif func.namespace == "lora_lite":  # products of segments
             self.dtypes[args[0].dtype] += 1
         return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads Linux's flags")
+def test_what_this_cpu_has_products_for() -> None:
+    """oneDNN emulates bf16 on any AVX512, several times slower than float32, and PyTorch says that it supports it."""
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]))
+    assert (torch.bfloat16 in lora_lite.reference.WITHOUT_PRODUCTS) == ("avx512_bf16" not in flags)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
