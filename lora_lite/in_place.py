@@ -17,6 +17,7 @@ from . import reference
 from .primitives import LowRankAdd, LowRankAddRescale, Primitive
 from .segments import Segments
 from .shapes import is_conv1d
+from .stacks import Stack
 
 _ONCE = (LowRankAdd, LowRankAddRescale)  # use x and y once; another primitive may do with them what it likes
 
@@ -36,12 +37,16 @@ def serves(primitive: Primitive, layer: nn.Module, hooks: Sequence[RemovableHand
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether it is a product of PyTorch's, or of transformers' Conv1D, that nobody has put something around."""
+    """Whether it is a product of PyTorch's, of transformers' Conv1D, or of a stack, that nobody has put something
+    around."""
     kind = type(layer)
-    return (
-        (kind is nn.Linear or (is_conv1d(layer) and kind.__module__ == "transformers.pytorch_utils"))
-        and getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__
+    linear = kind is nn.Linear or (is_conv1d(layer) and kind.__module__ == "transformers.pytorch_utils")
+    as_written = (
+        getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__
         and nn.functional.linear is torch._C._nn.linear  # type: ignore[attr-defined]
+    )
+    return (
+        (kind is Stack or (linear and as_written))
         and "forward" not in vars(layer)
         and type(layer.weight) in (Tensor, nn.Parameter)
     )

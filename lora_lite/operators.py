@@ -48,6 +48,12 @@ def watched() -> bool:
     )
 
 
+def writable(t: Tensor) -> bool:
+    """Of a tensor that is ours, whether nothing in force would see or copy it at a write."""
+    seen = watched() or torch._C._len_torch_function_stack() > 0
+    return not seen and type(t) is Tensor and t.is_contiguous()
+
+
 def transformed() -> bool:
     """Whether something differentiates forward, maps or traces: what a formula of PyTorch's own operators allows, and
     neither a kernel nor a gradient by hand. In a graph that is compiled, whether that is done within or around it."""

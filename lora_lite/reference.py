@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from . import segments as of_segments
-from .operators import autocast_dtype, transformed, watched
+from .operators import autocast_dtype, transformed, writable
 from .segments import Segments
 
 
@@ -114,7 +114,7 @@ def shrink(
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. Where the gradient that the layer gives it is our `own`, that may be written to."""
     if segments is not None:
-        return _shrink_segments(x, A, dropout, segments)
+        return _shrink_segments(x, A, dropout, segments, own)
     if _worth_a_function(x, dropout):
         (x,), (h,) = (_shrink_together_own if own else shrink_together)(x, [A])
         return x, h
@@ -135,11 +135,11 @@ def _worth_a_function(x: Tensor, dropout: float) -> bool:
     return x.numel() * x.element_size() >= _WORTH_A_FUNCTION and _together_dtype(x) == x.dtype
 
 
-def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments) -> tuple[Tensor, Tensor]:
+def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments, own: bool) -> tuple[Tensor, Tensor]:
     rows, dtype = _rows(x), product_dtype(x.device, x.dtype)
     kept = nn.functional.dropout(rows, dropout) if dropout else rows
     with without_autocast(x.device):
-        same, h = of_segments.shrink(kept, A, segments, dtype)
+        same, h = of_segments.shrink(kept, A, segments, dtype, own)
     return x if dropout else same.view(x.shape), h
 
 
@@ -248,7 +248,7 @@ def _gradients(
         if needs_dA:
             dA = dh.t() @ rows.to(dh.dtype)
         if needs_dx:
-            own = own and bool(bases) and _writable(bases[0]) and not torch.is_grad_enabled()
+            own = own and bool(bases) and writable(bases[0]) and not torch.is_grad_enabled()
             for base in bases:
                 if dx is None:
                     dx = base
@@ -260,12 +260,6 @@ def _gradients(
 
 shrink_together = sharing(_together_dtype, _masks, _product, _gradients)
 _shrink_together_own = sharing(_together_dtype, _masks, _product, functools.partial(_gradients, own=True))
-
-
-def _writable(t: Tensor) -> bool:
-    """Of a tensor that is ours, whether nothing in force would see or copy it at a write."""
-    seen = watched() or torch._C._len_torch_function_stack() > 0
-    return not seen and type(t) is Tensor and t.is_contiguous()
 
 
 # A view that autograd takes for a new tensor. A write to one that it knows for a view costs the backward a copy of dy.
@@ -284,14 +278,15 @@ def expand_add(
     dtype = product_dtype(y.device, y.dtype)
     if segments is not None:
         with without_autocast(y.device):
-            return of_segments.expand_add(_rows(y), _rows(h), B, scale, segments, dtype).view(y.shape)
+            rows = _as_new(y, (-1, y.shape[-1])) if own and writable(y) else _rows(y)
+            return of_segments.expand_add(rows, _rows(h), B, scale, segments, dtype, own).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()
     h = _rows(h).to(dtype)
-    if own and dtype == y.dtype and _writable(y):
+    if own and dtype == y.dtype and writable(y):
         return _as_new(_as_new(y, (-1, y.shape[-1])).addmm_(h, Bt, alpha=scale), y.shape)
     rows = _rows(y).to(dtype)
-    add = Tensor.addmm_ if dtype != y.dtype and _writable(rows) else torch.addmm  # into the copy
+    add = Tensor.addmm_ if dtype != y.dtype and writable(rows) else torch.addmm  # into the copy
     return add(rows, h, Bt, alpha=scale).view(y.shape).to(y.dtype)
 
 
@@ -320,8 +315,8 @@ def expand_add_rescale(
         return expand_add(_scale(y, g, bias), h, g.unsqueeze(-1) * B, scale, own=True)
     rows = _rows(y)
     mine = None if bias is None else segments.vectors(bias, len(rows), 0.0)
-    rescaled = _scale(rows, segments.vectors(g, len(rows), 1.0), mine).view(y.shape)
-    return expand_add(rescaled, h, g.unsqueeze(-1) * B, scale, segments)
+    rescaled = _scale(rows, segments.vectors(g, len(rows), 1.0), mine)
+    return expand_add(rescaled, h, g.unsqueeze(-1) * B, scale, segments, own=True).view(y.shape)
 
 
 def scale(

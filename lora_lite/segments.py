@@ -8,13 +8,14 @@ On a CPU the host knows the runs, and batches short products; elsewhere the devi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .operators import operator, transformed, without_values
+from .operators import operator, transformed, without_values, writable
 
 T = TypeVar("T")
 
@@ -70,6 +71,15 @@ class Segments:
                 yield (matrix if matrix >= 0 else None), slice(start, end)
             start = max(start, end)
 
+    def sizes(self, M: int) -> list[int]:
+        """How many rows each run has, and how many are behind the last. Asks the device, once."""
+
+        def make() -> list[int]:
+            ends = [0, *self.ends.tolist(), M]
+            return [after - before for before, after in pairwise(ends)]
+
+        return self.once(("sizes", M), make)
+
     def matrix_of_rows(self, M: int) -> Int[Tensor, " M"]:
         """The matrix of each of M rows; -1: none."""
         S = len(self.ends)
@@ -97,13 +107,13 @@ def _by_formula(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "
 
 
 def shrink(
-    x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments, dtype: torch.dtype
+    x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments, dtype: torch.dtype, own: bool = False
 ) -> tuple[Float[Tensor, "M Q"], Float[Tensor, "M P"]]:
     """(x, `product`), multiplied in `dtype`. Hand the returned x on: its gradient and the product's are then added in
-    one."""
+    one; if that gradient is our `own`, it is written to."""
     if not _by_hand(x):
         return x, product(x.to(dtype), stack.to(dtype), segments)
-    return _Shrink.apply(x, stack, segments, dtype)  # type: ignore[return-value]
+    return _Shrink.apply(x, stack, segments, dtype, own)  # type: ignore[return-value]
 
 
 def expand_add(
@@ -113,16 +123,18 @@ def expand_add(
     scale: float,
     segments: Segments,
     dtype: torch.dtype,
+    own: bool = False,
 ) -> Float[Tensor, "M P"]:
-    """y + scale · `product` of h, multiplied and added in `dtype`."""
+    """y + scale · `product` of h, multiplied and added in `dtype`; a y that is our `own` is written to."""
     if not _by_hand(y):
         return (y + product(h.to(dtype), scale * stack.to(dtype), segments)).to(y.dtype)
-    return _ExpandAdd.apply(y, h, stack, scale, segments, dtype)  # type: ignore[return-value]
+    return _ExpandAdd.apply(y, h, stack, scale, segments, dtype, own and y.dtype == dtype and writable(y))  # type: ignore[return-value]
 
 
 def _by_hand(t: Tensor) -> bool:
-    """Where asking for the ends of runs is no sync. A graph that is compiled asks nothing; who transforms derives."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    """Where asking for the ends of runs is no sync. A graph that is compiled asks nothing, nor do tensors without
+    values; who transforms derives."""
+    return t.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed() or without_values())
 
 
 # ---- on a CPU --------------------------------------------------------------------------------------------------------
@@ -130,35 +142,39 @@ def _by_hand(t: Tensor) -> bool:
 
 class _Shrink(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Tensor, segments: Segments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, stack: Tensor, segments: Segments, dtype: torch.dtype, own: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, stack)
-        ctx.products, ctx.segments = _products(segments, len(x), len(stack), dtype), segments
+        ctx.products, ctx.segments, ctx.own = _products(segments, len(x), len(stack), dtype), segments, own
         return x.view_as(x), ctx.products.narrow(ctx.products.cut(x.to(dtype)), stack.to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
-        needs_x, needs_stack, _, _ = ctx.needs_input_grad
+        needs_x, needs_stack, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # this is to be differentiated again, which operators can be
             dx, d_stack = _gradients(dh, x.to(dh.dtype), stack.to(dh.dtype), ctx.segments)
-            return (dx_base + dx).to(x.dtype), d_stack.to(stack.dtype), None, None
+            return (dx_base + dx).to(x.dtype), d_stack.to(stack.dtype), None, None, None
         dx = d_stack = None
         if needs_x:
-            dx = ctx.products.add_wide(dx_base, dh, stack.to(dh.dtype).mT)
+            dx = ctx.products.add_wide(dx_base, dh, stack.to(dh.dtype).mT, ctx.own and writable(dx_base))
         if needs_stack:
             d_stack = ctx.products.outer(dh, ctx.products.cut(x.to(dh.dtype)), len(stack)).to(stack.dtype)
-        return dx, d_stack, None, None
+        return dx, d_stack, None, None, None
 
 
 class _ExpandAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments, dtype: torch.dtype
+        ctx: Any, y: Tensor, h: Tensor, stack: Tensor, scale: float, segments: Segments, dtype: torch.dtype, own: bool
     ) -> Tensor:
         ctx.save_for_backward(h, stack)
         ctx.products, ctx.segments = _products(segments, len(y), len(stack), dtype), segments
         ctx.scale, ctx.dtype = scale, dtype
-        return ctx.products.add_wide(y, (scale * h).to(dtype), stack.to(dtype))
+        if own:
+            ctx.mark_dirty(y)
+        return ctx.products.add_wide(y, (scale * h).to(dtype), stack.to(dtype), own)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,14 +183,13 @@ class _ExpandAdd(torch.autograd.Function):
         if torch.is_grad_enabled():
             scaled = ctx.scale * dy.to(ctx.dtype)
             dh, d_stack = _gradients(scaled, h.to(ctx.dtype), stack.to(ctx.dtype), ctx.segments)
-            return dy, dh.to(h.dtype), d_stack.to(stack.dtype), None, None, None
+            return dy, dh.to(h.dtype), d_stack.to(stack.dtype), None, None, None, None
         dys, dh, d_stack = ctx.products.cut(dy.to(ctx.dtype)), None, None
         if needs_h:
             dh = ctx.products.narrow(dys, stack.to(ctx.dtype).mT).mul_(ctx.scale).to(h.dtype)
         if needs_stack:
-            d_stack = ctx.products.outer((ctx.scale * h).to(ctx.dtype), dys, len(stack))
-            d_stack = d_stack.mT.contiguous().to(stack.dtype)
-        return dy, dh, d_stack, None, None, None
+            d_stack = ctx.products.outer_of_wide(dys, (ctx.scale * h).to(ctx.dtype), len(stack)).to(stack.dtype)
+        return dy, dh, d_stack, None, None, None, None
 
 
 def _gradients(dy: Tensor, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
@@ -204,14 +219,24 @@ class _InRuns:
         return _grouped(x, stack, self.segments, narrow=True)
 
     def add_wide(
-        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"]
+        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], own: bool
     ) -> Float[Tensor, "M P"]:
-        """base + `product` of h, in base's dtype, which may be a narrower one."""
-        return _grouped(h, stack, self.segments).add_(base).to(base.dtype)
+        """base + `product` of h, in base's dtype, which may be a narrower one; into a base that is our `own`."""
+        out = base if own and base.dtype == h.dtype else base.to(h.dtype, copy=True)
+        sizes, matrices, which = self.segments.sizes(len(base)), stack.mT.unbind(), self.segments.which
+        taken = matrices if which is None else [matrices[i] if i >= 0 else None for i in which.tolist()]
+        for rows, h_of_rows, matrix in zip(out.split(sizes), h.split(sizes), (*taken, None), strict=True):
+            if matrix is not None:
+                rows.addmm_(h_of_rows, matrix)
+        return out.to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Tensor, G: int) -> Float[Tensor, "G P Q"]:
         """Of each of G matrices Σ hᵀ x over its rows."""
         return _grouped_outer(h, x, self.segments, G)
+
+    def outer_of_wide(self, y: Tensor, h: Float[Tensor, "M Q"], G: int) -> Float[Tensor, "G P Q"]:
+        """Of each of G matrices Σ yᵀ h over its rows."""
+        return _grouped_outer(y, h, self.segments, G)
 
 
 @dataclass(frozen=True)
@@ -254,10 +279,11 @@ class _InBlocks:
         return self._rows((self._matrices(stack) @ x.mT).mT)
 
     def add_wide(
-        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"]
+        self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], own: bool
     ) -> Float[Tensor, "M P"]:
         cut = self.cut(base.to(h.dtype))  # what is added where a slot fills up, no row takes
-        return self._rows(cut.baddbmm_(self.cut(h), self._matrices(stack).mT)).to(base.dtype)
+        summed = cut.baddbmm_(self.cut(h), self._matrices(stack).mT)
+        return self._rows(summed, base if own and base.dtype == h.dtype else None).to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Float[Tensor, "n length Q"], G: int) -> Float[Tensor, "G P Q"]:
         slots = h.new_zeros(len(self.row_of_slot), h.shape[1]).index_copy_(0, self.slot_of_row, h)
@@ -269,8 +295,11 @@ class _InBlocks:
         parts = parts.float()  # each is rounded already; their sum is not to be
         return parts.new_zeros(G + 1, *parts.shape[1:]).index_add_(0, self.which, parts)[:-1]
 
-    def _rows(self, slots: Float[Tensor, "n length D"]) -> Float[Tensor, "M D"]:
-        return slots.reshape(-1, slots.shape[2]).index_select(0, self.slot_of_row)
+    def outer_of_wide(self, y: Tensor, h: Float[Tensor, "M Q"], G: int) -> Float[Tensor, "G P Q"]:
+        return self.outer(h, y, G).mT.contiguous()
+
+    def _rows(self, slots: Float[Tensor, "n length D"], out: Tensor | None = None) -> Float[Tensor, "M D"]:
+        return torch.index_select(slots.reshape(-1, slots.shape[2]), 0, self.slot_of_row, out=out)
 
     def _matrices(self, stack: Float[Tensor, "G P Q"]) -> Float[Tensor, "n P Q"]:
         if self.which is None:

@@ -35,10 +35,11 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from zoo import SHARED, TEXT, ZOO, of
 
 import lora_lite as ll
+from lora_lite import in_place, reference
 from lora_lite.calibration import InputPCA
 from lora_lite.interchange.experts import flat
 from lora_lite.segments import Segments
-from lora_lite.stacks import Stack
+from lora_lite.stacks import Stack, grouped_linear
 
 FORMULAS = load_tests("test_formulas").FORMULAS
 ON_EXPERTS = r"\.experts\.(gate_up|up|down)_proj$"
@@ -130,10 +131,21 @@ def test_each_expert_has_the_method_s_own_formula(variant: str, fields: dict[str
         assert_close(mine, theirs, 1e-9)
 
 
+# A dtype, and those that the CPU has no instructions for products in: blocks of rows serve 16 bits, runs all others.
+ON_A_CPU = {
+    "fp32": (torch.float32, frozenset()),
+    "bf16": (torch.bfloat16, frozenset()),
+    "bf16 by float32": (torch.bfloat16, frozenset({torch.bfloat16})),
+}
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora", "delora", "ia3", "hra", "road"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_in_low_precision_as_near_as_the_dense_formula(variant: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "without"), ON_A_CPU.values(), ids=ON_A_CPU)
+def test_in_low_precision_as_near_as_the_dense_formula(
+    variant: str, dtype: torch.dtype, without: frozenset[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The formula expert by expert in the tokens' dtype is the measure, both against float64."""
+    monkeypatch.setattr(reference, "WITHOUT_PRODUCTS", without)
     stack, adapter, segments = stack_of(variant, dtype, alpha=6.0)
     x, dy = torch.randn(13, stack.in_features).to(dtype), torch.randn(13, stack.out_features).to(dtype)
 
@@ -151,6 +163,32 @@ def test_in_low_precision_as_near_as_the_dense_formula(variant: str, dtype: torc
     for mine, plain, exact in zip(got, dense(dtype), dense(torch.float64), strict=True):
         error, eager = rel_error(mine, exact), rel_error(plain, exact)
         assert error <= max(1.5 * eager, 1e-5 if dtype == torch.float32 else 0), f"{error:.1e} against {eager:.1e}"
+
+
+@pytest.mark.parametrize(("dtype", "without"), ON_A_CPU.values(), ids=ON_A_CPU)
+def test_a_sum_goes_into_the_stack_s_own_output(
+    dtype: torch.dtype, without: frozenset[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the products are of its dtype, and nobody else needs it: a hook finds the base's."""
+    monkeypatch.setattr(reference, "WITHOUT_PRODUCTS", without)
+    stack, _, segments = stack_of("lora", dtype)
+    x, add, places = torch.randn(13, stack.in_features).to(dtype).requires_grad_(), in_place.expand_add, []
+
+    def noted(y: Tensor, *args: Any) -> Tensor:
+        places.append(y.data_ptr())
+        return add(y, *args)
+
+    monkeypatch.setattr(in_place, "expand_add", noted)
+    y = stack(x, segments=segments)
+    assert (y.data_ptr() == places[0]) == (dtype not in without)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+
+    kept: list[Tensor] = []
+    stack.register_forward_hook(lambda module, args, y: kept.append(y), prepend=True)
+    assert torch.equal(stack(x, segments=segments), y)
+    assert len(places) == 1
+    assert torch.equal(kept[0], grouped_linear(x, stack.weight, stack.bias, segments))
+    assert torch.equal(torch.autograd.grad(stack(x, segments=segments).square().sum(), x)[0], dx)
 
 
 class As:
