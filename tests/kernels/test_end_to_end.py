@@ -42,8 +42,16 @@ def train(variant: str, dtype: torch.dtype, backend: str) -> tuple[list[float], 
     return losses, first
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+# In float32 those that PEFT has too follow PEFT, below.
+FOLLOWED = [
+    (variant, dtype)
+    for variant in VARIANTS
+    for dtype in TOLERANCE
+    if dtype is torch.bfloat16 or variant not in against_peft.NAMES
+]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), FOLLOWED, ids=str)
 def test_training_follows_the_reference(variant: str, dtype: torch.dtype) -> None:
     with launches.counted() as launched:
         got, grads = train(variant, dtype, "triton")

@@ -49,7 +49,7 @@ def found() -> dict[str, Found]:
         "kernels": Found(rows("kernels", *first_of_each_operation())),
         "verify": Found(rows("verify", "lora bfloat16")),
         "uses": Found(
-            rows("uses", "compiled lora", "deterministic ia3", "without waits road", "autocast lora", "mixture lora")
+            rows("uses", "compiled ia3", "deterministic ia3", "without waits road", "autocast lora", "mixture lora")
             + rows("uses", "an adapter for each row")
         ),
         "modelled": modelled,
@@ -154,8 +154,8 @@ def test_verify(found: dict[str, Found]) -> None:
 def test_uses(found: dict[str, Found]) -> None:
     uses = found["uses"].rows
     assert [(row["use"], row["variant"], row["dtype"]) for row in uses] == [
-        ("compiled", "lora", "bfloat16"),
-        ("compiled", "lora", "float32"),
+        ("compiled", "ia3", "bfloat16"),
+        ("compiled", "ia3", "float32"),
         ("deterministic", "ia3", "bfloat16"),
         ("deterministic", "ia3", "float32"),
         ("without waits", "road", "bfloat16"),
