@@ -28,6 +28,7 @@ from models import (
     token_ids,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import GptOssConfig
 from transformers.integrations.finegrained_fp8 import FP8Experts
@@ -192,6 +193,17 @@ def test_a_sum_goes_into_the_stack_s_own_output(
     assert not places
     assert torch.equal(kept[0], grouped_linear(x, stack.weight, stack.bias, segments))
     assert torch.equal(torch.autograd.grad(stack(x, segments=segments).square().sum(), x)[0], dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_without_values(dtype: torch.dtype) -> None:
+    """In FakeTensorMode, for shapes and memory: nobody knows where the runs end."""
+    stack, _, segments = stack_of("lora", dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(torch.randn(13, stack.in_features).to(dtype)).requires_grad_()
+        y = stack(x, segments=Segments(mode.from_tensor(segments.ends)))
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    assert (y.shape, dx.shape) == ((13, stack.out_features), x.shape)
 
 
 class As:

@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -266,7 +266,7 @@ def test_a_run_without_values_leaves_nothing_of_the_rows() -> None:
     ll.use(model, ["default", "other"])
     want = logits(model)
     ll.use(model, ["default", "other"])
-    with suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True) as mode:  # it asks for values
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(input_ids=mode.from_tensor(token_ids()))
     assert torch.equal(logits(model), want)
 
