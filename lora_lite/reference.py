@@ -278,7 +278,8 @@ def expand_add(
     dtype = product_dtype(y.device, y.dtype)
     if segments is not None:
         with without_autocast(y.device):
-            rows = _as_new(y, (-1, y.shape[-1])) if own and writable(y) else _rows(y)
+            own = own and writable(y)
+            rows = _as_new(y, (-1, y.shape[-1])) if own else _rows(y)
             return of_segments.expand_add(rows, _rows(h), B, scale, segments, dtype, own).view(y.shape)
     # Bᵀ row by row: autograd then forms its gradient as hᵀ dy, up to twice as fast as (dyᵀ h)ᵀ on a CPU.
     Bt = B.t().to(dtype, memory_format=torch.contiguous_format).contiguous()

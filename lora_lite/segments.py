@@ -64,12 +64,15 @@ class Segments:
     def runs(self, M: int) -> Iterator[tuple[int | None, slice]]:
         """(matrix, rows) of each run that is not empty, what belongs to none at the end; no matrix: None. Asks the
         device where the runs end."""
-        which = range(len(self.ends)) if self.which is None else self.which.tolist()
         start = 0
-        for matrix, end in zip((*which, -1), (*self.ends.tolist(), M), strict=True):
-            if end > start:
-                yield (matrix if matrix >= 0 else None), slice(start, end)
-            start = max(start, end)
+        for matrix, size in zip(self.matrices(), self.sizes(M), strict=True):
+            if size:
+                yield (matrix if matrix >= 0 else None), slice(start, start + size)
+            start += size
+
+    def matrices(self) -> list[int]:
+        """The matrix of each run, and of what is behind the last; below 0: none. Asks the device."""
+        return [*(range(len(self.ends)) if self.which is None else self.which.tolist()), -1]
 
     def sizes(self, M: int) -> list[int]:
         """How many rows each run has, and how many are behind the last. Asks the device, once."""
@@ -113,7 +116,7 @@ def shrink(
     one; if that gradient is our `own`, it is written to."""
     if not _by_hand(x):
         return x, product(x.to(dtype), stack.to(dtype), segments)
-    return _Shrink.apply(x, stack, segments, dtype, own)  # type: ignore[return-value]
+    return _Shrink.apply(x, stack, segments, dtype, own and x.dtype == dtype)  # type: ignore[return-value]
 
 
 def expand_add(
@@ -128,7 +131,7 @@ def expand_add(
     """y + scale · `product` of h, multiplied and added in `dtype`; a y that is our `own` is written to."""
     if not _by_hand(y):
         return (y + product(h.to(dtype), scale * stack.to(dtype), segments)).to(y.dtype)
-    return _ExpandAdd.apply(y, h, stack, scale, segments, dtype, own and y.dtype == dtype and writable(y))  # type: ignore[return-value]
+    return _ExpandAdd.apply(y, h, stack, scale, segments, dtype, own and y.dtype == dtype)  # type: ignore[return-value]
 
 
 def _by_hand(t: Tensor) -> bool:
@@ -221,13 +224,12 @@ class _InRuns:
     def add_wide(
         self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], own: bool
     ) -> Float[Tensor, "M P"]:
-        """base + `product` of h, in base's dtype, which may be a narrower one; into a base that is our `own`."""
-        out = base if own and base.dtype == h.dtype else base.to(h.dtype, copy=True)
-        sizes, matrices, which = self.segments.sizes(len(base)), stack.mT.unbind(), self.segments.which
-        taken = matrices if which is None else [matrices[i] if i >= 0 else None for i in which.tolist()]
-        for rows, h_of_rows, matrix in zip(out.split(sizes), h.split(sizes), (*taken, None), strict=True):
-            if matrix is not None:
-                rows.addmm_(h_of_rows, matrix)
+        """base + `product` of h, in base's dtype, which may be a narrower one; into a base of h's that is our `own`."""
+        out = base if own else base.to(h.dtype, copy=True)
+        sizes, matrices = self.segments.sizes(len(base)), stack.mT.unbind()
+        for i, rows, h_of_rows in zip(self.segments.matrices(), out.split(sizes), h.split(sizes), strict=True):
+            if i >= 0:
+                rows.addmm_(h_of_rows, matrices[i])
         return out.to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Tensor, G: int) -> Float[Tensor, "G P Q"]:
@@ -283,7 +285,7 @@ class _InBlocks:
     ) -> Float[Tensor, "M P"]:
         cut = self.cut(base.to(h.dtype))  # what is added where a slot fills up, no row takes
         summed = cut.baddbmm_(self.cut(h), self._matrices(stack).mT)
-        return self._rows(summed, base if own and base.dtype == h.dtype else None).to(base.dtype)
+        return self._rows(summed, base if own else None).to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Float[Tensor, "n length Q"], G: int) -> Float[Tensor, "G P Q"]:
         slots = h.new_zeros(len(self.row_of_slot), h.shape[1]).index_copy_(0, self.slot_of_row, h)

@@ -393,7 +393,7 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="reads Linux's flags")
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="runs on x86-64 Linux")
 def test_what_this_cpu_has_products_for() -> None:
     """oneDNN emulates bf16 on any AVX512, several times slower than float32, and PyTorch says that it supports it."""
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0]))

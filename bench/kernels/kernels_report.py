@@ -361,9 +361,8 @@ def is_bad(row: dict[str, Any]) -> bool:
 def fingerprint() -> str:
     """Of the kernels' code, in whichever file it stands, and the block table: what makes a report stale. Comments and
     docstrings do not."""
-    return hashlib.sha256("\n".join([repr(tuning.TABLE), *sorted(map(code, jit_functions()))]).encode()).hexdigest()[
-        :16
-    ]
+    text = "\n".join([repr(tuning.TABLE), *sorted(map(code, jit_functions()))])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code(function: Any) -> str:

@@ -143,10 +143,10 @@ def test_the_bar_tells_wrong_from_right(how: str | None) -> None:
 def test_host_time(tmp_path: Path) -> None:
     """In a process whose kernels can be compiled: what it counts is of a layer whose launches are known."""
     out = tmp_path / "host.json"
-    done = compiling("host.py", "--rounds", "1", "--methods", "lora", "road", "--out", out)
+    done = compiling("host.py", "--rounds", "1", "--methods", "lora", "ia3", "road", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = {(row["method"], row["backend"]): row for row in json.loads(out.read_text())["rows"]}
-    assert set(rows) == {("lora", "triton"), ("road", "triton"), ("lora", "reference")}
+    assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("road", "triton"), ("lora", "reference")}
     for row in rows.values():
         assert min(row["base_us"], row["added_us"]["ours"], row["added_us"]["peft"]) > 0
         assert row["ratio"] == pytest.approx(row["added_us"]["ours"] / row["added_us"]["peft"])
@@ -155,5 +155,7 @@ def test_host_time(tmp_path: Path) -> None:
     halves = ("_shrink_kernel", "_expand_kernel", "_expand_backward_kernel", "_shrink_backward_kernel")
     assert kernels["lora"]["kernels"] == {**dict.fromkeys(halves, 1), "_sum_parts_kernel": 2}
     assert kernels["lora"]["torch"] == 0
+    of_gain = ("_scale_kernel", "_scale_backward_kernel", "_sum_parts_kernel")
+    assert kernels["ia3"] == {"ours": 3, "torch": 0, "kernels": dict.fromkeys(of_gain, 1)}
     of_turn = ("_rotate_kernel", "_rotate_backward_kernel", "_sum_parts_kernel")
     assert (kernels["road"]["ours"], kernels["road"]["kernels"]) == (3, dict.fromkeys(of_turn, 1))
