@@ -32,12 +32,13 @@ from launch_path import without_launching
 from rich.console import Console
 from rich.table import Table
 
-from lora_lite.kernels import tuning
-from lora_lite.kernels.expand_backward import MOST_RANKS_IN_PARTS
+from lora_lite.kernels import expand_backward, tuning
+from lora_lite.kernels.shrink import launch_shrink
 from lora_lite.kernels.shrink_expand import MOST_RANKS_FUSED
 from lora_lite.kernels.tuning import Config
 
 ACCUMULATORS = {"expand_backward": 1, "expand_backward_rescale": 1, "shrink_backward": 1, "shrink_expand_backward": 2}
+OF_ROWS = ("shrink", "expand")  # they hold no tile of ranks beside their result
 WITHOUT_RANK = ("scale", "scale_backward", "rotate", "rotate_backward")
 # dh by another look at dy, instead of in parts.
 AGAIN = {"expand_backward_again": "expand_backward", "expand_backward_rescale_again": "expand_backward_rescale"}
@@ -45,7 +46,7 @@ AGAIN = {"expand_backward_again": "expand_backward", "expand_backward_rescale_ag
 MOST_RANKS = {
     "shrink_expand_backward": MOST_RANKS_FUSED,
     "row_norm": 128,
-    **{name: MOST_RANKS_IN_PARTS[plain] for name, plain in AGAIN.items()},
+    **{name: expand_backward.MOST_RANKS_IN_PARTS[plain] for name, plain in AGAIN.items()},
 }
 KERNELS = ("shrink", "expand", *ACCUMULATORS, *AGAIN, "row_norm", *WITHOUT_RANK)
 Case = tuple[str, int, tuple[Config, ...]]  # a kernel, the rank, its rows
@@ -81,8 +82,8 @@ def tried(kernel: str, R: int) -> tuning.Rows:
     name = AGAIN.get(kernel, kernel)
     if name in WITHOUT_RANK:
         sizes = itertools.product((4, 8, 16, 32, 64), (128, 256, 512, 1024), (4, 8), (2,))
-    elif name == "expand":
-        sizes = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2,))
+    elif name == "expand":  # whose loop is over ranks, 64 at a time
+        sizes = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 4) if R > 64 else (2,))
     elif name == "row_norm":
         sizes = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (3, 4))
     elif name == "shrink":
@@ -92,8 +93,8 @@ def tried(kernel: str, R: int) -> tuning.Rows:
     found = []
     for rows, cols, warps, stages in sizes:
         of_thread = rows * cols / (32 * warps)
-        accumulated = cols * R * ACCUMULATORS.get(name, 0) / (32 * warps)
-        if 8 <= of_thread <= 64 and rows * R <= 1 << 14 and accumulated <= 128:
+        accumulated = (rows if name == "shrink" else ACCUMULATORS.get(name, 0) * cols) * R / (32 * warps)
+        if 8 <= of_thread <= 64 and (rows * R <= 1 << 14 or name in OF_ROWS) and accumulated <= 128:
             found.append(Config(rows, cols, warps, stages))
     return tuple(dict.fromkeys([*of_table(kernel, R), *found]))
 
@@ -114,8 +115,15 @@ def launch_of(kernel: str, size: tuple[int, int, int], R: int, device: str) -> C
     of = without_rank if kernel in WITHOUT_RANK else with_rank
     launch = of(Shape(*size, R), draw)[AGAIN.get(kernel, kernel)][0]
 
+    def with_its_own_row(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with tuning.force(config=of_table("shrink_across", R)[0]):
+            return launch_shrink(*args, **kwargs)
+
     def run() -> Any:
-        with mock.patch.dict(MOST_RANKS_IN_PARTS, {AGAIN[kernel]: 0} if kernel in AGAIN else {}):
+        with (
+            mock.patch.object(expand_backward, "launch_shrink", with_its_own_row),
+            mock.patch.dict(expand_backward.MOST_RANKS_IN_PARTS, {AGAIN[kernel]: 0} if kernel in AGAIN else {}),
+        ):
             return launch()
 
     return run
