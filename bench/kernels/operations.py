@@ -383,7 +383,8 @@ def errors_of(operation: Callable[[Case], Draw], c: Case) -> dict[str, tuple[flo
     """The same of an operation on a case."""
     if operation in NORMS:
         return errors(lambda: operation(c), torch.float32, enough=300)
-    return errors(lambda: operation(c), c.dtype, through=c.M * c.R)
+    return errors(lambda: operation(c), c.dtype, through=0 if operation in OF_NO_RANK else c.M * c.R)
 
 
 NORMS = (row_norm, row_norm_int8, row_norm_4bit)
+OF_NO_RANK = (scale, rotate_pairs)
