@@ -206,8 +206,7 @@ def experts_forward(
     hidden = down(hidden, segments=segments, tokens=tokens)
     if experts.has_post_expert_norm:
         hidden = experts.post_expert_norm(hidden)
-    weighted = hidden * _gather(top_k_weights.reshape(-1, 1), order, rows.view(-1))
-    return _gather(weighted, rows, tokens.of_rows).to(hidden_states.dtype)
+    return _weighted_sum(hidden, top_k_weights, rows, order).to(hidden_states.dtype)
 
 
 def _gather(rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
@@ -233,3 +232,37 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         index, adjoint = ctx.saved_tensors
         return _Gather.apply(*grads, adjoint, index), None, None  # type: ignore[return-value]
+
+
+def _weighted_sum(
+    hidden: Float[Tensor, "M H"], weights: Float[Tensor, "T k"], rows: Int[Tensor, "T k"], order: Int[Tensor, " M"]
+) -> Float[Tensor, "T H"]:
+    """Of each token the sum of its rows by their weights. `order`: the place in `rows` of each row."""
+    if transformed():
+        return (hidden[rows] * weights[..., None]).sum(1)
+    return _WeightedSum.apply(hidden, weights, rows, order)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """No product of the size of all rows is written, in the forward, nor kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weights, rows, order)
+        wide = torch.promote_types(hidden.dtype, weights.dtype)
+        hidden, weights = hidden.to(wide), weights.to(wide)
+        return nn.functional.embedding_bag(rows, hidden, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weights, rows, order = ctx.saved_tensors
+        needs_hidden, needs_weights, *_ = ctx.needs_input_grad
+        of_rows = _gather(grads[0], order // rows.shape[1], rows)
+        d_hidden = d_weights = None
+        if needs_weights:
+            d_weights = _gather((of_rows * hidden).sum(1, keepdim=True), rows.view(-1), order).view_as(weights)
+            d_weights = d_weights.to(weights.dtype)
+        if needs_hidden:
+            scale = of_rows.mul if torch.is_grad_enabled() else of_rows.mul_  # in place: its last use
+            d_hidden = scale(_gather(weights.reshape(-1, 1), order, rows.view(-1))).to(hidden.dtype)
+        return d_hidden, d_weights, None, None

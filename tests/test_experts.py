@@ -36,7 +36,7 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from zoo import SHARED, TEXT, ZOO, of
 
 import lora_lite as ll
-from lora_lite import in_place, reference
+from lora_lite import in_place, reference, stacks
 from lora_lite.calibration import InputPCA
 from lora_lite.interchange.experts import flat
 from lora_lite.segments import Segments
@@ -69,6 +69,30 @@ def adapted(model: Any, variant: str = "lora", **fields: Any) -> ll.Attachment:
     attachment = attach(model, variant, **{"target_names": (ON_EXPERTS,), "r": 4, **fields})
     randomize(model)
     return attachment
+
+
+@pytest.mark.parametrize("of_rows", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16])
+def test_rows_are_weighted_and_summed_as_near_as_one_by_one(of_rows: torch.dtype, of_weights: torch.dtype) -> None:
+    """Some models' routers give weights of more precision than the rows have."""
+    places = torch.randperm(60)
+    inputs = torch.randn(60, 33).to(of_rows), torch.rand(20, 3).to(of_weights)
+
+    def eager(hidden: Tensor, weights: Tensor) -> Tensor:
+        return (hidden[places] * weights.view(60, 1)).view(20, 3, 33).sum(1)
+
+    def ours(hidden: Tensor, weights: Tensor) -> Tensor:
+        return stacks._weighted_sum(hidden, weights, places.view(20, 3), places.argsort())
+
+    def results(function: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = [t.to(dtype or t.dtype).requires_grad_() for t in inputs]
+        y = function(*leaves)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    exact, plain, mine = results(eager, torch.float64), results(eager, None), results(ours, None)
+    for want, its, got in zip(exact, plain, mine, strict=True):
+        assert (got.dtype, got.shape) == (its.dtype, its.shape)
+        assert (got - want).norm() <= 1.1 * (its - want).norm() + 1e-7 * want.norm()
 
 
 @pytest.mark.parametrize("name", MIXTURES)

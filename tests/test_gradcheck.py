@@ -9,7 +9,7 @@ from models import VARIANTS, attach, only_adapter, randomize
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from lora_lite import reference
+from lora_lite import reference, stacks
 
 CASES = [
     *((variant, {}) for variant in VARIANTS),
@@ -59,6 +59,8 @@ def test_layer_twice(layer_and_inputs: Any) -> None:
     assert gradgradcheck(*layer_and_inputs)
 
 
+PLACES = torch.tensor([4, 0, 5, 2, 1, 3])  # of the two rows of each of three tokens
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "shrink": (reference.shrink, ((2, 3, 5), (4, 5))),
     "shrink 2-D": (reference.shrink, ((3, 5), (1, 5))),
@@ -75,6 +77,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "scale": (reference.scale, ((2, 3, 5), (5,))),
     "scale 1-D": (reference.scale, ((5,), (5,))),
     "rotate_pairs": (lambda *a: reference.rotate_pairs(*a, 6), ((2, 3, 12), (12,), (12,))),
+    "weighted_sum": (
+        lambda hidden, weights: stacks._weighted_sum(hidden, weights, PLACES.view(3, 2), PLACES.argsort()),
+        ((6, 5), (3, 2)),
+    ),
     "rotate_pairs 1-D": (lambda *a: reference.rotate_pairs(*a, 2), ((6,), (6,), (6,))),
 }
 
