@@ -6,10 +6,12 @@ was there before the block: there what is left goes with the tensor that the mod
 
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Call(NamedTuple):
@@ -18,6 +20,19 @@ class Call(NamedTuple):
     module: nn.Module
     frame: FrameType | None  # of nn.Module's call, by which one that was interrupted is known; None: it is unknown
     kept: Any  # what its pre-hook leaves
+
+
+def always_after(
+    module: nn.Module, hook: Callable[..., Any], key: int, *, with_kwargs: bool = False
+) -> RemovableHandle:
+    """Register a forward hook that is also called where the forward raised. `key`: its id, below 0, which PyTorch gives
+    to none. On all modules the same: a graph that is compiled holds for modules with that id alone."""
+    handle = module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=True)
+    for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+        if handle.id in hooks:
+            hooks[key] = hooks.pop(handle.id)  # type: ignore[index, call-overload]
+    handle.id = key
+    return handle
 
 
 class _Thread(threading.local):

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, begin, call_with, end, under_way, with_call
+from .calls import Call, always_after, begin, call_with, end, under_way, with_call
 from .in_place import backend
 from .operators import autocast_dtype, transformed
 from .params import SITE
@@ -41,7 +41,7 @@ class Siblings:
         self.to_rerun: list[ref[Any]] = []  # what lives as long as a checkpoint of a call does
         self.handles = [
             parent.register_forward_pre_hook(self.enter, with_kwargs=True),
-            parent.register_forward_hook(self.leave, always_call=True),
+            always_after(parent, self.leave, -2),
         ]
         vars(parent)[SIBLINGS] = self
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from . import in_place, reference
 from .adapter import Adapter
 from .backend import select
-from .calls import begin, call_with, end, forget, under_way, with_call
+from .calls import always_after, begin, call_with, end, forget, under_way, with_call
 from .embeddings import on_ids
 from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
@@ -62,7 +62,7 @@ class Site(nn.ModuleDict):
         self.train(layer.training)
         layer.add_module(SITE, self)
         self.handles.append(layer.register_forward_pre_hook(self.before, with_kwargs=True))
-        self.handles.append(layer.register_forward_hook(self.after, with_kwargs=True, always_call=True))
+        self.handles.append(always_after(layer, self.after, -1, with_kwargs=True))
         self.handles.append(layer.register_load_state_dict_post_hook(self.loaded))
 
     @classmethod

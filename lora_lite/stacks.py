@@ -244,14 +244,12 @@ def _weighted_sum(
 
 
 class _WeightedSum(torch.autograd.Function):
-    """No product of the size of all rows is written, in the forward, nor kept for the backward."""
+    """Rounded as transformers rounds it, so that a start is the base model's output to the bit."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: Tensor, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weights, rows, order)
-        wide = torch.promote_types(hidden.dtype, weights.dtype)
-        hidden, weights = hidden.to(wide), weights.to(wide)
-        return nn.functional.embedding_bag(rows, hidden, mode="sum", per_sample_weights=weights)
+        return _gather(hidden * _of_rows(weights, rows, order), rows, order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -260,9 +258,13 @@ class _WeightedSum(torch.autograd.Function):
         of_rows = _gather(grads[0], order // rows.shape[1], rows)
         d_hidden = d_weights = None
         if needs_weights:
-            d_weights = _gather((of_rows * hidden).sum(1, keepdim=True), rows.view(-1), order).view_as(weights)
-            d_weights = d_weights.to(weights.dtype)
+            d_weights = _gather((of_rows * hidden).sum(1, keepdim=True), rows.view(-1), order)
+            d_weights = d_weights.view_as(weights).to(weights.dtype)
         if needs_hidden:
-            scale = of_rows.mul if torch.is_grad_enabled() else of_rows.mul_  # in place: its last use
-            d_hidden = scale(_gather(weights.reshape(-1, 1), order, rows.view(-1))).to(hidden.dtype)
+            scale = of_rows.mul if torch.is_grad_enabled() else of_rows.mul_  # its last use
+            d_hidden = scale(_of_rows(weights, rows, order)).to(hidden.dtype)
         return d_hidden, d_weights, None, None
+
+
+def _of_rows(weights: Float[Tensor, "T k"], rows: Int[Tensor, "T k"], order: Int[Tensor, " M"]) -> Float[Tensor, "M 1"]:
+    return _gather(weights.reshape(-1, 1), order, rows.view(-1))

@@ -13,8 +13,21 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import VARIANTS, assert_close, assert_same, attach, llama, randomize, rel_error, snapshot, token_ids
+from models import (
+    VARIANTS,
+    assert_close,
+    assert_same,
+    attach,
+    calibration_batches,
+    llama,
+    logits,
+    randomize,
+    rel_error,
+    snapshot,
+    token_ids,
+)
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
@@ -314,6 +327,21 @@ def test_compile_with_checkpointing(variant: str) -> None:
     got, grads = loss_and_grads(model, compiled, x)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(grads, want_grads)
+
+
+@EACH_VARIANT
+def test_blocks_that_are_compiled_one_by_one_share_a_graph(variant: str) -> None:
+    """As trainers and diffusers compile repeated blocks; the first, whose input needs no gradient, has its own."""
+    torch._dynamo.reset()
+    attach(model := llama(num_hidden_layers=4), variant, calibration_batches(2))
+    randomize(model)
+    want, counter = logits(model), CompileCounter()
+    for each in model.model.layers:
+        each.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        model(input_ids=token_ids(), labels=token_ids(), use_cache=False).loss.backward()
+    assert counter.frame_count == 2
+    assert_close(logits(model), want, 1e-6)
 
 
 def test_compile_where_no_backend_was_asked_for() -> None:

@@ -35,9 +35,9 @@ def test_bytes_are_of_the_tensors(rows: dict[str, Any]) -> None:
 
 
 def test_many_ranks_come_from_cache_and_take_products(rows: dict[str, Any]) -> None:
-    """expand: h for each block of 128 columns, B for each of 64 rows. The norm: three products."""
+    """expand: h for each block of 128 columns, B for each of 128 rows. The norm: three products."""
     found = rows["lora:256"]["by_kernel"]["expand"]
-    again = (4096 // 128 * 8192 + 8192 // 64 * 4096) * 256 * 2
+    again = (4096 // 128 * 8192 + 8192 // 128 * 4096) * 256 * 2
     us = 1e6 * (found["bytes"] + again) * found["busiest"] / 2 / 3.35e12
     assert (found["bound"], found["us"]) == ("cache", pytest.approx(us, rel=1e-3))
     found = rows["dora:128"]["by_kernel"]["row_norm"]
