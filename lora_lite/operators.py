@@ -44,14 +44,25 @@ def watched() -> bool:
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or traced()
     )
 
 
 def writable(t: Tensor) -> bool:
     """Of a tensor that is ours, whether nothing in force would see or copy it at a write."""
     seen = watched() or torch._C._len_torch_function_stack() > 0
-    return not seen and type(t) is Tensor and t.is_contiguous()
+    return not seen and type(t) is Tensor and t.is_contiguous() and not of_a_batch(t)
+
+
+def of_a_batch(grad: Tensor) -> bool:
+    """Whether it stands for many gradients that are wanted at once (`is_grads_batched`), for which PyTorch maps some of
+    its operators, and none of ours."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def traced() -> bool:
+    """Whether `torch.jit.trace` looks on: it takes operators of any kind, and for constants what the host asks for."""
+    return torch._C._get_tracing_state() is not None
 
 
 def transformed() -> bool:
@@ -61,11 +72,7 @@ def transformed() -> bool:
 
 
 def _transformed() -> bool:
-    return (
-        forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or traced()
 
 
 _transformed_graph = torch.compiler.assume_constant_result(_transformed)  # asked when it is compiled

@@ -332,7 +332,7 @@ def scale(
 
 def _partner(t: Float[Tensor, "*M N"], group_size: int) -> Float[Tensor, "*M N"]:
     """Of each element the one group_size/2 away in its group: the two halves of each group, swapped."""
-    return t.unflatten(-1, (-1, 2, group_size // 2)).flip(-2).flatten(-3)
+    return t.reshape(*t.shape[:-1], t.shape[-1] // group_size, 2, group_size // 2).flip(-2).reshape(t.shape)
 
 
 def rotate_pairs(

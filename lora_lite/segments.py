@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .operators import operator, transformed, without_values, writable
+from .errors import AttachError
+from .operators import of_a_batch, operator, traced, transformed, without_values, writable
 
 T = TypeVar("T")
 
@@ -75,7 +76,17 @@ class Segments:
         return [*(range(len(self.ends)) if self.which is None else self.which.tolist()), -1]
 
     def sizes(self, M: int) -> list[int]:
-        """How many rows each run has, and how many are behind the last. Asks the device, once."""
+        """How many rows each run has, and how many are behind the last. Asks the device, once.
+
+        Raises:
+            AttachError: in a trace.
+        """
+
+        if traced():
+            raise AttachError(
+                "a trace takes the runs of rows of its example for constants, which other tokens do not have; make the "
+                "program by torch.export, or merge the adapters first (save_merged)"
+            )
 
         def make() -> list[int]:
             ends = [0, *self.ends.tolist(), M]
@@ -97,7 +108,7 @@ class Segments:
 
 def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Segments) -> Float[Tensor, "M P"]:
     """Of each row its product with its matrix's transpose; zeros where it has none. x and stack are of one dtype."""
-    if transformed():
+    if transformed() and not traced():
         return _by_formula(x, stack, segments)
     return _product(x, stack, segments.ends, segments.which, segments.whole)
 
@@ -107,6 +118,16 @@ def _by_formula(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "
     runs = segments.runs(len(x))
     parts = [x.new_zeros(len(x[rows]), stack.shape[1]) if i is None else x[rows] @ stack[i].t() for i, rows in runs]
     return torch.cat(parts) if parts else x.new_zeros(0, stack.shape[1])
+
+
+def _outer_by_formula(dy: Tensor, x: Tensor, segments: Segments, G: int) -> Float[Tensor, "G P Q"]:
+    """Of each matrix Σ dyᵀ x over its rows."""
+    none = dy[:0].t() @ x[:0]
+    found = [none] * G
+    for i, rows in segments.runs(len(x)):
+        if i is not None:
+            found[i] = found[i] + dy[rows].t() @ x[rows]
+    return torch.stack(found)
 
 
 def shrink(
@@ -156,7 +177,7 @@ class _Shrink(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dx_base, dh), (x, stack) = grads, ctx.saved_tensors
         needs_x, needs_stack, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # this is to be differentiated again, which operators can be
+        if torch.is_grad_enabled() or of_a_batch(dh):
             dx, d_stack = _gradients(dh, x.to(dh.dtype), stack.to(dh.dtype), ctx.segments)
             return (dx_base + dx).to(x.dtype), d_stack.to(stack.dtype), None, None, None
         dx = d_stack = None
@@ -183,7 +204,7 @@ class _ExpandAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (h, stack) = grads, ctx.saved_tensors
         _, needs_h, needs_stack, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or of_a_batch(dy):
             scaled = ctx.scale * dy.to(ctx.dtype)
             dh, d_stack = _gradients(scaled, h.to(ctx.dtype), stack.to(ctx.dtype), ctx.segments)
             return dy, dh.to(h.dtype), d_stack.to(stack.dtype), None, None, None, None
@@ -196,7 +217,9 @@ class _ExpandAdd(torch.autograd.Function):
 
 
 def _gradients(dy: Tensor, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Of `product`."""
+    """Of `product`: by operators, which can be differentiated again, or of many dy at once."""
+    if of_a_batch(dy):
+        return _by_formula(dy, stack.mT, segments), _outer_by_formula(dy, x, segments, len(stack))
     return product(dy, stack.mT, segments), _outer(dy, x, segments.ends, segments.which, len(stack))
 
 
@@ -227,9 +250,13 @@ class _InRuns:
         """base + `product` of h, in base's dtype, which may be a narrower one; into a base of h's that is our `own`."""
         out = base if own else base.to(h.dtype, copy=True)
         sizes, matrices = self.segments.sizes(len(base)), stack.mT.unbind()
-        for i, rows, h_of_rows in zip(self.segments.matrices(), out.split(sizes), h.split(sizes), strict=True):
+        runs = list(zip(self.segments.matrices(), out.split(sizes), h.split(sizes), strict=True))
+        if not writable(out):
+            added = [rows if i < 0 else rows.addmm(each, matrices[i]) for i, rows, each in runs]
+            return torch.cat(added).to(base.dtype)
+        for i, rows, each in runs:
             if i >= 0:
-                rows.addmm_(h_of_rows, matrices[i])
+                rows.addmm_(each, matrices[i])
         return out.to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Tensor, G: int) -> Float[Tensor, "G P Q"]:
@@ -284,7 +311,8 @@ class _InBlocks:
         self, base: Float[Tensor, "M P"], h: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], own: bool
     ) -> Float[Tensor, "M P"]:
         cut = self.cut(base.to(h.dtype))  # what is added where a slot fills up, no row takes
-        summed = cut.baddbmm_(self.cut(h), self._matrices(stack).mT)
+        add = Tensor.baddbmm_ if writable(cut) else torch.baddbmm
+        summed = add(cut, self.cut(h), self._matrices(stack).mT)
         return self._rows(summed, base if own else None).to(base.dtype)
 
     def outer(self, h: Float[Tensor, "M P"], x: Float[Tensor, "n length Q"], G: int) -> Float[Tensor, "G P Q"]:
@@ -402,6 +430,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, stack, ends, which = ctx.saved_tensors
+    if of_a_batch(dy):
+        segments = Segments(ends, which)
+        dx = None if stack is None else _by_formula(dy, stack.mT, segments)
+        return dx, None if x is None else _outer_by_formula(dy, x, segments, ctx.G), None, None, None
     dx = None if stack is None else _product(dy, stack.mT, ends, which, ctx.whole)
     return dx, None if x is None else _outer(dy, x, ends, which, ctx.G), None, None, None
 

@@ -205,7 +205,10 @@ def _groupable(x: Tensor) -> bool:
 def _context(x: Tensor) -> tuple[Any, ...]:
     """What must not change between the calls of two that share: x itself, where its gradient goes, and how it is
     computed."""
-    own = () if torch.compiler.is_compiling() else (x._version, x.requires_grad, x.grad_fn)
+    own: tuple[Any, ...] = ()
+    if not torch.compiler.is_compiling():
+        address = x.data_ptr() if type(x) is Tensor else None  # another one's values by `x.data = `
+        own = (x._version, x.requires_grad, x.grad_fn, address)
     return (torch.is_grad_enabled(), autocast_dtype(x.device), *own)
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from models import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import GptOssConfig
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
@@ -324,6 +326,26 @@ def test_checkpointing() -> None:
         model(**batch).loss.backward()
         for name, theirs in zip(names, want, strict=True):
             assert_close(model.get_parameter(name).grad, theirs, 1e-5, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selective_checkpointing(dtype: torch.dtype) -> None:
+    """Of all products, and nothing else: none of them is written to later."""
+    adapted(model := mixture())
+    model.to(dtype)
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def loss(x: Tensor) -> Tensor:
+        return model(inputs_embeds=x, labels=token_ids()).loss
+
+    x = torch.randn(2, 17, 32, dtype=dtype, requires_grad=True)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    want = torch.autograd.grad(loss(x), [x, *ll.parameters(model)])
+    got = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False, context_fn=contexts), [x, *ll.parameters(model)])
+    for mine, its in zip(got, want, strict=True):
+        assert_close(mine, its, 1e-5 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.parametrize("by_entry", [False, True])

@@ -217,6 +217,7 @@ PLANS = {
     "in place": lambda m, x, o: _in_place(m, x) + o,
     "one raises": lambda m, x, o: _raising(m, x) + o,
     "in place in inference": lambda m, x, o: _in_place(m, x, torch.inference_mode) + o,
+    "other values": lambda m, x, o: _other_values(m, x) + o,
     "use in the middle": lambda m, x, o: _used_anew(m, x) + o,
 }
 
@@ -243,6 +244,15 @@ def _in_place(m: Any, x: Tensor, without: Any = torch.no_grad) -> Tensor:
         y = x.clone()
         first = m.q_proj(y)
         y += 1
+        return first + m.k_proj(y)
+
+
+def _other_values(m: Any, x: Tensor) -> Tensor:
+    """The same tensor, of the same version, as `.data =` leaves it."""
+    with torch.no_grad():
+        y = x.clone()
+        first = m.q_proj(y)
+        y.data = y.data + 1
         return first + m.k_proj(y)
 
 

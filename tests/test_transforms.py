@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from zoo import ZOO
 
 import lora_lite as ll
+from lora_lite.segments import Segments
 
 F64 = torch.float64
 stack_of = load_tests("test_experts").stack_of
@@ -189,6 +190,38 @@ def test_a_trace_is_a_program(variant: str, tmp_path: Any) -> None:
     with torch.no_grad():
         torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
         assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("variant", ["lora", "hra", "ia3"])
+def test_a_trace_of_experts_takes_other_tokens(variant: str) -> None:
+    model, x = in_runs("experts", variant)
+    others = torch.randn_like(x)
+    with torch.no_grad():
+        assert_close(torch.jit.trace(model, x)(others), model(others), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_bakes_no_runs_in() -> None:
+    """Whose tokens go where is another thing for other tokens."""
+    with pytest.raises(ll.AttachError, match=r"torch\.export"):
+        torch.jit.trace(lambda ends: torch.tensor(Segments(ends).sizes(5)), torch.tensor([2, 4]))
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["experts", "q and k"])
+@pytest.mark.parametrize("variant", ["lora", "hra", "ia3", "road"])
+def test_many_gradients_at_once(variant: str, kind: str, dtype: torch.dtype) -> None:
+    """As jacobian(vectorize=True) asks for them, which maps by another way than `vmap`."""
+    model, x = in_runs(kind, variant) if kind == "experts" else (pair(variant, F64), torch.randn(1, 4, 8, dtype=F64))
+    y = model.to(dtype)(x.to(dtype)).flatten()[:6]
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    directions = torch.eye(6, dtype=dtype)
+    at_once = torch.autograd.grad(y, adapters, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        one_by_one = torch.autograd.grad(y, adapters, direction, retain_graph=True)
+        for got, want in zip(at_once, one_by_one, strict=True):
+            assert_close(got[i], want, 3e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_nothing_is_said_where_nothing_was_asked() -> None:
