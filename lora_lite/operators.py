@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
@@ -57,7 +57,7 @@ def writable(t: Tensor) -> bool:
 def of_a_batch(grad: Tensor) -> bool:
     """Whether it stands for many gradients that are wanted at once (`is_grads_batched`), for which PyTorch maps some of
     its operators, and none of ours."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return is_legacy_batchedtensor(grad)
 
 
 def traced() -> bool:
