@@ -114,14 +114,14 @@ def product(x: Float[Tensor, "M Q"], stack: Float[Tensor, "G P Q"], segments: Se
 
 
 def _by_formula(x: Tensor, stack: Tensor, segments: Segments) -> Float[Tensor, "M P"]:
-    """`product` in operators that differentiate forward and map."""
+    """`product` run by run, in operators of PyTorch's that differentiate forward and map."""
     runs = segments.runs(len(x))
     parts = [x.new_zeros(len(x[rows]), stack.shape[1]) if i is None else x[rows] @ stack[i].t() for i, rows in runs]
     return torch.cat(parts) if parts else x.new_zeros(0, stack.shape[1])
 
 
 def _outer_by_formula(dy: Tensor, x: Tensor, segments: Segments, G: int) -> Float[Tensor, "G P Q"]:
-    """Of each matrix Σ dyᵀ x over its rows."""
+    """Of each matrix Σ dyᵀ x over its rows, likewise."""
     none = dy[:0].t() @ x[:0]
     found = [none] * G
     for i, rows in segments.runs(len(x)):
@@ -217,9 +217,7 @@ class _ExpandAdd(torch.autograd.Function):
 
 
 def _gradients(dy: Tensor, x: Tensor, stack: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Of `product`: by operators, which can be differentiated again, or of many dy at once."""
-    if of_a_batch(dy):
-        return _by_formula(dy, stack.mT, segments), _outer_by_formula(dy, x, segments, len(stack))
+    """Of `product`: by operators, which can be differentiated again, and take many dy at once."""
     return product(dy, stack.mT, segments), _outer(dy, x, segments.ends, segments.which, len(stack))
 
 
@@ -354,12 +352,8 @@ def _block_length(sizes: list[int]) -> int:
 
 
 def _grouped(x: Tensor, stack: Tensor, segments: Segments, narrow: bool = False) -> Float[Tensor, "M P"]:
-    if x.dtype not in _GROUPED:
-        out = x.new_zeros(len(x), stack.shape[1])
-        for matrix, rows in segments.runs(len(x)):
-            if matrix is not None:
-                torch.mm(x[rows], stack[matrix].t(), out=out[rows])
-        return out
+    if x.dtype not in _GROUPED or of_a_batch(x):
+        return _by_formula(x, stack, segments)
     each = stack if segments.which is None else stack[segments.which.clamp_min(0)]
     if pad := -x.shape[1] % (16 // x.element_size()):
         x, each = (torch.nn.functional.pad(t, (0, pad)) for t in (x, each))
@@ -374,12 +368,8 @@ def _grouped(x: Tensor, stack: Tensor, segments: Segments, narrow: bool = False)
 def _grouped_outer(dy: Tensor, x: Tensor, segments: Segments, G: int) -> Float[Tensor, "G P Q"]:
     """Of each matrix Σ dyᵀ x over its rows."""
     P, Q = dy.shape[1], x.shape[1]
-    if x.dtype not in _GROUPED:
-        out = x.new_zeros(G, P, Q)
-        for matrix, rows in segments.runs(len(x)):
-            if matrix is not None:
-                out[matrix].addmm_(dy[rows].t(), x[rows])
-        return out
+    if x.dtype not in _GROUPED or of_a_batch(dy):
+        return _outer_by_formula(dy, x, segments, G)
     each = grouped_mm(_aligned(dy).mT, _aligned(x), offs=segments.ends)[:, :P, :Q]
     if segments.which is None:
         return each.contiguous()
@@ -430,10 +420,6 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, stack, ends, which = ctx.saved_tensors
-    if of_a_batch(dy):
-        segments = Segments(ends, which)
-        dx = None if stack is None else _by_formula(dy, stack.mT, segments)
-        return dx, None if x is None else _outer_by_formula(dy, x, segments, ctx.G), None, None, None
     dx = None if stack is None else _product(dy, stack.mT, ends, which, ctx.whole)
     return dx, None if x is None else _outer(dy, x, ends, which, ctx.G), None, None, None
 

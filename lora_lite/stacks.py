@@ -206,7 +206,7 @@ def experts_forward(
     hidden = down(hidden, segments=segments, tokens=tokens)
     if experts.has_post_expert_norm:
         hidden = experts.post_expert_norm(hidden)
-    return _weighted_sum(hidden, top_k_weights, rows, order).to(hidden_states.dtype)
+    return _weighted_sum(hidden, top_k_weights, rows, order, tokens.of_rows).to(hidden_states.dtype)
 
 
 def _gather(rows: Tensor, index: Tensor, adjoint: Tensor) -> Tensor:
@@ -235,36 +235,40 @@ class _Gather(torch.autograd.Function):
 
 
 def _weighted_sum(
-    hidden: Float[Tensor, "M H"], weights: Float[Tensor, "T k"], rows: Int[Tensor, "T k"], order: Int[Tensor, " M"]
+    hidden: Float[Tensor, "M H"],
+    weights: Float[Tensor, "T k"],
+    rows: Int[Tensor, "T k"],
+    order: Int[Tensor, " M"],
+    token: Int[Tensor, " M"],
 ) -> Float[Tensor, "T H"]:
-    """Of each token the sum of its rows by their weights. `order`: the place in `rows` of each row."""
+    """Of each token the sum of its rows by their weights. Of each row: its place in `rows`, and its token."""
     if transformed():
         return (hidden[rows] * weights[..., None]).sum(1)
-    return _WeightedSum.apply(hidden, weights, rows, order)
+    return _WeightedSum.apply(hidden, weights, rows, order, token)
 
 
 class _WeightedSum(torch.autograd.Function):
     """Rounded as transformers rounds it, so that a start is the base model's output to the bit."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weights: Tensor, rows: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weights, rows, order)
-        return _gather(hidden * _of_rows(weights, rows, order), rows, order)
+    def forward(ctx: Any, hidden: Tensor, weights: Tensor, rows: Tensor, order: Tensor, token: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weights, rows, order, token)
+        return _gather(hidden * _by_row(weights, rows, order), rows, token)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weights, rows, order = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weights, rows, order, token = ctx.saved_tensors
         needs_hidden, needs_weights, *_ = ctx.needs_input_grad
-        of_rows = _gather(grads[0], order // rows.shape[1], rows)
+        of_rows = _gather(grads[0], token, rows)
         d_hidden = d_weights = None
         if needs_weights:
             d_weights = _gather((of_rows * hidden).sum(1, keepdim=True), rows.view(-1), order)
             d_weights = d_weights.view_as(weights).to(weights.dtype)
         if needs_hidden:
             scale = of_rows.mul if torch.is_grad_enabled() else of_rows.mul_  # its last use
-            d_hidden = scale(_of_rows(weights, rows, order)).to(hidden.dtype)
-        return d_hidden, d_weights, None, None
+            d_hidden = scale(_by_row(weights, rows, order)).to(hidden.dtype)
+        return d_hidden, d_weights, None, None, None
 
 
-def _of_rows(weights: Float[Tensor, "T k"], rows: Int[Tensor, "T k"], order: Int[Tensor, " M"]) -> Float[Tensor, "M 1"]:
+def _by_row(weights: Float[Tensor, "T k"], rows: Int[Tensor, "T k"], order: Int[Tensor, " M"]) -> Float[Tensor, "M 1"]:
     return _gather(weights.reshape(-1, 1), order, rows.view(-1))
