@@ -89,10 +89,12 @@ class Adapter(Params):
             return
         known = _derived_from.get(self)  # of a copy, or a replica, nothing: it may have got another weight since
         if known != _mark(weight) or is_parametrized(layer):
+            require_size(self, layer)
             self.derive(layer)
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
-        require_size(self, layer)
+        if is_embedding(layer):
+            require_size(self, layer)
         self.follow(layer)
         if is_managed(self):
             if self.training and torch.is_grad_enabled() and self._a_tensor.is_meta:
@@ -204,7 +206,10 @@ def _version(t: Tensor) -> int | None:
 def _stored(layer: Any) -> Tensor:
     """The tensor that holds the layer's weight."""
     weight = getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
-    assert weight is not None  # it is a target
+    if weight is None:
+        raise AttachError(
+            f"the weight of its {type(layer).__name__} can't be read, and this method needs it; detach before"
+        )
     return weight
 
 

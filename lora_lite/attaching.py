@@ -42,7 +42,7 @@ from .siblings import settle_siblings
 from .site import Site
 from .stacks import Stack, join, joined, part
 from .targets import Target, choose, stacks_among
-from .variant import REGISTRY, Variant, variant_of
+from .variant import REGISTRY, Variant, require_loadable, variant_of
 from .whole_modules import WholeModules, inside, matched, settle
 
 
@@ -102,6 +102,7 @@ def attach(
     check_backend(backend)
     variant = variant_of(cfg)
     cfg.require_storable()
+    require_loadable(cfg)
     check_free(model, name)
     cfg = _with_divided_ranks(model, cfg)
     targets, adapters, reasons = _built(model, variant, cfg, backend)

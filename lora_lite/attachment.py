@@ -222,7 +222,12 @@ def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -
     """Of the model's state dict, or of one like it, what belongs to its adapters or trains in full with them."""
     whole = {name for each in attachments(model) for name in each.whole.entries}
     tensors = model.state_dict() if tensors is None else tensors
-    return {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in whole}
+    found = {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in whole}
+    for name, module in model.named_modules():
+        # HQQ's layers give what they hold themselves, and not what stands on them.
+        if SITE in module._modules and type(module).state_dict is not nn.Module.state_dict:
+            found |= cast(nn.Module, module._modules[SITE]).state_dict(prefix=f"{name}.{SITE}.")
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:

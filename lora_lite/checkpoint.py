@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _contents(
         "format": "lora-lite",
         "format_version": str(FORMAT_VERSION),
         "library_version": __version__,
-        "config": json.dumps(attachment.cfg.renamed(names).to_dict()),
+        "config": json.dumps(replace(attachment.cfg.renamed(names), dtype=_dtype(attachment)).to_dict()),
         "base_model": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
@@ -120,7 +121,26 @@ def _contents(
 def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> None:
     tensors, metadata = contents
     with writing("save", path):
-        replace_files({path: lambda temporary: save_file(tensors, temporary, metadata=metadata)})
+        apart = _apart(tensors)
+        replace_files({path: lambda temporary: save_file(apart, temporary, metadata=metadata)})
+
+
+def _dtype(attachment: Attachment) -> torch.dtype:
+    """The config's, or the one that `model.to` has given all matrices since."""
+    specs = [
+        (adapter, key)
+        for adapter in attachment.adapters.values()
+        for key, spec in adapter.specs.items()
+        if spec.dtype is None and len(spec.shape) > 1
+    ]
+    dtypes = {adapter.dtypes[key] for adapter, key in specs}
+    return dtypes.pop() if len(dtypes) == 1 else attachment.cfg.dtype
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors takes no two of one memory, as a method's may be that all layers share."""
+    count = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
+    return {name: t.clone() if count[t.untyped_storage().data_ptr()] > 1 else t for name, t in tensors.items()}
 
 
 def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -138,14 +137,12 @@ class AdapterConfig:
 
     def require_storable(self) -> None:
         """Raise a ConfigError where a field has a value that no file can hold, before hours of training."""
-        for name, value in self.to_dict().items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError) as error:
+        for name in (each.name for each in fields(self) if each.name != "dtype"):
+            if found := _not_storable(getattr(self, name)):
                 raise ConfigError(
-                    f"{type(self).__name__}.{name} can't be written to a file ({error}); give it numbers, strings, or "
-                    "sequences and dicts of them"
-                ) from None
+                    f"{type(self).__name__}.{name} can't be written to a file and read back ({found}); give it "
+                    "numbers, strings, or sequences and dicts of them, by strings"
+                )
 
     @property
     def names_given(self) -> bool:
@@ -249,6 +246,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if (found := _alternatives(hint)) != (hint,):
         return any(_fits(value, each) for each in found)
     return hint not in _SCALARS or _SCALARS[hint][1](value)
+
+
+def _not_storable(value: Any) -> str:
+    """What in it JSON has no word for, or another would come back of; empty: nothing."""
+    if isinstance(value, Mapping):
+        keys = (f"a key is a {type(key).__name__}" for key in value if type(key) is not str)
+        return next(keys, "") or next(filter(None, map(_not_storable, value.values())), "")
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_not_storable, value)), "")
+    return "" if value is None or type(value) in (str, int, float, bool) else f"a {type(value).__name__}"
 
 
 def _plain(value: Any) -> Any:

@@ -152,9 +152,9 @@ def _each(adapter: Adapter, layer: Any) -> Iterator[tuple[float, float, float]]:
 
 def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, " S"]:
     """Of ΔW, in float32."""
-    if isinstance(primitive, LowRankAdd):  # those of B A, by two thin factorisations
+    if type(primitive) is LowRankAdd:  # those of B A, by two thin factorisations
         left, right = torch.linalg.qr(primitive.B.float()).R, torch.linalg.qr(primitive.A.float().t()).R
-        return primitive.scale * _svdvals(left @ right.t())
+        return abs(primitive.scale) * _svdvals(left @ right.t())
     W = dense_weight(layer, torch.float32)
     eye = torch.eye(W.shape[1], device=W.device)
     constant = around(primitive, layer, torch.zeros_like(eye[:1]))

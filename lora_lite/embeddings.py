@@ -101,10 +101,12 @@ def require_inputs(variant: str, layer: nn.Module) -> None:
 
 
 def require_size(adapter: "Adapter", layer: nn.Module) -> None:
-    """Raise an AttachError where the layer is an embedding that was resized since the adapter was made for it."""
-    if is_embedding(layer) and adapter.shape != shape(layer):
+    """Raise an AttachError where the layer was resized since the adapter was made for it."""
+    if adapter.shape != shape(layer):
         name = getattr(layer._modules.get(SITE), "name", type(layer).__name__)
+        (K, N), (of_K, of_N) = shape(layer), adapter.shape
+        it, its = (f"has {K} embeddings", of_K) if is_embedding(layer) else (f"is {K} → {N}", f"{of_K} → {of_N}")
         raise AttachError(
-            f"{name}: it has {shape(layer)[0]} embeddings, and its adapter is for {adapter.shape[0]}: it was resized "
-            "after attach. Detach, resize, and attach anew"
+            f"{name}: it {it}, and its adapter is for {its}: it was resized after attach. Detach, resize, and "
+            "attach anew"
         )

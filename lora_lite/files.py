@@ -64,6 +64,8 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
         ready = []
         for path, write in writers.items():
             path = Path(os.path.realpath(path)) if path.is_symlink() else path
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise OSError("it is a device or a pipe, which a file would replace")
             temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
             left_over.callback(_remove, temporary)
             write(temporary)

@@ -57,6 +57,9 @@ class Watch:
         self.trained = False  # whether an optimiser has stepped, with gradients
         self._steps_of: Counter[int] = Counter()  # by the optimiser's id
         self._stepped: set[str] = set()  # layers whose adapters such an optimiser holds
+        self._steps_by_others = 0  # any optimiser's, each after another gradient
+        self._before: dict[str, list[Any]] = {}  # some elements of each adapter then
+        self._gradients_before: Any = None  # what told those of the last such step from others
         self._said: set[str] = set()
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._kinds: dict[str, type] = {}  # of weights at attach
@@ -132,7 +135,10 @@ class Watch:
             return self.stop()
         mine = {id(p) for module in (model, *self.adapters.values()) for p in module.parameters()}
         own = [p for p in _parameters(optimizer) if id(p) in mine]
-        if not self._acts() or not own:
+        if not self._acts():
+            return None
+        self._look_for_changes()
+        if not own:
             return None
         # Also those that came another way than by a backward: torch.autograd.grad, torch.func.grad.
         self.reached |= {layer for layer, a in self.adapters.items() if any(p.grad is not None for p in a.parameters())}
@@ -152,6 +158,34 @@ class Watch:
         elif due:
             self._look_at_steps(within=False)
         return None
+
+    def _look_for_changes(self) -> None:
+        """Warn of adapters that get gradients and that no optimiser holds, if some steps of others have not changed
+        them either, as one would that holds copies: it was made before they were attached, say."""
+        gradients = [p.grad for layer in self.reached for p in self.adapters[layer].parameters()]
+        mark = (self.backwards, [(id(g), g._version) for g in gradients if g is not None])
+        if not self.reached or mark == self._gradients_before:  # the step is another model's
+            return
+        self._gradients_before = mark
+        self._steps_by_others += 1
+        if self._steps_by_others == 1:
+            self._before = {layer: _samples(self.adapters[layer]) for layer in self.reached}
+        if self._steps_by_others != _PATIENCE // 2:
+            return
+        held, before, self._before = self._held(p for o in _optimizers() for p in _parameters(o)), self._before, {}
+        left = [
+            layer
+            for layer, samples in before.items()
+            if layer not in held and self.name not in self.sites[layer].off and not _is_frozen(self.adapters[layer])
+            if samples and all(map(torch.equal, samples, _samples(self.adapters[layer])))
+        ]
+        if left:
+            warnings.warn(
+                f"after {self._steps_by_others} steps: these adapters get gradients, and no optimiser holds them, so "
+                f"that they do not train: {listing(sorted(left))}. Make the optimiser after attach or load, of "
+                "lora_lite.parameters(model)",
+                stacklevel=2,
+            )
 
     def _look_at_steps(self, within: bool) -> None:
         model = self._model()
@@ -313,6 +347,12 @@ def astray(model: nn.Module, whole: WholeModules) -> list[str]:
     now = {place.name: id(place.held) for place, _ in standing(model)}
     places = [place for entry in whole.entries.values() for place in entry.places]
     return [place.name for place in places if now.get(place.name) != id(place.held)]
+
+
+def _samples(adapter: Adapter) -> list[Any]:
+    """Some elements of each tensor that trains and has values here."""
+    trained = (p.detach() for p in adapter.parameters() if p.requires_grad and p.numel() and not p.is_meta)
+    return [getattr(p, "to_local", lambda p=p: p)().reshape(-1)[:64].clone() for p in trained]
 
 
 def _is_frozen(adapter: Adapter) -> bool:

@@ -25,6 +25,7 @@ from . import reference
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import not_finite
+from .embeddings import require_size
 from .errors import AttachError, first_of, naming
 from .files import replace_files, replace_folder, writing_folder
 from .fitness import run_one_row
@@ -111,8 +112,9 @@ def _parameters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[s
         seen |= {id(p) for p in module._parameters.values() if p is not None}
         with torch.no_grad(), naming(path or type(model).__name__):
             found = _merged(module, dtype)
+        no_parameters = {*tied, *module._buffers, *_written(module), _EXTRA}
         for key, t in found.items():
-            if key not in tied and key not in module._buffers and key != _EXTRA:
+            if key not in no_parameters:
                 yield f"{path}.{key}" if path else key, t
 
 
@@ -332,12 +334,21 @@ def _own(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 def _other(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of a module that is no linear layer; of a mixture's experts with what their sites make of them."""
-    found = _own(module, dtype)
+    found = _own(module, dtype) | _written(module)
     if STACKS in module._modules:
         for key, stack in stacks_of(module).items():
             if (site := stack._modules.get(SITE)) is not None:
                 found |= _stack(cast(Site, site), stack, found[key], dtype)
     return found
+
+
+def _written(module: nn.Module) -> dict[str, Any]:
+    """What a module that is no linear layer writes into a state dict by its own hand, beside parameters and buffers."""
+    if is_linear(module) or type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return {}
+    found: dict[str, Any] = {}
+    module._save_to_state_dict(found, "", False)
+    return {name: t for name, t in found.items() if name not in module._parameters and name not in module._buffers}
 
 
 def _stack(site: Site, stack: Stack, base: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -434,6 +445,8 @@ def _acting(site: Site, layer: nn.Module) -> list[Primitive]:
             f"{site.name}: each entry of a batch has an adapter of its own, and a merged model has one set of weights; "
             "call use(model, name) first"
         )
+    for _, adapter in site.acting():
+        require_size(adapter, layer)
     return [(adapter.alone() if adapter.sharded else adapter).at_rest(layer) for _, adapter in site.acting()]
 
 
@@ -462,6 +475,14 @@ def _through(
         rows = W.new_zeros(part.stop - first, K, dtype=wide)
         rows[:, part].fill_diagonal_(1)
         merged[:, part] = (run(rows, part) - new_bias).t()
+    if any(type(each).__module__ != Primitive.__module__ for each in primitives):
+        x = torch.randn(2, K, dtype=wide, generator=torch.Generator().manual_seed(0)).to(W.device)
+        want = run(x, None)
+        if not (x @ merged.t() + new_bias - want).norm() <= 1e-3 * want.norm():
+            raise AttachError(
+                f"{name}: its adapter computes something else than W x + b, so that no weight is the merged one; "
+                "detach it, or save the adapter"
+            )
     if bias is None and new_bias.any():
         raise AttachError(f"{name}: its adapter adds a bias, and the layer has none to hold it; it can't be merged")
     return merged, None if bias is None else new_bias

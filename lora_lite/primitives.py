@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
+from .errors import AttachError
 from .operators import watched
 from .recomputation import in_checkpoint
 from .segments import Segments, once
@@ -59,6 +60,16 @@ class Primitive:
         return y
 
 
+def require_width(t: Tensor, *vectors: int) -> None:
+    """Raise an AttachError where what meets the rows of t is not as wide: a kernel would read and write beside it."""
+    for width in vectors:
+        if t.shape[-1] != width:
+            raise AttachError(
+                f"its adapter is for rows of {width} numbers, and got {t.shape[-1]}. Was the layer resized after "
+                "attach? Detach, resize, and attach anew"
+            )
+
+
 class Shrinks(Primitive):
     """One that takes x Aᵀ from the layer's input, and uses it on the output. Layers that read the same x may take
     theirs together."""
@@ -68,6 +79,7 @@ class Shrinks(Primitive):
     dropout: float
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        require_width(x, self.A.shape[-1])
         return ops.shrink(x, self.A, self.dropout, self.segments)
 
 
@@ -86,6 +98,10 @@ class LowRankAdd(Shrinks):
     scale: float = 1.0
     dropout: float = 0.0
     padding_idx: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale, Tensor):  # one that trains, say: a backend takes numbers
+            self.B, self.scale = self.scale * self.B, 1.0
 
     @classmethod
     def side_by_side(cls, sums: "Sequence[LowRankAdd]") -> "LowRankAdd":
@@ -109,6 +125,8 @@ class LowRankAdd(Shrinks):
         return super().on_input(x, ops)
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        require_width(y, self.B.shape[-2])
+        require_width(carry, self.B.shape[-1])
         return ops.expand_add(y, carry, self.B, self.scale, self.segments)
 
     def _looked_up(self, ids: Int[Tensor, " M"]) -> Float[Tensor, "M R"]:
@@ -183,6 +201,7 @@ class LowRankAddRescale(Shrinks):
     dropout: float = 0.0
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        require_width(y, self.B.shape[-2], self.m.shape[-1])
         g = self.m / self._norm(ops)
         bias = None if self.bias is None else self.bias.detach()
         y = ops.expand_add_rescale(y, carry, self.B, self.scale, g, bias, self.segments)
@@ -238,6 +257,8 @@ class InputLowRankAdd(Primitive):
     B: Float[Tensor, "*G K R"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        require_width(x, self.A.shape[-1], self.B.shape[-2])
+        require_width(self.B, self.A.shape[-2])
         return ops.shrink_expand(x, self.A, self.B, self.segments), None
 
 
@@ -250,6 +271,7 @@ class ScaleOutput(Primitive):
     g: Float[Tensor, "*G N"]
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        require_width(y, self.g.shape[-1])
         return ops.scale(y, self.g, self.segments)
 
 
@@ -262,6 +284,7 @@ class ScaleInput(Primitive):
     g: Float[Tensor, "*G K"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        require_width(x, self.g.shape[-1])
         return ops.scale(x, self.g, self.segments), None
 
 
@@ -276,4 +299,9 @@ class RotatePairs(Primitive):
     group_size: int
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        require_width(y, self.c.shape[-1], self.s.shape[-1])
+        if self.group_size < 2 or self.group_size % 2 or y.shape[-1] % self.group_size:
+            raise AttachError(
+                f"group_size must be even and divide {y.shape[-1]}, the layer's width; got {self.group_size}"
+            )
         return ops.rotate_pairs(y, self.c, self.s, self.group_size, self.segments)

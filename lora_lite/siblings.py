@@ -20,7 +20,7 @@ from .in_place import backend
 from .operators import autocast_dtype, transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
-from .primitives import LowRankAdd, Shrinks
+from .primitives import LowRankAdd, Shrinks, require_width
 from .recomputation import is_checkpoints, reentrant, saving
 from .shapes import shape
 from .targets import Target
@@ -233,6 +233,8 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             ops = alike[0].pieces[0].ops
             if any(each.pieces[0].ops is not ops for each in alike):
                 ops = backend(ops)
+            for each in shrinks:
+                require_width(x, each.A.shape[-1])
             xs, hs = ops.shrink_together(x, [each.A for each in shrinks], [each.dropout for each in shrinks])
             for each, own_x, h in zip(alike, xs, hs, strict=True):
                 each.x, each.h = own_x, h

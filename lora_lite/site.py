@@ -118,9 +118,13 @@ class Site(nn.ModuleDict):
         if shared and shared.x is not None:
             x, pieces = shared.x, pieces[1:]
             running.append((shared.pieces[0], shared.h))
-        for piece in pieces:
-            x, carry = piece.primitive.on_input(x, piece.ops)
-            running.append((piece, carry))
+        try:
+            for piece in pieces:
+                x, carry = piece.primitive.on_input(x, piece.ops)
+                running.append((piece, carry))
+        except AttachError as error:
+            put_name(site.name, error)
+            raise
         if of_ids:
             x = x.squeeze(-1)
         if compiling:
@@ -158,8 +162,12 @@ class Site(nn.ModuleDict):
             )
         if running and len(layer._forward_pre_hooks) > 1 and not compiling:
             running = site._of_late_weights(layer, input_of(site.name, args, kwargs), running)
-        for piece, carry in running:
-            y = piece.primitive.on_output(y, carry, piece.ops)
+        try:
+            for piece, carry in running:
+                y = piece.primitive.on_output(y, carry, piece.ops)
+        except AttachError as error:
+            put_name(site.name, error)
+            raise
         return y
 
     def _of_late_weights(self, layer: nn.Module, x: Any, running: list[Any]) -> list[Any]:

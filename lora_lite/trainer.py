@@ -69,6 +69,8 @@ class AdapterCallback(TrainerCallback):
         elif hasattr(model, "save_pretrained"):  # sentence-transformers
             model.save_pretrained = partial(_save_tensors, model)
             trainer._load_from_checkpoint = partial(_load_tensors, model)
+        else:  # a module that is no library's: the trainer's own file has all of it
+            trainer._save = partial(_save_beside, trainer, model)
         if hasattr(trainer, "vllm_generation"):
             trainer.vllm_generation.model = Merged(model)
 
@@ -163,11 +165,17 @@ def _save_pretrained(
     _save_each(model, Path(folder), None if state_dict is None else own)
 
 
+def _strange(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
+    """Names that the model does not have."""
+    known = model.state_dict()
+    return sorted(tensors.keys() - known.keys() - own_tensors(model, known).keys())
+
+
 def _load_state_dict(model: Any, tensors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """In the place of a transformers model's: of a checkpoint whose names are others, a Trainer drops the adapter."""
     if not attachments(model):
         vars(model).pop("load_state_dict", None)
-    elif any(SITE in name.split(".") for name in tensors) and (strange := sorted(tensors.keys() - model.state_dict())):
+    elif any(SITE in name.split(".") for name in tensors) and (strange := _strange(model, tensors)):
         raise CheckpointError(
             f"the checkpoint has tensors of which the model has none: {first_of(strange)}. Is its adapter another's? "
             "Weights that an earlier lora-lite or a Trainer without AdapterCallback wrote can have the names of older "
@@ -188,6 +196,13 @@ def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwar
     with writing_folder("AdapterCallback", folder):
         replace_files({folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})})
     _save_each(model, folder)
+
+
+def _save_beside(trainer: Any, model: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+    """In the place of a trainer's: what it writes, and the adapters' files."""
+    type(trainer)._save(trainer, output_dir, state_dict)
+    if attachments(model):
+        _save_each(model, Path(output_dir or trainer.args.output_dir), state_dict)
 
 
 def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:

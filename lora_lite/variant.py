@@ -1,5 +1,6 @@
 """A variant: the tensors of an adapter, their start, and the primitive that they make. And the registry of all."""
 
+from dataclasses import fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
@@ -76,10 +77,16 @@ def register(variant: V) -> V:
     name, config = getattr(variant, "name", None), getattr(variant, "config", None)
     if not name or config is None or getattr(config, "variant", None) != name:
         raise ValueError(f"{variant.__name__} needs `name` and `config`, with config.variant == name; got {name!r}")
-    if name in REGISTRY and REGISTRY[name].__qualname__ != variant.__qualname__:
-        raise ValueError(f"a variant named {name!r} is registered already: {REGISTRY[name].__qualname__}")
+    if name in REGISTRY and _whereabouts(REGISTRY[name]) != _whereabouts(variant):
+        raise ValueError(
+            f"a variant named {name!r} is registered already, {_whereabouts(REGISTRY[name])}; give yours another name"
+        )
     REGISTRY[name] = variant
     return variant
+
+
+def _whereabouts(variant: type) -> str:
+    return f"{variant.__module__}.{variant.__qualname__}"
 
 
 def variant_of(cfg: AdapterConfig) -> type[Variant]:
@@ -94,3 +101,14 @@ def variant_of(cfg: AdapterConfig) -> type[Variant]:
             f"cfg must be the config of a registered variant ({', '.join(REGISTRY)}); got {type(cfg).__name__}"
         )
     return REGISTRY[name]
+
+
+def require_loadable(cfg: AdapterConfig) -> None:
+    """Raise an AttachError where a file of it could not be read: its class has fields that its variant's has not."""
+    known = variant_of(cfg).config
+    if more := sorted({each.name for each in fields(cfg)} - {each.name for each in fields(known)}):
+        raise AttachError(
+            f"{type(cfg).__name__} has fields ({', '.join(more)}) of which {known.__name__}, the config of variant "
+            f"{cfg.variant!r}, knows nothing, so that its files could not be loaded; register a variant "
+            "of your own with it"
+        )

@@ -733,3 +733,28 @@ def test_damaged_original_file(tmp_path: Path) -> None:
     refused(path, "config is not readable")
     rewrite(path, lambda m, t: m.update(cfg='{"variant": "oft"}'))
     refused(path, "'oft' is not registered")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Nor is a device, which a rename would replace."""
+    model = llama()
+    attach(model, "lora")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ll.CheckpointError, match="device or a pipe"):
+        ll.save(model, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(("made", "now"), [("bfloat16", "float32"), ("float32", "float64"), ("float32", "bfloat16")])
+def test_a_file_has_the_dtype_that_the_model_was_given(made: str, now: str, tmp_path: Path) -> None:
+    model = llama()
+    attach(model, "lora", dtype=getattr(torch, made))
+    model.to(getattr(torch, now))
+    randomize(model)
+    tensors = {name: t.clone() for name, t in ll.state_dict(model).items()}
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.detach(model)
+    ll.load(model, tmp_path / "adapter.safetensors")
+    assert all(
+        torch.equal(t, tensors[name]) and t.dtype == tensors[name].dtype for name, t in ll.state_dict(model).items()
+    )

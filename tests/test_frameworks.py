@@ -87,6 +87,37 @@ def saving(folder: Path, **fields: Any) -> TrainingArguments:
     )
 
 
+class Plain(torch.nn.Module):
+    """No library's model, of which a Trainer writes all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.linear(x) - labels).square().mean()}
+
+
+def test_a_checkpoint_of_a_plain_module_has_the_adapter_beside(tmp_path: Path) -> None:
+    model: Any = Plain()
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    data = [{"x": torch.randn(8), "labels": torch.randn(8)} for _ in range(8)]
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, save_strategy="steps", save_steps=2),
+        train_dataset=data,
+        callbacks=[AdapterCallback()],
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "last"))
+    for folder in ("checkpoint-4", "last"):
+        assert "linear.weight" in load_file(tmp_path / folder / "model.safetensors")
+        other: Any = Plain()
+        ll.load(other, tmp_path / folder / "adapter.safetensors")
+        assert all(torch.equal(t, ll.state_dict(model)[name]) for name, t in ll.state_dict(other).items())
+
+
 def test_a_checkpoint_is_the_adapter(tmp_path: Path) -> None:
     model = llama()
     attach(model, "dora")

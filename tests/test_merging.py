@@ -520,3 +520,26 @@ def test_options_that_save_merged_gives_itself(tmp_path: Path) -> None:
 def test_refuses() -> None:
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         ll.merged_state_dict(llama())
+
+
+class Factor(nn.Module):
+    """What `get_extra_state` is for, done by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.tensor(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}factor"] = self.factor
+
+
+def test_what_a_module_writes_itself() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Factor())
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    merged = ll.merged_state_dict(model)
+    assert merged.keys() == {"0.weight", "0.bias", "1.factor"}
+    assert torch.equal(merged["1.factor"], torch.tensor(3.0))
+    assert [name for name, _ in merging.merged_parameters(model)] == ["0.weight", "0.bias"]

@@ -1731,3 +1731,72 @@ def test_a_compiled_backward(how: str) -> None:
         return torch.cat([p.detach().flatten() for p in ll.parameters(model)])
 
     assert_close(trained(True), trained(False), 1e-6)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "antipasto"])
+def test_a_layer_that_was_resized_after_attach(variant: str, tmp_path: Path) -> None:
+    """A head that is tied to an embedding: transformers resizes it in its place."""
+    model = llama(tie_word_embeddings=True)
+    attach(model, variant, target_names=("lm_head", "q_proj"))
+    randomize(model)
+    model.resize_token_embeddings(70)  # type: ignore[operator]
+    for call in (lambda: logits(model), lambda: ll.merged_state_dict(model)):
+        with pytest.raises(ll.AttachError, match=r"^lm_head: .*attach anew"):
+            call()
+    with pytest.raises(ll.CheckpointError, match="lm_head: it is 32 → 70, and its adapter is for 32 → 61"):
+        ll.save(model, tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_optimizer_that_does_not_hold_the_adapters(tmp_path: Path) -> None:
+    """It was made before them, or of those that they replaced."""
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 25) -> list[str]:
+        def loop() -> None:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(torch.randn(4, 8)).square().sum().backward()
+                optimizer.step()
+
+        return warned(loop)
+
+    def two() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    model = two()
+    early = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ll.attach(model, L(r=2, target_roles=()))
+    (text,) = train(model, early)
+    assert "after 10 steps: these adapters get gradients, and no optimiser holds them" in text
+    assert "* ×2" in text
+    model = two().requires_grad_(False)
+    ll.attach(model, L(r=2, target_roles=()))
+    stale = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+    assert not train(model, stale)
+    ll.save(model, tmp_path / "adapter.safetensors")
+    ll.detach(model)
+    ll.load(model, tmp_path / "adapter.safetensors")
+    (text,) = train(model, stale)
+    assert "no optimiser holds them" in text
+    model = two().requires_grad_(False)
+    attachment = ll.attach(model, L(r=2, target_roles=()))
+    one = torch.optim.SGD(attachment.adapters["0"].parameters(), lr=1e-3)
+    (text,) = train(model, one)
+    assert "do not train: 1. Make" in text
+    model = two().requires_grad_(False)
+    attachment = ll.attach(model, L(r=2, target_roles=()))
+    copies = [p.detach().clone().requires_grad_() for p in ll.parameters(model)]
+
+    class OfCopies(torch.optim.SGD):
+        """As those that train float32 copies of 16-bit tensors."""
+
+        def step(self, closure: Any = None) -> Any:
+            for copied, p in zip(copies, ll.parameters(model), strict=True):
+                copied.grad = p.grad
+            found = super().step(closure)
+            for copied, p in zip(copies, ll.parameters(model), strict=True):
+                p.data.copy_(copied.data)
+            return found
+
+    del early, stale, one
+    assert not train(model, OfCopies(copies, lr=1e-3))

@@ -292,6 +292,36 @@ def test_other_libraries(quantise: Any, variant: str, tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, trained)
 
 
+def test_layers_that_write_themselves_alone_into_a_state_dict(tmp_path: Path) -> None:
+    """HQQ's: a Trainer's checkpoint has their adapters, and gives them back."""
+    frameworks = load_tests("test_frameworks")
+
+    def model(trained: bool) -> Any:
+        found = llama(**SIZES)
+        with_hqq(found)
+        attach(found, "lora")
+        if trained:
+            randomize(found)
+        return found
+
+    trainer = frameworks.Trainer(
+        first := model(trained=True),
+        frameworks.arguments(tmp_path / "first", save_strategy="steps", save_steps=2),
+        train_dataset=frameworks.examples(),
+        callbacks=[frameworks.AdapterCallback()],
+    )
+    trainer.train()
+    assert len(ll.attachment.own_tensors(first)) == len(ll.state_dict(first))
+    again = frameworks.Trainer(
+        second := model(trained=False),
+        frameworks.arguments(tmp_path / "second"),
+        train_dataset=frameworks.examples(),
+        callbacks=[frameworks.AdapterCallback()],
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert all(torch.equal(t, ll.state_dict(first)[name]) for name, t in ll.state_dict(second).items())
+
+
 class Unreadable(nn.Module):
     """A quantised layer of a kind that nobody here knows: packed numbers, and a product of its own."""
 

@@ -630,7 +630,7 @@ def variant_class(**attributes: Any) -> Any:
         ({"name": "broken"}, "needs `name` and `config`"),
         ({"config": ShiftConfig}, "needs `name` and `config`"),
         ({"name": "other", "config": ShiftConfig}, "config.variant == name; got 'other'"),
-        ({"name": "lora", "config": ll.LoRAConfig}, "'lora' is registered already: LoRA"),
+        ({"name": "lora", "config": ll.LoRAConfig}, r"'lora' is registered already, lora_lite\.variants\.lora\.LoRA"),
     ],
 )
 def test_register_refuses(attributes: dict[str, Any], message: str) -> None:

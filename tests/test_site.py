@@ -426,3 +426,13 @@ def test_doras_norm_is_not_of_autocasts_dtype() -> None:
         p = adapter.primitive(layer)
         norm = ll.reference.row_norm(p.W, p.A, p.B, p.scale, p.w_sq)
     assert_close(norm, V.norm(dim=1), 1e-6)
+
+
+def test_a_layer_of_another_library_whose_weight_dora_cannot_read() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU())
+    ll.attach(model, ll.DoRAConfig(r=4, target_roles=()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ll.AttachError, match=r"^0: the weight of its Linear can't be read"):
+        quantised(torch.randn(5, 16))

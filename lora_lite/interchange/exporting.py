@@ -183,7 +183,7 @@ def _sum(attachment: Attachment, adapter: Any, layer: nn.Module, name: str, what
         return Sum(adapter.lora_A, adapter.lora_B, adapter.cfg.scale, adapter.lora_m)
     with torch.no_grad():
         primitive = adapter.primitive(layer)
-    if not isinstance(primitive, LowRankAdd):
+    if type(primitive) is not LowRankAdd:  # a subclass may compute something else of A and B
         raise AttachError(
             f"{what}: {name}: there is nothing in such a file that computes {attachment.cfg.variant}'s "
             f"{type(primitive).__name__}; use save(model, path)"

@@ -147,3 +147,17 @@ def test_a_compiled_mixture() -> None:
         x = torch.randn(2, length, 32, requires_grad=True)
         (mine,), (theirs,) = (torch.autograd.grad(each(x).square().sum(), x) for each in (compiled, block))
         assert_close(mine, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "ia3", "road", "hra"])
+@pytest.mark.parametrize("size", [12, 40])
+def test_a_layer_that_was_resized_after_attach(variant: str, size: int) -> None:
+    """No kernel reads or writes beside a tensor."""
+    model: Any = nn.Sequential(nn.Linear(20, 20))
+    attach(model, variant, target_names=("0",))
+    model(torch.randn(5, 20))
+    model[0].weight = nn.Parameter(torch.randn(size, size), requires_grad=False)
+    model[0].bias = nn.Parameter(torch.randn(size), requires_grad=False)
+    model[0].in_features = model[0].out_features = size
+    with pytest.raises(ll.AttachError, match=r"^0: .*attach anew"):
+        model(torch.randn(5, size))
