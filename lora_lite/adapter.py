@@ -16,9 +16,9 @@ from . import reference
 from .backend import select
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids, require_size
-from .errors import AttachError
+from .errors import AttachError, first_of
 from .operators import transformed
-from .params import Params
+from .params import Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
@@ -37,6 +37,7 @@ class Adapter(Params):
     ) -> None:
         layer: Any = target.layer
         specs = variant.param_specs(*shape(layer), cfg)
+        _require_specs(variant.__name__, specs)
         if to_fill:
             specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
         if (experts := copies(layer)) is not None:
@@ -197,6 +198,15 @@ def _mark(weight: Tensor) -> tuple[StorageWeakRef, int | None]:
     """Its memory, and how often that had been written to. A weak reference to the tensor itself would keep PyTorch from
     moving it, where `.to` swaps tensors."""
     return StorageWeakRef(weight.untyped_storage()), _version(weight)
+
+
+def _require_specs(method: str, specs: Any) -> None:
+    """Raise an AttachError where a method's `param_specs` are none, or their names could not be a module's tensors."""
+    if not isinstance(specs, dict) or not specs or not all(isinstance(each, ParamSpec) for each in specs.values()):
+        raise AttachError(f"{method}.param_specs must give a ParamSpec for each name, at least one; got {specs!r}")
+    names = list(map(str, specs))
+    if strange := [name for name in names if not (name.startswith("lora_") and name.isidentifier())]:
+        raise AttachError(f"{method}.param_specs: names start with `lora_` and have no dots; got {first_of(strange)}")
 
 
 def _version(t: Tensor) -> int | None:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -37,6 +38,8 @@ from .left_out import left_out
 from .params import SITE
 from .placement import replicate
 from .quantized import is_dense, weight_of
+from .rows import Rows
+from .selection import disabled
 from .shapes import shape
 from .siblings import settle_siblings
 from .site import Site
@@ -98,6 +101,8 @@ def attach(
         require_batches(calibration_data)
         _warn_of_unused(cfg)
     if isinstance(cfg, Mapping):
+        if name != DEFAULT:
+            raise AttachError(f"attach: name={name!r} is for one config; a dict has its adapters' names for keys")
         return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
     variant = variant_of(cfg)
@@ -141,7 +146,7 @@ def _gathered(
     for t in targets:
         with naming(t.label):
             statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
-    with joined(stacks_among(targets)):
+    with joined(stacks_among(targets)), disabled(model) if attachments(model) else nullcontext():
         return gather(model, statistics, data)
 
 
@@ -406,6 +411,15 @@ def _settle_siblings(model: nn.Module) -> None:
     settle_siblings(model, [target for each in attachments(model) for target in each.targets])
 
 
+def _without(model: nn.Module, names: set[str]) -> None:
+    """Entries of a batch that took these adapters take none: one of that name that is attached later is another."""
+    made: dict[Rows, Rows] = {}
+    for site in sites_of(model):
+        if site.rows is not None and not names.isdisjoint(site.rows.names):
+            kept = tuple(None if name in names else name for name in site.rows.names)
+            site.rows = made.setdefault(site.rows, Rows(kept, site.rows.lengths, site.rows.batch_dim))
+
+
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take off the adapter of that name, or all of them. After the last, every base tensor and `requires_grad` flag is
     as it was before `attach`. Of modules that train in full, those that were replaced or resized meanwhile stay as they
@@ -433,6 +447,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         _settle_siblings(model)
         if not attachments(model):
             attachment.beside.restore(model)
+    _without(model, {each.name for each in gone})
     if given_up:
         warnings.warn(
             f"detach: these of modules_to_save were replaced or resized since attach, and stay as they are: "

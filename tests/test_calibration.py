@@ -16,6 +16,7 @@ from models import (
     calibration_batches,
     config,
     llama,
+    randomize,
     snapshot,
     start_tolerance,
     token_ids,
@@ -528,3 +529,20 @@ def test_data_for_one_of_several() -> None:
         ll.attach(llama(), {"a": config("lora"), "b": config("eva")}, calibration_data=iter(calibration_batches()))
     with pytest.warns(UserWarning, match="not used: lora, ia3 takes none"):
         ll.attach(llama(), {"a": config("lora"), "b": config("ia3")}, calibration_data=calibration_batches())
+
+
+def test_the_bare_model_runs_whatever_is_attached() -> None:
+    """An adapter that acts, or acts on some entries of a batch, has no part in another's start."""
+    batches = calibration_batches()
+    starts = []
+    for others in (False, True):
+        model = llama()
+        if others:
+            for name in ("a", "b"):
+                ll.attach(model, ll.LoRAConfig(r=4), name=name)
+            randomize(model)
+            ll.use(model, ["a", "b", None])
+        torch.manual_seed(0)
+        ll.attach(model, ll.EVAConfig(r=4), name="eva", calibration_data=batches)
+        starts.append(ll.state_dict(model, "eva"))
+    assert all(torch.equal(t, starts[1][name]) for name, t in starts[0].items())

@@ -182,3 +182,14 @@ def test_tensors_that_layers_share_are_saved(tmp_path: Path) -> None:
     ll.load(net, tmp_path / "own.safetensors")
     assert_close(net(x), y, 1e-6)
     assert len(load_file(tmp_path / "own.safetensors")) == 6
+
+
+@pytest.mark.parametrize(
+    "specs", [{}, None, {"cfg": ll.ParamSpec((2,))}, {"lora_.x": ll.ParamSpec((2,))}, {"lora_A": (2,)}]
+)
+def test_specs_that_are_none(specs: Any) -> None:
+    cfg = method(lambda p, layer, cfg: Primitive(), lambda in_features, out_features, cfg: specs)
+    net = model()
+    with pytest.raises(ll.AttachError, match=r"Own\.param_specs"):
+        ll.attach(net, cfg(r=4))
+    assert not ll.attachment.attachments(net)

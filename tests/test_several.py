@@ -559,3 +559,26 @@ def test_entries_without_a_token(methods: tuple[str, str]) -> None:
         assert block.self_attn.q_proj(batch).shape == (*batch.shape[:2], 32)
         if "batch_dim" not in each:
             assert block.mlp(batch).shape == batch.shape
+
+
+def test_a_name_that_is_attached_again_acts_on_all_entries() -> None:
+    """Also on the layers that another adapter has kept, whose entries `use` had named for the one that was detached."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("0", "1")), name="a")
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("0",)), name="b")
+    ll.use(model, ["a", "b", None])
+    with pytest.warns(UserWarning, match="have no adapter now"):
+        ll.detach(model, "a")
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("0", "1")), name="a")
+    randomize(model)
+    x = torch.randn(3, 8)
+    with ll.disabled(model, "b"):
+        found = model(x)
+    ll.detach(model, "b")
+    ll.use(model, "a")
+    assert_close(found, model(x), 1e-6)
+
+
+def test_names_of_a_dict_are_its_keys() -> None:
+    with pytest.raises(ll.AttachError, match="name='c' is for one config"):
+        ll.attach(nn.Linear(8, 8), {"a": ll.LoRAConfig(r=2)}, name="c")  # type: ignore[call-overload]
