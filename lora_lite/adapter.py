@@ -109,7 +109,10 @@ class Adapter(Params):
 
     def _outside_autocast(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         with reference.without_autocast(self.device):
-            return self.variant.primitive(self, layer, cfg)
+            primitive = self.variant.primitive(self, layer, cfg)
+        if not isinstance(primitive, Primitive):
+            raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got {primitive!r}")
+        return primitive
 
     @property
     def valueless(self) -> bool:

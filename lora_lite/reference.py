@@ -140,7 +140,7 @@ def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments, o
     kept = nn.functional.dropout(rows, dropout) if dropout else rows
     with without_autocast(x.device):
         same, h = of_segments.shrink(kept, A, segments, dtype, own)
-    return x if dropout else same.view(x.shape), h
+    return x if dropout or same is rows else same.view(x.shape), h
 
 
 def sharing(

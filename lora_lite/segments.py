@@ -26,9 +26,9 @@ _GROUPED = (torch.float32, torch.bfloat16, torch.float16) if grouped_mm is not N
 
 
 def once(made: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
-    """What `make` makes, kept in `made`. A graph that is compiled makes its own, and so does a FakeTensorMode, whose
-    tensors hold no values."""
-    if torch.compiler.is_compiling() or without_values():
+    """What `make` makes, kept in `made`. A graph that is compiled or traced makes its own, and so does a
+    FakeTensorMode, whose tensors hold no values."""
+    if torch.compiler.is_compiling() or without_values() or traced():
         return make()
     if key not in made:
         made[key] = make()

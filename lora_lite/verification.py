@@ -272,8 +272,9 @@ def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: T
         if x.is_floating_point():
             wanted = {"grad_input": (x := x.detach().requires_grad_()), **wanted}
         y = run(x)
-        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype))
-    return {"output": y.detach(), **dict(zip(wanted, grads, strict=True))}
+        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype), allow_unused=True)
+    found = zip(wanted.items(), grads, strict=True)  # a method may leave a tensor out
+    return {"output": y.detach(), **{name: torch.zeros_like(p) if g is None else g for (name, p), g in found}}
 
 
 def _error(got: Tensor, want: Tensor) -> float:

@@ -150,6 +150,19 @@ def test_values_that_a_file_would_give_back_as_others(value: Any) -> None:
         ll.attach(model(), cfg(r=4, own=value))
 
 
+def test_a_primitive_that_is_none() -> None:
+    net = model()
+    ll.attach(net, method(lambda p, layer, cfg: None)(r=4, target_names=("0",)))
+    with pytest.raises(ll.AttachError, match=r"^0: Own\.primitive must return a Primitive; got None"):
+        net(torch.randn(5, 12))
+
+
+def test_verify_of_a_method_that_leaves_a_tensor_out() -> None:
+    net, x = model(), torch.randn(5, 12)
+    ll.attach(net, method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B))(r=4, target_names=("0",)))
+    assert ll.verify(net, x)
+
+
 def test_a_copy_of_a_method_needs_a_name_of_its_own() -> None:
     original = REGISTRY["hra"]
     copied = type("HRA", (ll.Variant,), {"name": "hra", "config": original.config, "__qualname__": "HRA"})

@@ -582,3 +582,19 @@ def test_a_name_that_is_attached_again_acts_on_all_entries() -> None:
 def test_names_of_a_dict_are_its_keys() -> None:
     with pytest.raises(ll.AttachError, match="name='c' is for one config"):
         ll.attach(nn.Linear(8, 8), {"a": ll.LoRAConfig(r=2)}, name="c")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("second", ["lora", "hra"])
+def test_programs_of_entries(second: str) -> None:
+    """`torch.export`, not strict, with a length that changes; a trace as the first call, which is made twice."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    for name, variant in (("a", "lora"), ("b", second)):
+        ll.attach(model, config(variant, target_roles=()), name=name)
+    randomize(model)
+    ll.use(model, ["a", "b", None])
+    x, longer = torch.randn(3, 5, 16), torch.randn(3, 9, 16)
+    program = torch.jit.trace(model, (x,))
+    assert_close(program(longer), model(longer), 1e-6)
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},), strict=False).module()
+    assert_close(exported(longer), model(longer), 1e-6)
