@@ -15,10 +15,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import reference
 from .backend import select
 from .config import AdapterConfig
-from .embeddings import looked_up, on_ids, require_size
+from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
 from .operators import transformed
-from .params import Params, ParamSpec
+from .params import SITE, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
@@ -193,6 +193,27 @@ class Adapter(Params):
         return f"{self.variant.name}, r={self.cfg.r}"
 
 
+def _require_specs(method: str, specs: Any) -> None:
+    """Raise an AttachError where a method's `param_specs` are none, or their names could not be a module's tensors."""
+    if not isinstance(specs, dict) or not specs or not all(isinstance(each, ParamSpec) for each in specs.values()):
+        raise AttachError(f"{method}.param_specs must give a ParamSpec for each name, at least one; got {specs!r}")
+    names = list(map(str, specs))
+    if strange := [name for name in names if not (name.startswith("lora_") and name.isidentifier())]:
+        raise AttachError(f"{method}.param_specs: names start with `lora_` and have no dots; got {first_of(strange)}")
+
+
+def require_size(adapter: Adapter, layer: nn.Module) -> None:
+    """Raise an AttachError where the layer was resized since the adapter was made for it."""
+    if adapter.shape != shape(layer):
+        name = getattr(layer._modules.get(SITE), "name", type(layer).__name__)
+        (K, N), (of_K, of_N) = shape(layer), adapter.shape
+        it, its = (f"has {K} embeddings", of_K) if is_embedding(layer) else (f"is {K} → {N}", f"{of_K} → {of_N}")
+        raise AttachError(
+            f"{name}: it {it}, and its adapter is for {its}: it was resized after attach. Detach, resize, and "
+            "attach anew"
+        )
+
+
 # Of each adapter that derives something, the mark of the weight that it did so from.
 _derived_from: WeakKeyDictionary[Adapter, tuple[StorageWeakRef, int | None]] = WeakKeyDictionary()
 
@@ -201,15 +222,6 @@ def _mark(weight: Tensor) -> tuple[StorageWeakRef, int | None]:
     """Its memory, and how often that had been written to. A weak reference to the tensor itself would keep PyTorch from
     moving it, where `.to` swaps tensors."""
     return StorageWeakRef(weight.untyped_storage()), _version(weight)
-
-
-def _require_specs(method: str, specs: Any) -> None:
-    """Raise an AttachError where a method's `param_specs` are none, or their names could not be a module's tensors."""
-    if not isinstance(specs, dict) or not specs or not all(isinstance(each, ParamSpec) for each in specs.values()):
-        raise AttachError(f"{method}.param_specs must give a ParamSpec for each name, at least one; got {specs!r}")
-    names = list(map(str, specs))
-    if strange := [name for name in names if not (name.startswith("lora_") and name.isidentifier())]:
-        raise AttachError(f"{method}.param_specs: names start with `lora_` and have no dots; got {first_of(strange)}")
 
 
 def _version(t: Tensor) -> int | None:

@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, require_size
 from .attaching import build, check_free, derive, install, whole_modules
 from .attachment import DEFAULT, Attachment, attachments, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .beside import require_no_peft
 from .config import AdapterConfig
-from .embeddings import require_size
 from .errors import AttachError, CheckpointError, LoraLiteError, first_of, naming
 from .files import read_json, read_tensors, replace_files, writing
 from .fitness import unfit
@@ -127,13 +126,12 @@ def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> No
 
 def _dtype(attachment: Attachment) -> torch.dtype:
     """The config's, or the one that `model.to` has given all matrices since."""
-    specs = [
-        (adapter, key)
+    dtypes = {
+        adapter.dtypes[key]
         for adapter in attachment.adapters.values()
         for key, spec in adapter.specs.items()
         if spec.dtype is None and len(spec.shape) > 1
-    ]
-    dtypes = {adapter.dtypes[key] for adapter, key in specs}
+    }
     return dtypes.pop() if len(dtypes) == 1 else attachment.cfg.dtype
 
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from .errors import AttachError
-from .params import SITE
 from .placement import brought, execution_device, is_sharded
 from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight, is_dense, weight_of
-from .shapes import is_embedding, shape
+from .shapes import is_embedding
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -98,15 +97,3 @@ def require_inputs(variant: str, layer: nn.Module) -> None:
     """Raise an AttachError where the layer is an embedding: its inputs teach a method nothing."""
     if is_embedding(layer):
         raise AttachError(f"{variant} starts from a layer's inputs, and an embedding's are ids; {_REMEDY}")
-
-
-def require_size(adapter: "Adapter", layer: nn.Module) -> None:
-    """Raise an AttachError where the layer was resized since the adapter was made for it."""
-    if adapter.shape != shape(layer):
-        name = getattr(layer._modules.get(SITE), "name", type(layer).__name__)
-        (K, N), (of_K, of_N) = shape(layer), adapter.shape
-        it, its = (f"has {K} embeddings", of_K) if is_embedding(layer) else (f"is {K} → {N}", f"{of_K} → {of_N}")
-        raise AttachError(
-            f"{name}: it {it}, and its adapter is for {its}: it was resized after attach. Detach, resize, and "
-            "attach anew"
-        )

@@ -57,7 +57,7 @@ class Watch:
         self.trained = False  # whether an optimiser has stepped, with gradients
         self._steps_of: Counter[int] = Counter()  # by the optimiser's id
         self._stepped: set[str] = set()  # layers whose adapters such an optimiser holds
-        self._steps_by_others = 0  # any optimiser's, each after another gradient
+        self._steps_with_gradients = 0  # any optimiser's, each after another gradient
         self._before: dict[str, list[Any]] = {}  # some elements of each adapter then
         self._gradients_before: Any = None  # what told those of the last such step from others
         self._said: set[str] = set()
@@ -162,15 +162,17 @@ class Watch:
     def _look_for_changes(self) -> None:
         """Warn of adapters that get gradients and that no optimiser holds, if some steps of others have not changed
         them either, as one would that holds copies: it was made before they were attached, say."""
+        if self._steps_with_gradients == _PATIENCE // 2:
+            return
         gradients = [p.grad for layer in self.reached for p in self.adapters[layer].parameters()]
         mark = (self.backwards, [(id(g), g._version) for g in gradients if g is not None])
         if not self.reached or mark == self._gradients_before:  # the step is another model's
             return
         self._gradients_before = mark
-        self._steps_by_others += 1
-        if self._steps_by_others == 1:
+        self._steps_with_gradients += 1
+        if self._steps_with_gradients == 1:
             self._before = {layer: _samples(self.adapters[layer]) for layer in self.reached}
-        if self._steps_by_others != _PATIENCE // 2:
+        if self._steps_with_gradients != _PATIENCE // 2:
             return
         held, before, self._before = self._held(p for o in _optimizers() for p in _parameters(o)), self._before, {}
         left = [
@@ -181,8 +183,8 @@ class Watch:
         ]
         if left:
             warnings.warn(
-                f"after {self._steps_by_others} steps: these adapters get gradients, and no optimiser holds them, so "
-                f"that they do not train: {listing(sorted(left))}. Make the optimiser after attach or load, of "
+                f"after {self._steps_with_gradients} steps: these adapters get gradients, and no optimiser holds them, "
+                f"so that they do not train: {listing(sorted(left))}. Make the optimiser after attach or load, of "
                 "lora_lite.parameters(model)",
                 stacklevel=2,
             )

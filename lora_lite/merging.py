@@ -22,10 +22,10 @@ from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
+from .adapter import require_size
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import not_finite
-from .embeddings import require_size
 from .errors import AttachError, first_of, naming
 from .files import replace_files, replace_folder, writing_folder
 from .fitness import run_one_row

@@ -212,7 +212,8 @@ class _ExpandAdd(torch.autograd.Function):
         if needs_h:
             dh = ctx.products.narrow(dys, stack.to(ctx.dtype).mT).mul_(ctx.scale).to(h.dtype)
         if needs_stack:
-            d_stack = ctx.products.outer_of_wide(dys, (ctx.scale * h).to(ctx.dtype), len(stack)).to(stack.dtype)
+            transposed = ctx.products.outer((ctx.scale * h).to(ctx.dtype), dys, len(stack))
+            d_stack = transposed.mT.contiguous().to(stack.dtype)
         return dy, dh, d_stack, None, None, None, None
 
 
@@ -260,10 +261,6 @@ class _InRuns:
     def outer(self, h: Float[Tensor, "M P"], x: Tensor, G: int) -> Float[Tensor, "G P Q"]:
         """Of each of G matrices Σ hᵀ x over its rows."""
         return _grouped_outer(h, x, self.segments, G)
-
-    def outer_of_wide(self, y: Tensor, h: Float[Tensor, "M Q"], G: int) -> Float[Tensor, "G P Q"]:
-        """Of each of G matrices Σ yᵀ h over its rows."""
-        return _grouped_outer(y, h, self.segments, G)
 
 
 @dataclass(frozen=True)
@@ -322,9 +319,6 @@ class _InBlocks:
             return parts
         parts = parts.float()  # each is rounded already; their sum is not to be
         return parts.new_zeros(G + 1, *parts.shape[1:]).index_add_(0, self.which, parts)[:-1]
-
-    def outer_of_wide(self, y: Tensor, h: Float[Tensor, "M Q"], G: int) -> Float[Tensor, "G P Q"]:
-        return self.outer(h, y, G).mT.contiguous()
 
     def _rows(self, slots: Float[Tensor, "n length D"], out: Tensor | None = None) -> Float[Tensor, "M D"]:
         return torch.index_select(slots.reshape(-1, slots.shape[2]), 0, self.slot_of_row, out=out)
