@@ -34,7 +34,7 @@ _ATTEMPTS = 3
 # Triton compiles for the size of a tensor's storage too on AMD, where its binder is not to be left out.
 _COMPILED = torch.version.hip is None
 
-Start = Callable[[Any, tuple[Any, ...]], None]  # of a kernel: the stream, its tensors
+Start = Callable[[Any, tuple[Any, ...], bool], None]  # of a kernel: the stream, its tensors, `_has_hooks`
 
 _recordings: dict[tuple[Any, ...], "Recording | int"] = {}  # a number: how often it was called without one
 
@@ -67,7 +67,7 @@ def launch(
             recorder.launches(_started(compiled, (*grid, 1, 1)[:3], rest), tensors)
         else:
             run = functools.partial(kernel[grid], **options)
-            recorder.launches(lambda stream, tensors: run(*tensors, *rest), tensors)
+            recorder.launches(lambda stream, tensors, profiled: run(*tensors, *rest), tensors)
 
 
 def _started(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Start:
@@ -76,8 +76,8 @@ def _started(compiled: Any, grid: tuple[int, ...], rest: tuple[Any, ...]) -> Sta
     x, y, z = grid
     run, function, metadata, observed = compiled.run, compiled.function, compiled.packed_metadata, compiled[grid]
 
-    def start(stream: Any, tensors: tuple[Any, ...]) -> None:
-        if _has_hooks():
+    def start(stream: Any, tensors: tuple[Any, ...], profiled: bool) -> None:
+        if profiled:
             observed(*tensors, *rest)
         else:
             run(x, y, z, stream, function, metadata, None, None, None, *tensors, *rest)
@@ -117,9 +117,9 @@ class Recording(NamedTuple):
             new = room(shape, strides, dtype=dtype, device=device) if source is None else tensors[source].to(dtype)
             tensors.append(new)
         tensors.append(None)
-        stream = self.stream_of(index)
+        stream, profiled = self.stream_of(index), _has_hooks()
         for start, its in self.launches:
-            start(stream, its(tensors))
+            start(stream, its(tensors), profiled)
         results = self.results
         return tensors[results] if isinstance(results, int) else tuple([tensors[i] for i in results])
 
@@ -215,7 +215,7 @@ def replayed(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _key(call: Callable[..., Any], args: Sequence[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
     """What the call does follows from this. Collects the tensors; empty: it is not to be recorded."""
-    key: list[Any] = [call, tuning.allows_tf32(), torch.are_deterministic_algorithms_enabled()]
+    key: list[Any] = [call, tuning.allows_tf32(), torch._C._get_deterministic_algorithms()]
     return () if tuning._forced or not _look(args, tensors, key) else tuple(key)
 
 
@@ -225,7 +225,8 @@ def _look(args: Sequence[Any], tensors: list[Tensor], key: list[Any]) -> bool:
         kind = type(each)
         if kind is Tensor or kind is _PARAMETER:
             tensors.append(each)
-            key += (each.dtype, each.shape, each.stride(), each.data_ptr() & 15, each.device)
+            strides = each.is_contiguous() or each.stride()  # shorter, and quicker to get and compare
+            key += (each.dtype, each.shape, strides, each.data_ptr() & 15, each.get_device())
         elif kind is list or kind is tuple:
             key.append(len(each))
             if each and not _look(each, tensors, key):

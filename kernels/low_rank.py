@@ -139,7 +139,7 @@ def shrink(
 ) -> tuple[Float[Tensor, "*M K"], Float[Tensor, "M R"]]:
     """(x, x Aᵀ), the second with its leading dimensions as one, and of x after dropout. Hand the returned x, not the
     argument, to the layer. With segments A is a stack, of which each row takes its own."""
-    seed = new_seed(x, dropout) if threshold(dropout) else None
+    seed = new_seed(x, dropout) if dropout and threshold(dropout) else None
     arguments = (x, A, compute_dtype(x), Runs.of(segments, x, A.shape[0]), seed)
     if torch.is_grad_enabled() and x.requires_grad:
         return (_Tap.apply if watched() else _tap)(*arguments)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from .backend import select
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
-from .operators import transformed
+from .operators import autocast_anywhere, transformed
 from .params import SITE, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive
@@ -96,7 +96,8 @@ class Adapter(Params):
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         if is_embedding(layer):
             require_size(self, layer)
-        self.follow(layer)
+        if self.derives:
+            self.follow(layer)
         if is_managed(self):
             if self.training and torch.is_grad_enabled() and self._a_tensor.is_meta:
                 raise AttachError(
@@ -108,7 +109,10 @@ class Adapter(Params):
         return self._outside_autocast(layer, cfg)
 
     def _outside_autocast(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
-        with reference.without_autocast(self.device):
+        if autocast_anywhere():
+            with reference.without_autocast(self.device):
+                primitive = self.variant.primitive(self, layer, cfg)
+        else:
             primitive = self.variant.primitive(self, layer, cfg)
         if not isinstance(primitive, Primitive):
             raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got {primitive!r}")

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 NO_TENSOR = frozenset({list, float, int, bool, torch.dtype, type(None)})
+_tracing_state = torch._C._get_tracing_state
 _dispatching = False
 
 
@@ -44,7 +45,7 @@ def watched() -> bool:
         or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
-        or traced()
+        or _tracing_state() is not None
     )
 
 
@@ -62,7 +63,7 @@ def of_a_batch(grad: Tensor) -> bool:
 
 def traced() -> bool:
     """Whether `torch.jit.trace` looks on: it takes operators of any kind, and for constants what the host asks for."""
-    return torch._C._get_tracing_state() is not None
+    return _tracing_state() is not None
 
 
 def transformed() -> bool:
@@ -72,7 +73,7 @@ def transformed() -> bool:
 
 
 def _transformed() -> bool:
-    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or traced()
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None or _tracing_state() is not None
 
 
 _transformed_graph = torch.compiler.assume_constant_result(_transformed)  # asked when it is compiled
@@ -83,9 +84,12 @@ def without_values() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+autocast_anywhere = torch._C._is_any_autocast_enabled
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """In which autocast has products there; None: it is off, as it always is for tensors without values."""
-    if not torch._C._is_any_autocast_enabled() or (kind := device.type) == "meta":
+    if not autocast_anywhere() or (kind := device.type) == "meta":
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -133,7 +137,9 @@ class Operator(CustomOpDef):
         call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = call(*args)
+            output = self._again(*args)
+            if output is None:
+                output = call(*args)
             keep(ctx, args, output)
             return output
 

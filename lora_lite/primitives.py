@@ -60,14 +60,13 @@ class Primitive:
         return y
 
 
-def require_width(t: Tensor, *vectors: int) -> None:
+def require_width(t: Tensor, width: int) -> None:
     """Raise an AttachError where what meets the rows of t is not as wide: a kernel would read and write beside it."""
-    for width in vectors:
-        if t.shape[-1] != width:
-            raise AttachError(
-                f"its adapter is for rows of {width} numbers, and got {t.shape[-1]}. Was the layer resized after "
-                "attach? Detach, resize, and attach anew"
-            )
+    if t.shape[-1] != width:
+        raise AttachError(
+            f"its adapter is for rows of {width} numbers, and got {t.shape[-1]}. Was the layer resized after attach? "
+            "Detach, resize, and attach anew"
+        )
 
 
 class Shrinks(Primitive):
@@ -201,7 +200,8 @@ class LowRankAddRescale(Shrinks):
     dropout: float = 0.0
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        require_width(y, self.B.shape[-2], self.m.shape[-1])
+        require_width(y, self.B.shape[-2])
+        require_width(y, self.m.shape[-1])
         g = self.m / self._norm(ops)
         bias = None if self.bias is None else self.bias.detach()
         y = ops.expand_add_rescale(y, carry, self.B, self.scale, g, bias, self.segments)
@@ -257,7 +257,8 @@ class InputLowRankAdd(Primitive):
     B: Float[Tensor, "*G K R"]
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
-        require_width(x, self.A.shape[-1], self.B.shape[-2])
+        require_width(x, self.A.shape[-1])
+        require_width(x, self.B.shape[-2])
         require_width(self.B, self.A.shape[-2])
         return ops.shrink_expand(x, self.A, self.B, self.segments), None
 
@@ -299,7 +300,8 @@ class RotatePairs(Primitive):
     group_size: int
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        require_width(y, self.c.shape[-1], self.s.shape[-1])
+        require_width(y, self.c.shape[-1])
+        require_width(y, self.s.shape[-1])
         if self.group_size < 2 or self.group_size % 2 or y.shape[-1] % self.group_size:
             raise AttachError(
                 f"group_size must be even and divide {y.shape[-1]}, the layer's width; got {self.group_size}"

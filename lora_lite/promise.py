@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def _ids(tensors: list[Tensor]) -> list[int]:
     return [id(t) for t in tensors]
 
 
-_kept: WeakKeyDictionary[Adapter, Kept] = WeakKeyDictionary()  # copies and replicas of a model are under no promise
+_kept: dict[Adapter, Kept] = {}  # copies and replicas of a model are under no promise
 
 
 def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, always_after, begin, call_with, end, under_way, with_call
+from .calls import Call, always_after, begin, end, under_way, with_call
 from .in_place import backend
 from .operators import autocast_dtype, transformed
 from .params import SITE
@@ -173,9 +173,8 @@ class Family:
 
 
 def share(layer: nn.Module, x: Tensor, caller: Call | None) -> Shared | None:
-    """What the call of its parent has ready for the layer; None: it computes alone, as where the call in which it is
-    called is not its parent's, or one of both is compiled by itself."""
-    caller = call_with(x) if torch.compiler.is_compiling() else caller
+    """What its caller has ready for the layer; None: it computes alone, as where that is not its parent, or one of both
+    is compiled by itself."""
     return caller.kept.share(caller.module, layer, x) if caller and isinstance(caller.kept, Family) else None
 
 

@@ -113,7 +113,9 @@ class Site(nn.ModuleDict):
                 raise AttachError(f"{site.name}: its adapter looks up ids, and it got rows of {x.dtype}; use disabled")
             x = x.unsqueeze(-1)  # an id is a row of one number, so that rows are counted as everywhere
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
-        shared = share(layer, x, caller) if site.rows is None else None
+        if compiling:
+            caller = call_with(x)
+        shared = share(layer, x, caller) if caller and site.rows is None else None
         pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
         if shared and shared.x is not None:
             x, pieces = shared.x, pieces[1:]
