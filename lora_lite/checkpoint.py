@@ -171,10 +171,11 @@ def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
     for target in attachment.targets:
         layer, adapter = target.name, attachment.adapters[target.name]
         try:
-            require_size(adapter, target.layer)
-            found[layer] = adapter.alone()
+            with naming(layer):
+                require_size(adapter, target.layer)
+                found[layer] = adapter.alone()
         except AttachError as error:
-            raise CheckpointError(f"{what}: {layer}: {error}") from error
+            raise CheckpointError(f"{what}: {error}") from error
     return found
 
 

@@ -160,8 +160,7 @@ class Watch:
         return None
 
     def _look_for_changes(self) -> None:
-        """Warn of adapters that get gradients and that no optimiser holds, if some steps of others have not changed
-        them either, as one would that holds copies: it was made before they were attached, say."""
+        """Warn of adapters that get gradients, and that some steps have not changed."""
         if self._steps_with_gradients == _PATIENCE // 2:
             return
         gradients = [p.grad for layer in self.reached for p in self.adapters[layer].parameters()]
@@ -174,20 +173,36 @@ class Watch:
             self._before = {layer: _samples(self.adapters[layer]) for layer in self.reached}
         if self._steps_with_gradients != _PATIENCE // 2:
             return
-        held, before, self._before = self._held(p for o in _optimizers() for p in _parameters(o)), self._before, {}
-        left = [
+        before, self._before = self._before, {}
+        as_before = {
             layer
             for layer, samples in before.items()
-            if layer not in held and self.name not in self.sites[layer].off and not _is_frozen(self.adapters[layer])
+            if self.name not in self.sites[layer].off and not _is_frozen(self.adapters[layer])
             if samples and all(map(torch.equal, samples, _samples(self.adapters[layer])))
-        ]
-        if left:
-            warnings.warn(
-                f"after {self._steps_with_gradients} steps: these adapters get gradients, and no optimiser holds them, "
-                f"so that they do not train: {listing(sorted(left))}. Make the optimiser after attach or load, of "
-                "lora_lite.parameters(model)",
-                stacklevel=2,
-            )
+        }
+        if as_before:
+            self._report_unchanged(as_before)
+
+    def _report_unchanged(self, layers: set[str]) -> None:
+        """Nobody holds them (the optimiser was made before attach, say, and holds no copies either), their gradients
+        are zero, or the steps too small. Nothing is said of those whose turn has hardly come."""
+        optimizers = _optimizers()
+        held = self._held(p for each in optimizers for p in _parameters(each))
+        busy = [each for each in optimizers if self._steps_of[id(each)] >= self._steps_with_gradients - 1]
+        stepped = layers & self._held(p for each in busy for p in _parameters(each, at_rest=False))
+        zero = {layer for layer in stepped if not any(_grad_is_some(p) for p in self.adapters[layer].parameters())}
+        texts = {
+            "these adapters get gradients, and no optimiser holds them, so that they do not train: {}. Make the "
+            "optimiser after attach or load, of lora_lite.parameters(model)": layers - held,
+            "the gradients of these adapters are zero, so that they do not train: {}. A weight of nothing but zeros "
+            "gives methods that start from it none; leave such layers out by exclude_names": zero,
+            "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their "
+            "dtype, if it is no accident: give the config dtype=torch.float32": stepped - zero,
+        }
+        for text, found in texts.items():
+            if found:
+                when = f"after {self._steps_with_gradients} steps"
+                warnings.warn(f"{when}: {text.format(listing(sorted(found)))}", stacklevel=2)
 
     def _look_at_steps(self, within: bool) -> None:
         model = self._model()
@@ -352,9 +367,19 @@ def astray(model: nn.Module, whole: WholeModules) -> list[str]:
 
 
 def _samples(adapter: Adapter) -> list[Any]:
-    """Some elements of each tensor that trains and has values here."""
+    """Some elements of each tensor that trains and has values here, of each matrix of a stack."""
     trained = (p.detach() for p in adapter.parameters() if p.requires_grad and p.numel() and not p.is_meta)
-    return [getattr(p, "to_local", lambda p=p: p)().reshape(-1)[:64].clone() for p in trained]
+    flat = [_local(p).reshape(-1) for p in trained]
+    return [t[:: max(1, t.numel() // 1024)].clone() for t in flat]
+
+
+def _local(t: Any) -> Any:
+    """What of it this process has."""
+    return getattr(t, "to_local", lambda: t)()
+
+
+def _grad_is_some(p: Any) -> bool:
+    return p.grad is not None and bool(_local(p.grad).any())
 
 
 def _is_frozen(adapter: Adapter) -> bool:
@@ -376,9 +401,10 @@ def _optimizers() -> list[torch.optim.Optimizer]:
     return [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
-    """What it holds; nothing, if it is half made."""
-    return (p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
+def _parameters(optimizer: torch.optim.Optimizer, at_rest: bool = True) -> Iterator[Any]:
+    """What it holds; nothing, if it is half made. `at_rest`: also what it has no learning rate for by now."""
+    groups = getattr(optimizer, "param_groups", ())
+    return (p for group in groups if at_rest or group.get("lr") is None or group["lr"] != 0 for p in group["params"])
 
 
 def _in_compiled_backward() -> bool:

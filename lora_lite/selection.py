@@ -21,7 +21,8 @@ from .whole_modules import settle
 def use(
     model: nn.Module, *names: str | Sequence[str | None], lengths: Sequence[int] | None = None, batch_dim: int = 0
 ) -> None:
-    """Let only the adapters of these names act, until the next `use`. The others stay attached, without gradients.
+    """Let only the adapters of these names act, until the next `use`; within `disabled`, until that ends. The others
+    stay attached, without gradients.
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,

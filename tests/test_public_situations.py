@@ -1743,7 +1743,7 @@ def test_a_layer_that_was_resized_after_attach(variant: str, tmp_path: Path) -> 
     for call in (lambda: logits(model), lambda: ll.merged_state_dict(model)):
         with pytest.raises(ll.AttachError, match=r"^lm_head: .*attach anew"):
             call()
-    with pytest.raises(ll.CheckpointError, match="lm_head: it is 32 → 70, and its adapter is for 32 → 61"):
+    with pytest.raises(ll.CheckpointError, match="save: lm_head: it is 32 → 70, and its adapter is for 32 → 61"):
         ll.save(model, tmp_path / "adapter.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -1800,3 +1800,42 @@ def test_an_optimizer_that_does_not_hold_the_adapters(tmp_path: Path) -> None:
 
     del early, stale, one
     assert not train(model, OfCopies(copies, lr=1e-3))
+
+
+def _steps(model: nn.Module, lr: float = 1e-3, steps: int = 25) -> list[str]:
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=lr)
+
+    def loop() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8, dtype=model[0].weight.dtype)).float().square().sum().backward()  # type: ignore
+            optimizer.step()
+
+    return warned(loop)
+
+
+@pytest.mark.parametrize("variant", ["dora", "delora", "hra"])
+def test_a_weight_of_zeros_gives_no_gradient(variant: str) -> None:
+    """As of layers that start so, and have not been trained: these methods stay where they are."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    ll.attach(model, ll.REGISTRY[variant].config(r=2, target_roles=()))
+    (text,) = _steps(model)
+    assert "after 10 steps: the gradients of these adapters are zero" in text
+    assert "do not train: *" in text  # and through it no gradient reaches the first
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    ll.attach(model, ll.REGISTRY[variant].config(r=2, target_roles=()))
+    assert not _steps(model)
+
+
+def test_steps_that_are_lost_in_rounding() -> None:
+    def model(dtype: torch.dtype) -> nn.Module:
+        bare = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16).requires_grad_(False)
+        ll.attach(bare, ll.PiSSAConfig(r=2, alpha=2, target_roles=(), dtype=dtype))
+        return bare
+
+    (text,) = _steps(model(torch.bfloat16), lr=1e-7)
+    assert "after 10 steps: the optimiser's steps have not changed these adapters: * ×2" in text
+    assert "dtype=torch.float32" in text
+    assert not _steps(model(torch.float32), lr=1e-5)
+    assert not _steps(model(torch.bfloat16), lr=0.0)  # not to be trained yet
