@@ -194,8 +194,8 @@ class Watch:
         texts = {
             "these adapters get gradients, and no optimiser holds them, so that they do not train: {}. Make the "
             "optimiser after attach or load, of lora_lite.parameters(model)": layers - held,
-            "the gradients of these adapters are zero, so that they do not train: {}. A weight of nothing but zeros "
-            "gives methods that start from it none; leave such layers out by exclude_names": zero,
+            "the gradients of these adapters are zero, so that they do not train: {}. Nothing uses their output, or "
+            "their method starts from a weight of zeros; leave such layers out by exclude_names": zero,
             "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their "
             "dtype, if it is no accident: give the config dtype=torch.float32": stepped - zero,
         }

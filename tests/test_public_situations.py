@@ -1839,3 +1839,29 @@ def test_steps_that_are_lost_in_rounding() -> None:
     assert "dtype=torch.float32" in text
     assert not _steps(model(torch.float32), lr=1e-5)
     assert not _steps(model(torch.bfloat16), lr=0.0)  # not to be trained yet
+
+
+def test_unused_in_a_compiled_region() -> None:
+    """A layer that shares x with others gets a gradient of zeros there, and not none."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x) + self.k(x).detach()
+
+    model = Reads().requires_grad_(False)
+    ll.attach(model, L(r=2, target_names=("q", "k")))
+    compiled, optimizer = torch.compile(model, backend="aot_eager"), torch.optim.SGD(ll.parameters(model), lr=1e-3)
+
+    def loop() -> None:
+        for _ in range(12):
+            optimizer.zero_grad()
+            compiled(torch.randn(4, 8, requires_grad=True)).square().sum().backward()
+            optimizer.step()
+
+    text = warned(loop)[-1]
+    assert "after 10 steps: the gradients of these adapters are zero" in text
+    assert "do not train: k." in text
