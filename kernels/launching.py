@@ -226,7 +226,7 @@ def _look(args: Sequence[Any], tensors: list[Tensor], key: list[Any]) -> bool:
         if kind is Tensor or kind is _PARAMETER:
             tensors.append(each)
             strides = each.is_contiguous() or each.stride()  # shorter, and quicker to get and compare
-            key += (each.dtype, each.shape, strides, each.data_ptr() & 15, each.get_device())
+            key += (each.dtype, each.shape, strides, each.data_ptr() & 15, each.device)
         elif kind is list or kind is tuple:
             key.append(len(each))
             if each and not _look(each, tensors, key):
