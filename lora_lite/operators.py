@@ -84,7 +84,7 @@ def without_values() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-autocast_anywhere = torch._C._is_any_autocast_enabled
+autocast_anywhere = torch._C._is_any_autocast_enabled  # for any kind of device
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -122,7 +122,8 @@ class Operator(CustomOpDef):
         if needs_grad and grad:
             # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
             return self._dispatched(args) if self._function is None else self._function(*args)
-        return self._init_fn(*args)
+        found = self._again(*args) if grad else None
+        return self._init_fn(*args) if found is None else found
 
     def _dispatched(self, args: Sequence[Any]) -> Any:
         _require_one_device(self._qualname, self._init_fn, args)  # here too: on "meta" nothing calls the function
@@ -161,12 +162,9 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 
         @functools.wraps(call)
         def checked(*args: Any) -> Any:
-            found = again(*args)
-            if found is None:
-                _require_one_device(name, call, args)
-                with _BelowAutograd():
-                    found = call(*args)
-            return found
+            _require_one_device(name, call, args)
+            with _BelowAutograd():
+                return call(*args)
 
         op = torch.library.custom_op(name, checked, mutates_args=())
         op.__class__ = Operator
