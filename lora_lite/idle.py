@@ -33,8 +33,23 @@ _READERS = (
 )
 _IN_TURN = ("never", "unreached", "frozen")  # what an optimiser's first step decides about
 _PATIENCE = 20  # steps after which a block that has never run has not been left out by chance
+_ENOUGH = 10  # steps with gradients that tell whether a layer's adapter trains
 
 _watching: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+
+
+class _Seen:
+    """Of a layer's adapter the first optimisers' steps, each after another gradient of its own."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.mark: Any = None  # what tells the last one's gradients from others
+        self.before: list[Any] = []  # some elements of each tensor at the first
+        self.nonzero: list[Any] = []  # of each gradient whether it was anything but zero
+
+    def is_as_before(self, now: list[Any]) -> bool:
+        """Whether nothing has changed since the first."""
+        return bool(now) and len(now) == len(self.before) and all(map(torch.equal, self.before, now))
 
 
 class Watch:
@@ -57,9 +72,7 @@ class Watch:
         self.trained = False  # whether an optimiser has stepped, with gradients
         self._steps_of: Counter[int] = Counter()  # by the optimiser's id
         self._stepped: set[str] = set()  # layers whose adapters such an optimiser holds
-        self._steps_with_gradients = 0  # any optimiser's, each after another gradient
-        self._before: dict[str, list[Any]] = {}  # some elements of each adapter then
-        self._gradients_before: Any = None  # what told those of the last such step from others
+        self._seen: dict[str, _Seen] = {}  # of layers that are reached, the first steps with gradients
         self._said: set[str] = set()
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._kinds: dict[str, type] = {}  # of weights at attach
@@ -160,49 +173,47 @@ class Watch:
         return None
 
     def _look_for_changes(self) -> None:
-        """Warn of adapters that get gradients, and that some steps have not changed."""
-        if self._steps_with_gradients == _PATIENCE // 2:
-            return
-        gradients = [p.grad for layer in self.reached for p in self.adapters[layer].parameters()]
-        mark = (self.backwards, [(id(g), g._version) for g in gradients if g is not None])
-        if not self.reached or mark == self._gradients_before:  # the step is another model's
-            return
-        self._gradients_before = mark
-        self._steps_with_gradients += 1
-        if self._steps_with_gradients == 1:
-            self._before = {layer: _samples(self.adapters[layer]) for layer in self.reached}
-        if self._steps_with_gradients != _PATIENCE // 2:
-            return
-        before, self._before = self._before, {}
-        as_before = {
-            layer
-            for layer, samples in before.items()
-            if self.name not in self.sites[layer].off and not _is_frozen(self.adapters[layer])
-            if samples and all(map(torch.equal, samples, _samples(self.adapters[layer])))
-        }
-        if as_before:
-            self._report_unchanged(as_before)
+        """Judge each layer once, after some steps with gradients of its own: what no batch visits is not at fault."""
+        due: dict[str, _Seen] = {}
+        for layer in self.reached:
+            grads = [p.grad for p in self.adapters[layer].parameters() if p.grad is not None]
+            seen, mark = self._seen.setdefault(layer, _Seen()), (self.backwards, [(id(g), g._version) for g in grads])
+            if seen.steps == _ENOUGH or not grads or mark == seen.mark:  # the step is another's
+                continue
+            seen.mark, seen.steps = mark, seen.steps + 1
+            seen.nonzero += [_local(g).any() for g in grads]  # to be looked at once: on a GPU each look waits
+            if seen.steps == 1:
+                seen.before = _samples(self.adapters[layer])
+            if seen.steps == _ENOUGH:
+                due[layer] = seen
+        if due:
+            self._report_unchanged(
+                {layer: seen for layer, seen in due.items() if self.name not in self.sites[layer].off}
+            )
 
-    def _report_unchanged(self, layers: set[str]) -> None:
+    def _report_unchanged(self, due: "dict[str, _Seen]") -> None:
         """Nobody holds them (the optimiser was made before attach, say, and holds no copies either), their gradients
         are zero, or the steps too small. Nothing is said of those whose turn has hardly come."""
+        layers = {layer for layer in due if not _is_frozen(self.adapters[layer])}
         optimizers = _optimizers()
         held = self._held(p for each in optimizers for p in _parameters(each))
-        busy = [each for each in optimizers if self._steps_of[id(each)] >= self._steps_with_gradients - 1]
-        stepped = layers & self._held(p for each in busy for p in _parameters(each, at_rest=False))
-        zero = {layer for layer in stepped if not any(_grad_is_some(p) for p in self.adapters[layer].parameters())}
+        busy = [each for each in optimizers if self._steps_of[id(each)] >= _ENOUGH - 1]
+        stepped = self._held(p for each in busy for p in _parameters(each, at_rest=False))
+        as_before = {layer for layer in layers if due[layer].is_as_before(_samples(self.adapters[layer]))}
+        zero = {layer for layer in layers & held if not any(map(bool, due[layer].nonzero))}
+        lost = {layer for layer in as_before & stepped - zero if _is_in_16_bits(self.adapters[layer])}
         texts = {
             "these adapters get gradients, and no optimiser holds them, so that they do not train: {}. Make the "
-            "optimiser after attach or load, of lora_lite.parameters(model)": layers - held,
-            "the gradients of these adapters are zero, so that they do not train: {}. Nothing uses their output, or "
-            "their method starts from a weight of zeros; leave such layers out by exclude_names": zero,
+            "optimiser after attach or load, of lora_lite.parameters(model)": as_before - held,
+            "the gradients of these adapters were zero, so that they do not train: {}. Nothing uses their output, their "
+            "method starts from a weight of zeros (leave such layers out by exclude_names), or the loss has no gradient "
+            "yet (rewards that are all equal, a mask that leaves nothing)": zero,
             "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their "
-            "dtype, if it is no accident: give the config dtype=torch.float32": stepped - zero,
+            "dtype, if it is no accident: give the config dtype=torch.float32": lost,
         }
         for text, found in texts.items():
             if found:
-                when = f"after {self._steps_with_gradients} steps"
-                warnings.warn(f"{when}: {text.format(listing(sorted(found)))}", stacklevel=2)
+                warnings.warn(f"after {_ENOUGH} steps: {text.format(listing(sorted(found)))}", stacklevel=2)
 
     def _look_at_steps(self, within: bool) -> None:
         model = self._model()
@@ -378,8 +389,8 @@ def _local(t: Any) -> Any:
     return getattr(t, "to_local", lambda: t)()
 
 
-def _grad_is_some(p: Any) -> bool:
-    return p.grad is not None and bool(_local(p.grad).any())
+def _is_in_16_bits(adapter: Adapter) -> bool:
+    return any(p.dtype.itemsize < 4 for p in adapter.parameters() if p.requires_grad)
 
 
 def _is_frozen(adapter: Adapter) -> bool:
