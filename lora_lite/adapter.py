@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,10 +53,23 @@ class Adapter(Params):
         self.variant, self.cfg, self.backend, self.shape = variant, cfg, backend, shape(layer)
         self.derives = any(spec.derived for spec in specs.values())
         self._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)  # in evaluation
+        if cfg.dropout:
+            self.dropout = nn.Dropout(cfg.dropout)  # never called: for those who look for dropout to switch it
 
     def primitive(self, layer: nn.Module) -> Primitive:
         """What the adapter computes around the layer, with dropout in training."""
-        return self._primitive(layer, self.cfg if self.training else self._cfg_at_rest)
+        p = self.dropout_now
+        return self._primitive(layer, self._cfg_at_rest if p == 0 else self._with_dropout(p))
+
+    @property
+    def dropout_now(self) -> float:
+        """The probability by which an element of the input is left out: 0 in evaluation, and where something has
+        switched its nn.Dropout off."""
+        dropout = cast("nn.Dropout | None", self._modules.get("dropout"))
+        return dropout.p if dropout is not None and dropout.training else 0.0
+
+    def _with_dropout(self, p: float) -> AdapterConfig:
+        return self.cfg if p == self.cfg.dropout else dataclasses.replace(self.cfg, dropout=p)
 
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""

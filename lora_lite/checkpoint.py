@@ -413,6 +413,23 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
         raise CheckpointError(f"its config is not readable ({error})") from error
 
 
+def require_alike(attachment: Attachment, path: Path) -> None:
+    """Raise a CheckpointError where the adapter in `path`, whose tensors are to go into this one's, makes something
+    else of them: it is another method's, or scales otherwise."""
+    cfg, _ = _config(read_tensors(path)[0])
+    if cfg.variant != attachment.cfg.variant:
+        raise CheckpointError(f"{path}: it is of {cfg.variant}, and {attachment.cfg.variant} is attached")
+    for layer, adapter in attachment.adapters.items():
+        its, own = cfg.for_layer(layer), adapter.cfg
+        if its.scale != own.scale:
+            fields = "alpha={}, r={}, rslora={}"
+            raise CheckpointError(
+                f"{path}: {layer} has {fields.format(its.alpha, its.r, its.rslora)} there, and "
+                f"{fields.format(own.alpha, own.r, own.rslora)} here; attach with the config that it was trained with, "
+                "or load it by lora_lite.load"
+            )
+
+
 def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:
     """The layers that the file names, checked against the model."""
     layers = {target.name: target for target in candidates(model)}

@@ -187,14 +187,13 @@ class Watch:
             if seen.steps == _ENOUGH:
                 due[layer] = seen
         if due:
-            self._report_unchanged(
-                {layer: seen for layer, seen in due.items() if self.name not in self.sites[layer].off}
-            )
+            self._report_unchanged(due)
 
     def _report_unchanged(self, due: "dict[str, _Seen]") -> None:
         """Nobody holds them (the optimiser was made before attach, say, and holds no copies either), their gradients
         are zero, or the steps too small. Nothing is said of those whose turn has hardly come."""
-        layers = {layer for layer in due if not _is_frozen(self.adapters[layer])}
+        acting = {layer for layer in due if self.name not in self.sites[layer].off}
+        layers = {layer for layer in acting if not _is_frozen(self.adapters[layer])}
         optimizers = _optimizers()
         held = self._held(p for each in optimizers for p in _parameters(each))
         busy = [each for each in optimizers if self._steps_of[id(each)] >= _ENOUGH - 1]
@@ -205,9 +204,9 @@ class Watch:
         texts = {
             "these adapters get gradients, and no optimiser holds them, so that they do not train: {}. Make the "
             "optimiser after attach or load, of lora_lite.parameters(model)": as_before - held,
-            "the gradients of these adapters were zero, so that they do not train: {}. Nothing uses their output, their "
-            "method starts from a weight of zeros (leave such layers out by exclude_names), or the loss has no gradient "
-            "yet (rewards that are all equal, a mask that leaves nothing)": zero,
+            "the gradients of these adapters were zero, so that they do not train: {}. Nothing uses their output, or "
+            "their method starts from a weight of zeros (leave such layers out by exclude_names); or the loss has no "
+            "gradient yet (rewards that are all equal, a mask that leaves nothing)": zero,
             "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their "
             "dtype, if it is no accident: give the config dtype=torch.float32": lost,
         }

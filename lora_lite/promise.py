@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .adapter import Adapter
@@ -21,7 +22,9 @@ def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
     began = {
         adapter: Kept(adapter, name)
         for adapter, name in adapters.items()
-        if not (adapter in _kept or is_managed(adapter) or adapter.valueless or adapter.sharded or adapter._modules)
+        if not (
+            adapter in _kept or is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter)
+        )
     }
     _kept.update(began)
     refusing = register_optimizer_step_pre_hook(_refuse)
@@ -61,7 +64,7 @@ class Kept:
         if torch.is_grad_enabled():
             primitive = adapter.primitive(layer)
         else:
-            key = (layer, adapter.training, torch.is_inference_mode_enabled())
+            key = (layer, adapter.dropout_now, torch.is_inference_mode_enabled())
             primitive = once(self.made, key, lambda: adapter.primitive(layer))
         primitive.made = self.made
         return primitive

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
-from .checkpoint import mismatches, save, save_gathered
+from .checkpoint import mismatches, require_alike, save, save_gathered
 from .errors import AttachError, CheckpointError, first_of
 from .files import replace_files, writing_folder
 from .merging import merged_parameters
@@ -43,7 +43,8 @@ class AdapterCallback(TrainerCallback):
 
     Raises:
         AttachError: when training starts and nothing is attached, or PEFT was put on the model, as by `peft_config`.
-        CheckpointError: when the Trainer loads a checkpoint whose names are not the model's.
+        CheckpointError: when the Trainer loads a checkpoint whose names are not the model's, or resumes that of an
+            adapter of another method or scale.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -54,6 +55,8 @@ class AdapterCallback(TrainerCallback):
             if p.dtype != data.dtype:
                 p.data = data.to(p.device)
         self._before = []
+        trainer: Any = _calling_trainer()
+        trainer._load_from_checkpoint = partial(_load_alike, trainer)
         if attachments(unwrap(model)):  # what is attached later is seen when training starts
             self.on_train_begin(args, state, control, model)
 
@@ -205,8 +208,22 @@ def _save_beside(trainer: Any, model: Any, output_dir: str | None = None, state_
         _save_each(model, Path(output_dir or trainer.args.output_dir), state_dict)
 
 
+def _load_alike(trainer: Any, folder: Any, model: Any = None) -> Any:
+    """In the place of a trainer's, when it resumes: weights alone don't tell what was made of them."""
+    _require_alike(unwrap(trainer.model if model is None else model), folder)
+    return type(trainer)._load_from_checkpoint(trainer, folder, model)
+
+
+def _require_alike(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    found = attachments(model)
+    for each in found:
+        if (path := Path(folder) / _file_of(each.name, len(found))).is_file():
+            require_alike(each, path)
+
+
 def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
     """In the place of a trainer's, which would load a whole model from a checkpoint."""
+    _require_alike(model, folder)
     tensors = load_file(Path(folder) / "model.safetensors")
     if problems := mismatches(own_tensors(model), tensors):
         raise CheckpointError(f"{folder} is no checkpoint of what is attached here: {first_of(problems)}")

@@ -1,7 +1,6 @@
 """dropout: zeroes inputs of the low-rank sum in training, and nothing else, as PEFT's does."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,14 @@ def test_in_training_alone(variant: str) -> None:
     layer, x = trained(variant), torch.randn(50, 24)
     plain = copy.deepcopy(layer)
     assert not torch.equal(layer(x), layer(x))
-    for module in plain.modules():
-        if isinstance(module, ll.adapter.Adapter):
-            module.cfg = dataclasses.replace(module.cfg, dropout=0.0)
+    for module in plain.modules():  # as trainers switch it off: TRL's disable_dropout
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     assert torch.equal(layer.eval()(x), plain(x))
+    for module in layer.modules():  # and users on, to sample
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(layer(x), layer(x))
     layer.train()
     attachment = ll.attachment.require_attachment(layer)
     with ll.disabled(layer.train()):

@@ -91,6 +91,28 @@ SUPERVISED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_resumed_as_another_adapter(tmp_path: Path) -> None:
+    """The same tensors, of which another method or another scale makes something else."""
+    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
+
+    def trainer(cfg: Any, steps: int) -> Any:
+        model = llama()
+        ll.attach(model, cfg)
+        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+
+    trainer(ll.LoRAConfig(r=4, alpha=4), 1).train()
+    resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+    for cfg, message in (
+        (ll.LoRAConfig(r=4, alpha=64), r"q_proj has alpha=4, r=4, rslora=False there, and alpha=64, r=4"),
+        (ll.LoRAConfig(r=4, alpha=4, rslora=True), r"rslora=False there, and alpha=4, r=4, rslora=True here"),
+        (ll.DoRAConfig(r=4, alpha=4), "it is of lora, and dora is attached"),
+    ):
+        with pytest.raises(ll.CheckpointError, match=message):
+            trainer(cfg, 2).train(**resume)
+    trainer(ll.LoRAConfig(r=4, alpha=4, dropout=0.1), 2).train(**resume)
+
+
 @pytest.mark.parametrize("kind", [*SUPERVISED, "4bit"])
 def test_sft(kind: str, base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Trains, saves the adapter alone, resumes to the bit, goes back to the best."""
