@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import heads
 from .adapter import Adapter, require_size
 from .attaching import build, check_free, derive, install, whole_modules
 from .attachment import DEFAULT, Attachment, attachments, require_attachment, state_dict, unwrap
@@ -103,6 +104,7 @@ def _contents(
         "base_model": str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__),
         "targets": json.dumps(shapes),
         "fingerprint": _fingerprint(shapes),
+        "heads": json.dumps(heads.marks_of(model, attachment.whole.entries)),
     }
     if attachment.whole.names:
         metadata["whole_modules"] = json.dumps(attachment.whole.names)
@@ -231,8 +233,11 @@ def load(
         adapters = {t.name: build(t, variant, cfg, backend) for t in targets}
         fill(adapters, tensors)
         derive(targets, adapters)
+        drawn_anew = heads.others(model, metadata, moved, whole.entries)
     except LoraLiteError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
+    if drawn_anew:
+        warnings.warn(f"load: {heads.describe(drawn_anew)}", stacklevel=2)
     return install(model, name, cfg, backend, targets, adapters, not_in_file(model, adapters), whole)
 
 
@@ -413,10 +418,11 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
         raise CheckpointError(f"its config is not readable ({error})") from error
 
 
-def require_alike(attachment: Attachment, path: Path) -> None:
+def require_alike(model: nn.Module, attachment: Attachment, path: Path) -> None:
     """Raise a CheckpointError where the adapter in `path`, whose tensors are to go into this one's, makes something
-    else of them: it is another method's, or scales otherwise."""
-    cfg, _ = _config(read_tensors(path)[0])
+    else of them: it is another method's, or scales otherwise. Warn where it was trained with another head."""
+    metadata, _ = read_tensors(path)
+    cfg, _ = _config(metadata)
     if cfg.variant != attachment.cfg.variant:
         raise CheckpointError(f"{path}: it is of {cfg.variant}, and {attachment.cfg.variant} is attached")
     for layer, adapter in attachment.adapters.items():
@@ -428,6 +434,8 @@ def require_alike(attachment: Attachment, path: Path) -> None:
                 f"{fields.format(own.alpha, own.r, own.rslora)} here; attach with the config that it was trained with, "
                 "or load it by lora_lite.load"
             )
+    if found := heads.others(model, metadata, Renaming(None), attachment.whole.entries):
+        warnings.warn(f"{path}: {heads.describe(found)}", stacklevel=2)
 
 
 def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:

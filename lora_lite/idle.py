@@ -259,7 +259,7 @@ class Watch:
         patient = self.steps >= _PATIENCE
         # An evaluation before tells nothing of a step, in which chance may leave the block out.
         stepped = {name for name, site in self.sites.items() if site.ran_with_grad or site.ran_in_training}
-        without = (ran if patient else ran & stepped) - reached - frozen
+        without = (ran if self.steps >= _ENOUGH else ran & stepped) - reached - frozen
         # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
         by_accident = sorted(frozen) if trained and len(frozen) < len(here) else []
         by_peft = sorted(frozen) if trained and not by_accident and peft_in(model) else []

@@ -218,7 +218,7 @@ def _require_alike(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     found = attachments(model)
     for each in found:
         if (path := Path(folder) / _file_of(each.name, len(found))).is_file():
-            require_alike(each, path)
+            require_alike(model, each, path)
 
 
 def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:

@@ -190,6 +190,27 @@ def test_metadata_names_the_base_model(tmp_path: Path) -> None:
     assert read(tmp_path / "a")[0]["base_model"] == "some/model-1b"
 
 
+def test_a_head_that_was_drawn_anew(tmp_path: Path) -> None:
+    """As of a base without one: another is drawn each time. Of the same head in 16 bits nothing is said."""
+    from transformers import LlamaForSequenceClassification
+
+    def classifier(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return LlamaForSequenceClassification(llama().config)  # type: ignore[arg-type]
+
+    model = classifier(0)
+    ll.attach(model, ll.LoRAConfig(r=4))
+    ll.save(model, tmp_path / "a")
+    assert json.loads(read(tmp_path / "a")[0]["heads"]).keys() == {"score"}
+    with pytest.warns(UserWarning, match=r"^load: score: of another weight than .*modules_to_save"):
+        ll.load(classifier(1), tmp_path / "a")
+    ll.load(classifier(0).bfloat16(), tmp_path / "a")
+    model = classifier(0)
+    ll.attach(model, ll.LoRAConfig(r=4, modules_to_save=("score",)))
+    ll.save(model, tmp_path / "a")
+    ll.load(classifier(1), tmp_path / "a")
+
+
 def test_dtypes_are_kept(tmp_path: Path) -> None:
     ll.save(trained("dora", dtype=torch.bfloat16), tmp_path / "a")
     dtypes = {name.rpartition(".")[2]: t.dtype for name, t in read(tmp_path / "a")[1].items()}

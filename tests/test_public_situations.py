@@ -1887,3 +1887,23 @@ def test_only_steps_with_gradients_of_its_own_count() -> None:
 
     (text,) = warned(loop)
     assert "no optimiser holds them, so that they do not train: 2." in text
+
+
+def test_not_trained_after_a_look_in_evaluation(tmp_path: Path) -> None:
+    """A layer that ran before training alone: `save` says so, once chance can't have left it out."""
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)}).eval()
+    ll.attach(model, L(r=2, target_roles=()))
+    with torch.no_grad():
+        model["head"](model["body"](torch.randn(4, 8)))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+
+    def loop() -> None:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model.train()["body"](torch.randn(4, 8)).square().sum().backward()  # type: ignore[index]
+            optimizer.step()
+
+    assert not warned(loop)
+    (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
+    assert "no gradient reached their adapters" in text
+    assert ": head. " in text
