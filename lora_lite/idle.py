@@ -133,7 +133,7 @@ class Watch:
             self._look_at_steps(within=True)
         else:
             unseen = self.backwards >= _PATIENCE and not self.steps  # who holds them makes no steps that can be seen
-            when = f"after {self.backwards} backwards" if unseen else "after the first backward"
+            when = f"after {self.backwards} backwards" if self.backwards > 1 else "after the first backward"
             self._report(when, self.never_trained(), everything=unseen)
         if self.backwards == 1:
             self._report_recast()
@@ -219,9 +219,9 @@ class Watch:
         if model is None:
             return
         if self.steps < _PATIENCE:
-            self._report("after the first step", self.idle(model))
+            self._report("after the first step", self.idle(model, _PATIENCE))
         else:
-            self._report(f"after {self.steps} steps", self.idle(model), everything=within)
+            self._report(f"after {self.steps} steps", self.idle(model, _PATIENCE), everything=within)
             self.stop()
 
     def _held(self, parameters: Iterable[Any]) -> set[str]:
@@ -237,15 +237,16 @@ class Watch:
     def never_trained(self) -> dict[str, list[str]]:
         """What a single backward can tell; another one may belong to the same step."""
         model = self._model()
-        found = self.idle(model) if model is not None else {}
+        found = self.idle(model, _PATIENCE) if model is not None else {}
         alone = [name for name in found.get("unreached", []) if not self.sites[name].ran_with_grad]
         return {**found, "unreached": alone, "frozen": []}
 
-    def idle(self, model: nn.Module) -> dict[str, list[str]]:
+    def idle(self, model: nn.Module, after: int = _ENOUGH) -> dict[str, list[str]]:
         """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", frozen by "PEFT", "gone"
         from the model; and "astray", tensors that train in full elsewhere than in the model.
 
-        The first needs that some layer has run, the second and third a backward or an optimiser's step.
+        The first needs that some layer has run, the second and third a backward or an optimiser's step; of a layer that
+        ran in no training yet, `after` steps.
         """
         here, gone = here_and_gone(model, self.targets)
         elsewhere = astray(model, self.whole)
@@ -259,7 +260,7 @@ class Watch:
         patient = self.steps >= _PATIENCE
         # An evaluation before tells nothing of a step, in which chance may leave the block out.
         stepped = {name for name, site in self.sites.items() if site.ran_with_grad or site.ran_in_training}
-        without = (ran if self.steps >= _ENOUGH else ran & stepped) - reached - frozen
+        without = (ran if self.steps >= after else ran & stepped) - reached - frozen
         # All of an attachment is frozen by intent; a part of it by an accident: tower.requires_grad_(False).
         by_accident = sorted(frozen) if trained and len(frozen) < len(here) else []
         by_peft = sorted(frozen) if trained and not by_accident and peft_in(model) else []

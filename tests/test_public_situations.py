@@ -52,7 +52,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     return [
         str(w.message)
         for w in caught
-        if re.match(r"after (the first (backward|step)|\d+ steps):|\w*(save|export|verify|merged)\w*:", str(w.message))
+        if re.match(r"after (the first (backward|step)|\d+ (steps|backwards)):|\w*(save|export|verify|merged)\w*:", str(w.message))
     ]
 
 
@@ -1890,7 +1890,7 @@ def test_only_steps_with_gradients_of_its_own_count() -> None:
 
 
 def test_not_trained_after_a_look_in_evaluation(tmp_path: Path) -> None:
-    """A layer that ran before training alone: `save` says so, once chance can't have left it out."""
+    """A layer that ran before training alone: `save` says so, once chance has hardly left it out."""
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)}).eval()
     ll.attach(model, L(r=2, target_roles=()))
     with torch.no_grad():
@@ -1905,5 +1905,5 @@ def test_not_trained_after_a_look_in_evaluation(tmp_path: Path) -> None:
 
     assert not warned(loop)
     (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
-    assert "no gradient reached their adapters" in text
+    assert text.startswith("save: these ran, but no gradient reached their adapters")
     assert ": head. " in text
