@@ -52,7 +52,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     return [
         str(w.message)
         for w in caught
-        if re.match(r"after (the first (backward|step)|\d+ (steps|backwards)):|\w*(save|export|verify|merged)\w*:", str(w.message))
+        if re.match(r"after (the first |\d+ )(backward|step)s?:|\w*(save|export|verify|merged)\w*:", str(w.message))
     ]
 
 
