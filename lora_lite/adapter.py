@@ -58,7 +58,7 @@ class Adapter(Params):
 
     def primitive(self, layer: nn.Module) -> Primitive:
         """What the adapter computes around the layer, with dropout in training."""
-        p = self.dropout_now
+        p = self.dropout_now if self._modules else 0.0
         return self._primitive(layer, self._cfg_at_rest if p == 0 else self._with_dropout(p))
 
     @property

@@ -122,7 +122,11 @@ class Operator(CustomOpDef):
         if needs_grad and grad:
             # Without a gradient of its own (a backward that is to be differentiated again), the operator says so.
             return self._dispatched(args) if self._function is None else self._function(*args)
-        found = self._again(*args) if grad else None
+        return self.unwatched(*args) if grad else self._init_fn(*args)
+
+    def unwatched(self, *args: Any) -> Any:
+        """A call without a gradient of its own, where nothing is `watched`."""
+        found = self._again(*args)
         return self._init_fn(*args) if found is None else found
 
     def _dispatched(self, args: Sequence[Any]) -> Any:
@@ -135,12 +139,10 @@ class Operator(CustomOpDef):
         """As of a custom operator. One function a node: a `setup_context` beside `forward` would bind every call's
         arguments to its signature anew, which takes longer than the rest."""
         super().register_autograd(backward, setup_context=setup_context)
-        call, keep = self._init_fn, setup_context or (lambda ctx, args, output: None)
+        keep = setup_context or (lambda ctx, args, output: None)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            output = self._again(*args)
-            if output is None:
-                output = call(*args)
+            output = self.unwatched(*args)
             keep(ctx, args, output)
             return output
 

@@ -191,6 +191,8 @@ class Site(nn.ModuleDict):
     def acting(self) -> list[tuple[str, Adapter]]:
         """The adapters that act, in their order."""
         adapters = cast("dict[str, Adapter]", self._modules)
+        if not self.off:
+            return list(adapters.items())
         return [(name, adapter) for name, adapter in adapters.items() if name not in self.off]
 
     def pieces(
