@@ -44,7 +44,7 @@ def describe(found: list[str]) -> str:
 
 
 def _mark(W: Any) -> list[float]:
-    if not is_dense(W) or is_sharded(W) or W.is_meta or W.numel() > _LARGEST:
+    if not is_dense(W) or is_sharded(W) or W.is_meta or not 0 < W.numel() <= _LARGEST:
         return []
     flat = W.detach().flatten().float().cpu()
     along = torch.arange(len(flat), dtype=torch.float32)
@@ -53,4 +53,4 @@ def _mark(W: Any) -> list[float]:
 
 def _alike(a: Any, b: list[float]) -> bool:
     readable = isinstance(a, list) and len(a) == len(b) and all(isinstance(v, int | float) for v in a)
-    return not readable or all(abs(v - w) <= _NEAR * max(b[0], 1e-6) for v, w in zip(a, b, strict=True))
+    return not readable or not any(abs(v - w) > _NEAR * max(b[0], 1e-6) for v, w in zip(a, b, strict=True))
