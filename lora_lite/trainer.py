@@ -96,9 +96,18 @@ class Reference(_View):
     forward a trainer puts in the place of this module's, a call is a call of the model, whose forward it has changed
     alike.
 
+    Args:
+        name: of the adapter that it computes without, where others are part of the reference: one of supervised
+            training, frozen, beneath one of preference training.
+
     Raises:
-        AttachError: nothing is attached, here or at a call.
+        AttachError: nothing is attached, or nothing of that name, here or at a call.
     """
+
+    def __init__(self, model: nn.Module, name: str | None = None) -> None:
+        super().__init__(model)
+        chosen(self.model, name)
+        self.name = name
 
     @property
     def config(self) -> Any:
@@ -110,15 +119,15 @@ class Reference(_View):
         return self.model.state_dict(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with disabled(self.model):
+        with disabled(self.model, self.name):
             return self.model(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 
 
-def set_reference(trainer: Any, beta: float) -> None:
-    """The model without its adapters as the reference of a TRL trainer that takes none (GRPO, RLOO), with `beta` for
+def set_reference(trainer: Any, beta: float, name: str | None = None) -> None:
+    """`Reference(trainer.model, name)` as the reference of a TRL trainer that takes none (GRPO, RLOO), with `beta` for
     the KL divergence from it. Make the trainer with `beta=0`, so that it loads no second base, and call this before
     `train()`.
 
@@ -133,7 +142,7 @@ def set_reference(trainer: Any, beta: float) -> None:
             f"set_reference: {type(trainer).__name__} must be made with beta=0 and have no reference of its own; a "
             "trainer with the argument ref_model takes Reference(model) there"
         )
-    trainer.ref_model = Reference(trainer.model)
+    trainer.ref_model = Reference(trainer.model, name)
     trainer.beta = trainer.args.beta = beta
 
 

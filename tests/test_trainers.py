@@ -256,6 +256,21 @@ def test_a_reference_is_never_moved(tokenizer: Any, tmp_path: Path) -> None:
         trainer.ref_model(token_ids())
 
 
+def test_a_reference_with_another_adapter() -> None:
+    """A frozen one of supervised training belongs to it, and the one that is trained does not."""
+    model = trained()
+    supervised = model(token_ids()).logits
+    ll.attach(model, ll.LoRAConfig(r=2), name="dpo")
+    for p in ll.parameters(model, name="dpo"):
+        nn.init.normal_(p, std=0.2)
+    want = Reference(model, "dpo")(token_ids()).logits
+    assert torch.equal(want, supervised)
+    assert not torch.equal(Reference(model)(token_ids()).logits, want)
+    assert not torch.equal(model(token_ids()).logits, want)
+    with pytest.raises(ll.AttachError, match="sft"):
+        Reference(model, "sft")
+
+
 def lengths(completions: list[str], **_: Any) -> list[float]:
     return [float(len(completion) % 7) for completion in completions]
 
