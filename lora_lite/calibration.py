@@ -174,7 +174,7 @@ def gather(
         handles.append(stack.register_forward_pre_hook(watch.entered, with_kwargs=True, prepend=True))
         handles.append(stack.register_forward_hook(watch.left))
     try:
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             for batch in data:
                 _require_inputs(batch)
                 with _naming_the_batches(data):
@@ -315,7 +315,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Any:
+def evaluation_mode(model: nn.Module) -> Any:
     """Each module's own training flag comes back afterwards, not one flag for all.
 
     4-bit linears stay in training mode: in evaluation bitsandbytes packs their weights anew on some CPUs, for good.

@@ -176,9 +176,12 @@ class Watch:
         """Judge each layer once, after some steps with gradients of its own: what no batch visits is not at fault."""
         due: dict[str, _Seen] = {}
         for layer in self.reached:
+            seen = self._seen.setdefault(layer, _Seen())
+            if seen.steps == _ENOUGH:
+                continue
             grads = [p.grad for p in self.adapters[layer].parameters() if p.grad is not None]
-            seen, mark = self._seen.setdefault(layer, _Seen()), (self.backwards, [(id(g), g._version) for g in grads])
-            if seen.steps == _ENOUGH or not grads or mark == seen.mark:  # the step is another's
+            mark = (self.backwards, [(id(g), g._version) for g in grads])
+            if not grads or mark == seen.mark:  # the step is another's
                 continue
             seen.mark, seen.steps = mark, seen.steps + 1
             seen.nonzero += [_local(g).any() for g in grads]  # to be looked at once: on a GPU each look waits
@@ -188,6 +191,8 @@ class Watch:
                 due[layer] = seen
         if due:
             self._report_unchanged(due)
+        for seen in due.values():
+            seen.before, seen.nonzero = [], []  # their memory
 
     def _report_unchanged(self, due: "dict[str, _Seen]") -> None:
         """Nobody holds them (the optimiser was made before attach, say, and holds no copies either), their gradients

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .adapter import Adapter, wider
 from .attachment import require_attachment, unwrap
 from .beside import buffers, differs
-from .calibration import run_batch
+from .calibration import evaluation_mode, run_batch
 from .errors import AttachError, KernelMismatchError, naming
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
@@ -240,7 +240,7 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
     want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
     # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
     plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
-    with _without_dropout(adapter):
+    with evaluation_mode(adapter):  # two backends draw two masks
         got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
     errors = {name: _error(got[name], want[name]) for name in want}
     allowed = {name: rtol or _allowed(plain[name], want[name], dtype) for name in want}
@@ -252,17 +252,6 @@ def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
     not many to average over, so that the reference's error there is luck."""
     roundings = (12 if want.numel() < 16 else 4) * torch.finfo(dtype).eps / 2
     return min(max(2 * _error(plain, want), roundings), _CEILING)
-
-
-@contextmanager
-def _without_dropout(adapter: Adapter) -> Iterator[None]:
-    """Two backends draw two masks."""
-    training = adapter.training
-    adapter.eval()
-    try:
-        yield
-    finally:
-        adapter.train(training)
 
 
 def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:

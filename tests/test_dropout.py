@@ -54,6 +54,8 @@ def test_in_training_alone(variant: str) -> None:
         if isinstance(module, nn.Dropout):
             module.train()
     assert not torch.equal(layer(x), layer(x))
+    ll.verify(layer, (x,))
+    assert not torch.equal(layer(x), layer(x))
     layer.train()
     attachment = ll.attachment.require_attachment(layer)
     with ll.disabled(layer.train()):
