@@ -33,7 +33,7 @@ from .config import AdapterConfig, Role
 from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError, naming
 from .fitness import unfit
-from .idle import Watch, listing
+from .idle import listing
 from .left_out import left_out
 from .params import SITE
 from .placement import replicate
@@ -46,6 +46,7 @@ from .site import Site
 from .stacks import Stack, join, joined, part
 from .targets import Target, choose, stacks_among
 from .variant import REGISTRY, Variant, require_loadable, variant_of
+from .watch import Watch
 from .whole_modules import WholeModules, inside, matched, settle
 
 

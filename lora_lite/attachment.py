@@ -13,7 +13,6 @@ from .backend import select
 from .beside import Beside
 from .config import AdapterConfig
 from .errors import AttachError
-from .idle import Watch
 from .left_out import LeftOut
 from .params import SITE
 from .placement import execution_device
@@ -23,6 +22,7 @@ from .shapes import described
 from .site import Site
 from .tables import text_of
 from .targets import Target
+from .watch import Watch
 from .whole_modules import WholeModules, settle
 
 _ATTACHMENTS = "_lora_lite"  # attribute of the model: its attachments by name

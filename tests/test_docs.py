@@ -156,3 +156,28 @@ def test_the_guide_names_every_primitive_and_operation() -> None:
         assert name.startswith("_") or f"`{name}`" in text
     for file in (ROOT / "lora_lite").glob("[!_]*.py"):
         assert file.name in text or file.name == "errors.py"
+
+
+def test_the_tests_that_silent_failures_names_exist() -> None:
+    """Each in the file that is named before it, in its row or at its section's head."""
+    text, missing, named = (ROOT / "docs/silent_failures.md").read_text(encoding="utf-8"), [], 0
+    for section in text.split("\n## ")[1:]:
+        heads = re.findall(r"^Tests without a file are in \[(test_\w+\.py)\]", section, re.MULTILINE)
+        before = None
+        for row in re.findall(r"^\| (?!kind of fault).*\|$", section, re.MULTILINE):
+            cell, file = re.split(r"(?<!\\)\|", row)[-2], heads[0]
+            for linked, same, test, some in re.findall(
+                r"\[((?:kernels/)?test_\w+\.py)\]|(the same file)|`(test_\w+)(…?)`", cell
+            ):
+                if linked or same:
+                    file = before = linked or before
+                    continue
+                named += 1
+                if not re.search(rf"^def {test}{'' if some else '[(]'}", _source(file), re.MULTILINE):
+                    missing.append(f"{test} in {file}")
+    assert named > 100
+    assert not missing
+
+
+def _source(test: str) -> str:
+    return (ROOT / "tests" / test).read_text(encoding="utf-8")

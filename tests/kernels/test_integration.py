@@ -121,7 +121,7 @@ def test_layers_that_share_x_compile(variant: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_bias_that_trains_beside_dora(dtype: torch.dtype) -> None:
-    load_tests("test_public_situations").test_a_bias_that_trains_beside_dora(dtype)
+    load_tests("test_running_wrong").test_a_bias_that_trains_beside_dora(dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
