@@ -504,12 +504,14 @@ def _perturbed(seed: int) -> Any:
     return model
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
+SEEN_COMPILED = [
+    change for change in CHANGES if change.startswith("load_state_dict")
+]  # docs/silent_failures.md: no more
+
+
+@pytest.mark.parametrize(("change", "compiled"), [*((c, False) for c in CHANGES), *((c, True) for c in SEEN_COMPILED)])
 def test_dora_normalises_by_the_weight_that_is_there(change: str, compiled: bool) -> None:
     """Its norm takes ‖W‖² from before; here W is another afterwards."""
-    if compiled and not change.startswith("load_state_dict"):
-        pytest.skip("runs uncompiled: a graph can't ask whether a weight has been written to (docs/silent_failures.md)")
     model, x = _perturbed(0), torch.randn(5, 8)
     model(x)
     CHANGES[change](model)
