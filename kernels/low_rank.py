@@ -169,6 +169,11 @@ def _together_backward(
     return _shrink_backward(dx_bases, dhs, x, A, [], masks[0] if masks else None, dtype, needs_dx, needs_dA)
 
 
+def worth_sharing(x: Tensor) -> bool:
+    """Always: a launch costs more than what the host does to share one."""
+    return True
+
+
 shrink_together = sharing(compute_dtype, _seeds, _together, _together_backward)
 
 

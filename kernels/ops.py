@@ -1,6 +1,6 @@
 """The Triton backend: the functions of `lora_lite.reference`, by the same names and signatures."""
 
-from .low_rank import expand_add, expand_add_rescale, shrink, shrink_together
+from .low_rank import expand_add, expand_add_rescale, shrink, shrink_together, worth_sharing
 from .rotate import rotate_pairs
 from .row_norm import row_norm
 from .scale import scale
@@ -15,4 +15,5 @@ __all__ = [
     "shrink",
     "shrink_expand",
     "shrink_together",
+    "worth_sharing",
 ]

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,9 +18,9 @@ from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
 from .operators import autocast_anywhere, transformed
-from .params import SITE, Params, ParamSpec
+from .params import SITE, Init, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
-from .primitives import Primitive
+from .primitives import Primitive, enter, leave, require_stacks
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
 from .segments import Segments
 from .shapes import copies, is_embedding, shape
@@ -71,9 +71,25 @@ class Adapter(Params):
     def _with_dropout(self, p: float) -> AdapterConfig:
         return self.cfg if p == self.cfg.dropout else dataclasses.replace(self.cfg, dropout=p)
 
+    def uses_dropout(self, layer: nn.Module) -> bool:
+        """Whether the method's primitive asks its config for the dropout."""
+        asked: list[bool] = []
+        dropout = property(
+            lambda cfg: asked.append(True) or vars(cfg)["dropout"],
+            lambda cfg, value: vars(cfg).update(dropout=value),  # of a config that is made of it
+        )
+        own, kind = copy.copy(self.cfg), type(self.cfg)
+        object.__setattr__(own, "__class__", type(kind.__name__, (kind,), {"dropout": dropout}))
+        self._primitive(layer, own)
+        return bool(asked)
+
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""
-        return self._primitive(layer, self._cfg_at_rest)
+        training, self.training = self.training, False
+        try:
+            return self._primitive(layer, self._cfg_at_rest)
+        finally:
+            self.training = training
 
     def each(self, layer: nn.Module) -> Iterator[tuple[Params, nn.Module]]:
         """Tensors and layer as a variant sees them: a stack's are those of one expert after the other."""
@@ -129,6 +145,8 @@ class Adapter(Params):
             primitive = self.variant.primitive(self, layer, cfg)
         if not isinstance(primitive, Primitive):
             raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got {primitive!r}")
+        if isinstance(layer, Stack):
+            require_stacks(primitive, layer.num_experts)
         return primitive
 
     @property
@@ -156,12 +174,12 @@ class Adapter(Params):
         if is_embedding(layer):
             primitive = on_ids(primitive, layer)
             y = looked_up(layer, x, wider(token_dtype(layer), x.device)) if dense else layer.forward(x)
-            return primitive.on_output(y, primitive.on_input(x, reference)[1], reference)
+            return leave(primitive, y, enter(primitive, x, reference)[1], reference)
         if dense:
             return around(primitive, layer, x)
-        x, carry = primitive.on_input(x, reference)
+        x, carry = enter(primitive, x, reference)
         y = layer.forward(x) if segments is None else layer.forward(x, segments)  # without the hooks
-        return primitive.on_output(y, carry, reference)
+        return leave(primitive, y, carry, reference)
 
     def in_force(self, device: torch.device, dtype: torch.dtype) -> str:
         """The backend that runs for tokens of this dtype there."""
@@ -217,6 +235,14 @@ def _require_specs(method: str, specs: Any) -> None:
     names = list(map(str, specs))
     if strange := [name for name in names if not (name.startswith("lora_") and name.isidentifier())]:
         raise AttachError(f"{method}.param_specs: names start with `lora_` and have no dots; got {first_of(strange)}")
+    for name, spec in specs.items():
+        if not (callable(spec.init) or spec.init in get_args(Init)):
+            raise AttachError(
+                f"{method}.param_specs: init of {name} must be a callable or one of {get_args(Init)}; got {spec.init!r}"
+            )
+        whole_numbers = spec.dtype is not None and not (spec.dtype.is_floating_point or spec.dtype.is_complex)
+        if whole_numbers and not (spec.as_buffer or spec.derived):
+            raise AttachError(f"{method}.param_specs: {name} of {spec.dtype} can't train; make it as_buffer=True")
 
 
 def require_size(adapter: Adapter, layer: nn.Module) -> None:
@@ -262,8 +288,8 @@ def wider(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def around(primitive: Primitive, layer: Any, x: Tensor) -> Tensor:
     """What a primitive makes of a layer, by the PyTorch reference in x's dtype around the dense weight."""
-    x, carry = primitive.on_input(x, reference)
+    x, carry = enter(primitive, x, reference)
     W, bias = dense_weight(layer, x.dtype), bias_of(layer)
     bias = None if bias is None else bias.to(x.dtype)
     y = linear(x, W, bias) if primitive.segments is None else grouped_linear(x, W, bias, primitive.segments)
-    return primitive.on_output(y, carry, reference)
+    return leave(primitive, y, carry, reference)

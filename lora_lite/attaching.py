@@ -33,7 +33,7 @@ from .config import AdapterConfig, Role
 from .embeddings import require_inputs, require_sum
 from .errors import AttachError, UnfitError, naming
 from .fitness import unfit
-from .idle import listing
+from .idle import copied, listing
 from .left_out import left_out
 from .params import SITE
 from .placement import replicate
@@ -123,6 +123,7 @@ def attach(
     else:
         init(targets, adapters)
     derive(targets, adapters)
+    _require_dropout(targets, adapters)
     whole = whole_modules(model, matched(model, cfg.modules_to_save))
     return install(model, name, cfg, backend, targets, adapters, reasons, whole)
 
@@ -288,8 +289,11 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
 
     def of(t: Target) -> None:
         with naming(t.label):
-            for p, layer in adapters[t.name].each(t.layer):
-                adapters[t.name].variant.init(p, layer, adapters[t.name].cfg)
+            adapter = adapters[t.name]
+            before = set(adapter.__dict__), set(dict(adapter.named_children())), {*adapter.specs}
+            for p, layer in adapter.each(t.layer):
+                adapter.variant.init(p, layer, adapter.cfg)
+            _require_declared(adapter, *before)
 
     threads = torch.get_num_threads()
     workers = min(threads, 4)
@@ -304,6 +308,29 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
                 pass
     finally:
         torch.set_num_threads(threads)
+
+
+def _require_declared(adapter: Adapter, attributes: set[str], children: set[str], tensors: set[str]) -> None:
+    """Raise an AttachError where a method's `init` has put something on the adapter that no file holds."""
+    held = {*adapter._parameters, *adapter._buffers} - tensors
+    if more := sorted(held | set(adapter.__dict__) - attributes | set(adapter._modules) - children):
+        raise AttachError(
+            f"{adapter.variant.__name__}.init has set {', '.join(more)}, which no file would hold: give each tensor a "
+            "ParamSpec in param_specs, derived=True for what `derive` makes of the weight"
+        )
+
+
+def _require_dropout(targets: Sequence[Target], adapters: Mapping[str, Adapter]) -> None:
+    """Raise an AttachError where the config has dropout, and the method's primitive doesn't ask for it."""
+    for t in targets[:1]:
+        adapter = adapters[t.name]
+        if adapter.cfg.dropout and not adapter.uses_dropout(t.layer):
+            kind = adapter.variant
+            raise AttachError(
+                f"dropout={adapter.cfg.dropout}: {kind.__name__}.primitive does not use cfg.dropout; pass it on, as "
+                f"LowRankAdd(A, B, scale, cfg.dropout), or set takes_dropout = False in {kind.config.__name__}, which "
+                "then refuses it"
+            )
 
 
 def _dense_on_cpu(t: Target) -> bool:
@@ -421,6 +448,16 @@ def _without(model: nn.Module, names: set[str]) -> None:
             site.rows = made.setdefault(site.rows, Rows(kept, site.rows.lengths, site.rows.batch_dim))
 
 
+def _without_copies(model: nn.Module, names: set[str]) -> list[str]:
+    """Take the adapters of these names off copies of adapted layers. The layers' names."""
+    found = []
+    for layer, (module, site) in copied(model).items():
+        for name in names & set(cast(Site, site)):
+            cast(Site, site).leave(module, name)
+            found.append(layer)
+    return found
+
+
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take off the adapter of that name, or all of them. After the last, every base tensor and `requires_grad` flag is
     as it was before `attach`. Of modules that train in full, those that were replaced or resized meanwhile stay as they
@@ -449,6 +486,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         if not attachments(model):
             attachment.beside.restore(model)
     _without(model, {each.name for each in gone})
+    if copies := _without_copies(model, {each.name for each in gone}):
+        warnings.warn(
+            f"detach: {listing(copies)} were copied with their adapters, which are taken off too; what was "
+            "frozen there stays so. Copy layers before attach",
+            stacklevel=2,
+        )
     if given_up:
         warnings.warn(
             f"detach: these of modules_to_save were replaced or resized since attach, and stay as they are: "

@@ -13,8 +13,9 @@ from .backend import select
 from .beside import Beside
 from .config import AdapterConfig
 from .errors import AttachError
+from .idle import copied, describe
 from .left_out import LeftOut
-from .params import SITE
+from .params import ATTACHMENTS, SITE
 from .placement import execution_device
 from .quantized import token_dtype, weight_of
 from .renaming import plain_name
@@ -25,7 +26,6 @@ from .targets import Target
 from .watch import Watch
 from .whole_modules import WholeModules, settle
 
-_ATTACHMENTS = "_lora_lite"  # attribute of the model: its attachments by name
 DEFAULT = "default"
 _SHOWN = 20  # lines of what is left out, in a summary
 
@@ -65,7 +65,7 @@ class Attachment:
     def parameters(self) -> list[nn.Parameter]:
         """Those for an optimiser."""
         own = [p for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad]
-        return [*own, *self.whole.parameters()]
+        return _each_once([*own, *self.whole.parameters()])
 
     def backends(self) -> dict[str, tuple[str, str]]:
         """For each layer the backend in force, for tokens of its weight's dtype, and why."""
@@ -108,6 +108,11 @@ class Attachment:
         return "\n".join(lines) + "\n"
 
 
+def _each_once(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Layers may share some, of which an optimiser would make two steps."""
+    return list({id(p): p for p in parameters}.values())
+
+
 def in_force(targets: list[Target], backend: str) -> dict[str, tuple[str, str]]:
     """Of each layer the backend that runs there, for tokens of its weight's dtype, and why."""
     found = {}
@@ -124,21 +129,21 @@ def in_force(targets: list[Target], backend: str) -> dict[str, tuple[str, str]]:
 
 def attachments(model: nn.Module) -> list[Attachment]:
     """All that is attached to the model, in the order in which it was."""
-    return list(getattr(model, _ATTACHMENTS, {}).values())
+    return list(getattr(model, ATTACHMENTS, {}).values())
 
 
 def record(model: nn.Module, attachment: Attachment) -> None:
     """Keep the attachment with the model."""
-    setattr(model, _ATTACHMENTS, {**getattr(model, _ATTACHMENTS, {}), attachment.name: attachment})
+    setattr(model, ATTACHMENTS, {**getattr(model, ATTACHMENTS, {}), attachment.name: attachment})
 
 
 def forget(model: nn.Module, attachment: Attachment) -> None:
     """Undo `record`."""
     left = {each.name: each for each in attachments(model) if each.name != attachment.name}
     if left:
-        setattr(model, _ATTACHMENTS, left)
+        setattr(model, ATTACHMENTS, left)
     else:
-        delattr(model, _ATTACHMENTS)
+        delattr(model, ATTACHMENTS)
 
 
 def require_attachment(model: nn.Module, name: str | None = None) -> Attachment:
@@ -179,9 +184,15 @@ def sites_of(model: nn.Module) -> list[Site]:
     return list({id(site): site for each in attachments(model) for site in each.sites.values()}.values())
 
 
+def require_no_copies(model: nn.Module, what: str) -> None:
+    """Raise an AttachError where copies of adapted layers stand in the model, which `what` would not reach."""
+    if found := copied(model):
+        raise AttachError(f"{what}: {describe({'copied': list(found)})}")
+
+
 def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The trainable parameters of the adapter of that name, or of all, for an optimiser."""
-    return [p for each in chosen(unwrap(model), name) for p in each.parameters()]
+    return _each_once([p for each in chosen(unwrap(model), name) for p in each.parameters()])
 
 
 def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
@@ -204,7 +215,7 @@ def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str 
         variants = ", ".join(each.cfg.variant for each in found)
         raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; use parameters(model)")
     slow += [p for each in found for p in each.whole.parameters()]
-    return [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * lr_ratio}]
+    return [{"params": _each_once(slow), "lr": lr}, {"params": _each_once(fast), "lr": lr * lr_ratio}]
 
 
 def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from .adapter import Adapter, around
 from .attachment import require_attachment, unwrap
 from .errors import AttachError
 from .primitives import LowRankAdd, Primitive
-from .quantized import dense_weight
+from .quantized import dense_weight, weight_of
 from .reference import without_autocast
 from .stacks import Stack
 from .tables import text_of
@@ -136,6 +136,9 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
 
 def _each(adapter: Adapter, layer: Any) -> Iterator[tuple[float, float, float]]:
     """(‖ΔW‖, ‖W‖, effective rank) of a layer, or of each expert of a stack."""
+    if not isinstance(layer, Stack) and weight_of(layer) is None:  # whoever has replaced the layer has taken it
+        yield math.nan, math.nan, math.nan
+        return
     primitive = adapter.at_rest(layer)
     parts = [(primitive, layer)]
     if isinstance(layer, Stack):
@@ -158,7 +161,15 @@ def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, " S"]:
     W = dense_weight(layer, torch.float32)
     eye = torch.eye(W.shape[1], device=W.device)
     constant = around(primitive, layer, torch.zeros_like(eye[:1]))
-    return _svdvals((around(primitive, layer, eye) - constant).t() - W)
+    change = (around(primitive, layer, eye) - constant).t() - W
+    rounding = 4 * torch.finfo(W.dtype).eps * W.norm()
+    if primitive.of_a_user:
+        x = torch.randn(2, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W.device)
+        want = around(primitive, layer, x) - constant
+        off = (want - x @ (W + change).t()).norm()
+        if off > 1e-3 * (want - x @ W.t()).norm() + rounding * x.norm():  # it is no linear map
+            change = torch.full_like(change, math.nan)
+    return _svdvals(change if not change.norm() <= rounding else torch.zeros_like(change))
 
 
 def _svdvals(M: Float[Tensor, "N K"]) -> Float[Tensor, " S"]:

@@ -43,9 +43,12 @@ def first_of(problems: list[str], shown: int = 3) -> str:
     return "; ".join(problems[:shown]) + more
 
 
-def put_name(name: str, error: AttachError) -> None:
-    """Put the layer's name before the error's message, where it is not there."""
-    if not str(error).startswith((f"{name}:", f"{name} (")):
+def put_name(name: str, error: Exception) -> None:
+    """Put the layer's name before the error's message, where it is not there; with one that is not ours, a note."""
+    if not isinstance(error, AttachError):
+        if (note := f"in lora_lite, on the layer {name}") not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    elif not str(error).startswith((f"{name}:", f"{name} (")):
         error.args = (f"{name}: {error}",)
 
 
@@ -54,6 +57,6 @@ def naming(name: str) -> Iterator[None]:
     """Name the layer in what is raised about it."""
     try:
         yield
-    except AttachError as error:
+    except Exception as error:
         put_name(name, error)
         raise

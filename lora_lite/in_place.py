@@ -31,7 +31,7 @@ def serves(primitive: Primitive, layer: nn.Module, hooks: Sequence[RemovableHand
     return (
         _is_plain(layer)
         and own.issuperset(layer._forward_hooks)  # one after the adapter's gets the input, whose gradient it may keep
-        and next(reversed(layer._forward_pre_hooks)) in own
+        and next(reversed(layer._forward_pre_hooks), None) in own
         and not (layer._backward_hooks or of_all._global_forward_hooks or of_all._global_backward_hooks)
     )
 

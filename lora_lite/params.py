@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .errors import AttachError
+
 SITE = "lora_lite"  # attribute of a layer, under which its adapters' tensors stand
+ATTACHMENTS = "_lora_lite"  # attribute of a model: its attachments by name
 Init = Literal["zeros", "ones", "near_zero", "near_one", "kaiming"]
 
 
@@ -66,7 +69,8 @@ class ParamSpec:
             one = dataclasses.replace(self, copies=None)
             return torch.stack([one.make(config_dtype, device) for _ in range(self.copies)])
         dtype = self.resolve_dtype(config_dtype)
-        t = torch.empty(self.shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+        t = torch.empty(self.shape, dtype=wide, device=device)
         if callable(self.init):
             self.init(t)
         elif self.init == "zeros":
@@ -80,7 +84,7 @@ class ParamSpec:
         elif self.init == "kaiming":
             nn.init.kaiming_uniform_(t, a=5**0.5)  # as nn.Linear: uniform in ±1/√in_features
         else:
-            raise ValueError(f"ParamSpec.init must be a callable or one of {Init}; got {self.init!r}")
+            raise ValueError(f"ParamSpec.init must be a callable or one of {get_args(Init)}; got {self.init!r}")
         return t.to(dtype)
 
 
@@ -156,10 +160,16 @@ class OneOf:
     """One expert's tensors of a stack's: views under the same names."""
 
     def __init__(self, stack: Params, expert: int) -> None:
-        self._stack, self._expert = stack, expert
+        vars(self).update(_stack=stack, _expert=expert)
 
-    def __getattr__(self, name: str) -> Tensor:
-        return getattr(self._stack, name)[self._expert]
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._stack, name)
+        return value[self._expert] if isinstance(value, Tensor) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttachError(
+            f"p.{name} = … would be lost on a stack of experts, of which p is one; write p.fill({name!r}, value)"
+        )
 
     def fill(self, name: str, value: Tensor) -> None:
         """Overwrite one tensor in place, converting dtype and device."""

@@ -6,8 +6,8 @@ M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the 
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,18 +30,22 @@ class Primitive:
     """
 
     takes_segments: ClassVar[bool] = True  # not in a subclass with its own on_input or on_output, unless it says so
+    of_a_user: ClassVar[bool] = False  # what it gives is looked at
     segments: Segments | None = field(default=None, kw_only=True)
     made: dict[Any, Any] | None = field(default=None, kw_only=True)  # of weights alone, which don't change meanwhile
 
     def __init_subclass__(cls) -> None:
-        if "takes_segments" not in vars(cls) and not {"on_input", "on_output"}.isdisjoint(vars(cls)):
+        cls.of_a_user = cls.__module__.partition(".")[0] != __name__.partition(".")[0]
+        says_so = next(each for each in cls.__mro__ if "takes_segments" in vars(each))
+        before = cls.__mro__[: cls.__mro__.index(says_so)]
+        if not all({"on_input", "on_output"}.isdisjoint(vars(each)) for each in before):
             cls.takes_segments = False
 
     def of(self, matrix: int) -> Self:
         """Of a stack the primitive of one matrix."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        own = {name: t[matrix] for name, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, segments=None, made=None, **own)
+        own = copy.copy(self)
+        vars(own).update({name: _of(value, matrix) for name, value in vars(self).items()}, segments=None, made=None)
+        return own
 
     def on(self, segments: Segments | None) -> "Primitive":
         """This primitive, whose tensors are stacks, on these segments; one that knows none on each run by itself."""
@@ -60,12 +64,78 @@ class Primitive:
         return y
 
 
+def _of(value: Any, matrix: int) -> Any:
+    """Of what a stack's primitive holds that of one matrix."""
+    if isinstance(value, Tensor):
+        return value[matrix]
+    if isinstance(value, Primitive):
+        return value.of(matrix)
+    if isinstance(value, Mapping):
+        return {key: _of(each, matrix) for key, each in value.items()}
+    return type(value)(_of(each, matrix) for each in value) if type(value) in (list, tuple) else value
+
+
+def require_stacks(primitive: Primitive, matrices: int) -> None:
+    """Raise an AttachError where a tensor of a stack's primitive has no leading dimension of as many: a kernel would
+    read beside it."""
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, Tensor) and (not value.ndim or len(value) != matrices):
+            raise AttachError(
+                f"{type(primitive).__name__}: its {name} is of shape {tuple(value.shape)}, and a stack of {matrices} "
+                f"needs a leading {matrices}: write the method's algebra so that one changes nothing (t.mT, "
+                f"t[..., None]), or expand what is one for all (t.expand({matrices}, *t.shape))"
+            )
+        if isinstance(value, Primitive):
+            look(vars(value), name)
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                look(each, str(key))
+        elif type(value) in (list, tuple):
+            for each in value:
+                look(each, name)
+
+    look(vars(primitive), "")
+
+
+def enter(primitive: Primitive, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+    """`on_input`; an AttachError where a user's own gives something else than an input like x, and what to carry."""
+    found = primitive.on_input(x, ops)
+    if primitive.of_a_user and not (type(found) is tuple and len(found) == 2 and _alike(found[0], x)):
+        raise AttachError(
+            f"{type(primitive).__name__}.on_input must return (x, carry), that x being of shape {tuple(x.shape)} and "
+            f"dtype {x.dtype}; got {_described(found)}"
+        )
+    return found
+
+
+def leave(primitive: Primitive, y: Tensor, carry: Any, ops: Any) -> Tensor:
+    """`on_output`; an AttachError where a user's own gives something else than an output like y."""
+    found = primitive.on_output(y, carry, ops)
+    if primitive.of_a_user and not _alike(found, y):
+        raise AttachError(
+            f"{type(primitive).__name__}.on_output must return an output of shape {tuple(y.shape)} and dtype "
+            f"{y.dtype}, as the layer gave it; got {_described(found)}"
+        )
+    return found
+
+
+def _alike(found: Any, t: Tensor) -> bool:
+    return isinstance(found, Tensor) and found.dtype == t.dtype and found.shape == t.shape
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype}"
+    return f"({', '.join(map(_described, value))})" if type(value) is tuple else str(type(value).__name__)
+
+
 def require_width(t: Tensor, width: int) -> None:
     """Raise an AttachError where what meets the rows of t is not as wide: a kernel would read and write beside it."""
     if t.shape[-1] != width:
         raise AttachError(
             f"its adapter is for rows of {width} numbers, and got {t.shape[-1]}. Was the layer resized after attach? "
-            "Detach, resize, and attach anew"
+            "Detach, resize, and attach anew. Or does a method of your own make a tensor of another width?"
         )
 
 
@@ -99,8 +169,10 @@ class LowRankAdd(Shrinks):
     padding_idx: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, Tensor):  # one that trains, say: a backend takes numbers
-            self.B, self.scale = self.scale * self.B, 1.0
+        if isinstance(s := self.scale, Tensor):  # one that trains, say: a backend takes numbers
+            if self.B.ndim > 2 and 0 < s.ndim < self.B.ndim:  # each matrix of a stack has its own
+                s = s.reshape(len(s), *[1] * (self.B.ndim - s.ndim), *s.shape[1:])
+            self.B, self.scale = s * self.B, 1.0
 
     @classmethod
     def side_by_side(cls, sums: "Sequence[LowRankAdd]") -> "LowRankAdd":
@@ -147,14 +219,14 @@ class OfRuns(Primitive):
         parts, carries = [], []
         for matrix, rows in self._runs(x):
             part = self.inner.of(matrix) if matrix is not None else Primitive()
-            out, carry = part.on_input(rows, ops)
+            out, carry = enter(part, rows, ops)
             parts.append(out)
             carries.append((part, carry))
         return torch.cat(parts), carries
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         rows = (rows for _, rows in self._runs(y))
-        return torch.cat([part.on_output(each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)])
+        return torch.cat([leave(part, each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)])
 
     def _runs(self, t: Tensor) -> Iterator[tuple[int | None, Tensor]]:
         assert self.segments is not None
@@ -172,12 +244,12 @@ class OfRows(Primitive):
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         flat = self._flat(x)
-        part, carry = self.inner.on_input(flat.index_select(self.batch_dim, self.rows), ops)
+        part, carry = enter(self.inner, flat.index_select(self.batch_dim, self.rows), ops)
         return flat.index_copy(self.batch_dim, self.rows, part).view(x.shape), carry
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         flat = self._flat(y)
-        part = self.inner.on_output(flat.index_select(self.batch_dim, self.rows), carry, ops)
+        part = leave(self.inner, flat.index_select(self.batch_dim, self.rows), carry, ops)
         return flat.index_copy(self.batch_dim, self.rows, part).view(y.shape)
 
     def _flat(self, t: Tensor) -> Tensor:

@@ -19,20 +19,21 @@ from .segments import once
 @contextmanager
 def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
     """Within this context what is made of the tensors of these alone is kept. The names are of their layers."""
-    began = {
-        adapter: Kept(adapter, name)
+    mine = [
+        _kept.setdefault(adapter, Kept(adapter, name))
         for adapter, name in adapters.items()
-        if not (
-            adapter in _kept or is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter)
-        )
-    }
-    _kept.update(began)
+        if not (is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter))
+    ]
+    for kept in mine:
+        kept.holders += 1
     refusing = register_optimizer_step_pre_hook(_refuse)
     try:
         yield
     finally:
         refusing.remove()
-        for adapter in began:
+        for kept in mine:
+            kept.holders -= 1
+        for adapter in [adapter for adapter, kept in _kept.items() if not kept.holders]:
             _kept.pop(adapter, None)
 
 
@@ -49,6 +50,7 @@ class Kept:
     def __init__(self, adapter: Adapter, name: str) -> None:
         self.name, self.tensors, self.made = name, _tensors(adapter), {}
         self.ids, self.versions, self.places = _ids(self.tensors), self._versions(), self._places()
+        self.holders = 0  # contexts, which may overlap
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
@@ -56,8 +58,8 @@ class Kept:
             return adapter.primitive(layer)  # others stand in for them: torch.func.functional_call
         if self._versions() != self.versions:
             raise AttachError(
-                f"{self.name}: its adapter's tensors have changed within unchanged(model), which says that they don't; "
-                "leave the context before"
+                f"{self.name}: its adapter's tensors, or the weight that some are derived from, have changed within "
+                "unchanged(model), which says that they don't; leave the context before"
             )
         if (places := self._places()) != self.places:  # moved, or gathered anew
             self.places, self.made = places, {}

@@ -123,6 +123,14 @@ def shrink(
     return x, _rows(kept) @ A.to(dtype).t()
 
 
+_WORTH_SHARING = 1 << 18  # elements of x: for a smaller one the host's work takes longer than what it saves
+
+
+def worth_sharing(x: Tensor) -> bool:
+    """Whether layers that read x had better take x Aᵀ together (`shrink_together`)."""
+    return x.numel() >= _WORTH_SHARING
+
+
 _WORTH_A_FUNCTION = 1 << 20  # bytes of x: an autograd.Function takes as long as memory for a smaller one
 
 

@@ -93,8 +93,15 @@ class Rows:
             )
         entries, named = x.shape[self.batch_dim], len(self.names)
         times = _times_in_generate()
+        if len(set(self.names)) > 1 and (caller := _reorders()):
+            raise ValueError(
+                f"use(model, [...]): {caller} sorts or splits what it is given, so that the entries that {layer} gets "
+                "are not in the order of the names; call the model itself, or use(model, name)"
+            )
         if entries != named * times:
             beams = f", of each of which generate makes {times}" if times > 1 else ""
+            if torch.compiler.is_compiling() and entries % named == 0:
+                beams = " (a graph that is compiled is not told what generate makes of each: name them as often)"
             raise ValueError(
                 f"use(model, [...]) named the adapters of {named} entries{beams}, and a layer got {entries} ({layer}); "
                 "name one for each entry of the batch, in layers whose input keeps the batch as its first dimension "
@@ -138,6 +145,21 @@ def _times_in_generate() -> int:
     times = 1 if config is None or repeated is None else max(config.num_beams or 1, config.num_return_sequences or 1)
     whispers = next((each for each in calls if "batch_idx_map" in each), {})
     return times * (whispers.get("num_return_sequences") or 1)
+
+
+def _reorders() -> str:
+    """Which of this thread's callers, if any, gives a batch other entries than it got, or in another order."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+    while frame is not None:
+        of, called = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
+        sorts = of.startswith("sentence_transformers.") and frame.f_code.co_name in ("encode", "predict", "rank")
+        if sorts or (of.startswith("transformers.pipelines.") and called in _OF_CHUNKS):
+            return f"{of}.{called}"
+        frame = frame.f_back
+    return ""
+
+
+_OF_CHUNKS = ("ChunkPipeline.run_single", "PipelinePackIterator.__next__")
 
 
 def _calls_of_generate() -> list[dict[str, Any]]:

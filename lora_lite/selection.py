@@ -11,9 +11,10 @@ from typing import Any, cast
 from torch import nn
 
 from .adapter import Adapter
-from .attachment import attachments, chosen, require_attachment, settle_modules, sites_of, unwrap
+from .attachment import attachments, chosen, require_attachment, require_no_copies, settle_modules, sites_of, unwrap
 from .promise import keeping
 from .rows import Rows
+from .site import Before
 from .stacks import Stack
 from .whole_modules import settle
 
@@ -52,6 +53,7 @@ def use(
     model = unwrap(model)
     if strange := [name for name in of_rows if not isinstance(name, str) and not (by_row and name is None)]:
         raise ValueError(f"use: a name is a string{', or None for no adapter' if by_row else ''}; got {strange[0]!r}")
+    require_no_copies(model, "use")
     wanted = {require_attachment(model, cast(str, name)).name for name in of_rows if not (by_row and name is None)}
     off = frozenset(each.name for each in attachments(model)) - wanted
     rows = None
@@ -116,6 +118,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """
     model = unwrap(model)
     off = frozenset(each.name for each in chosen(model, name))
+    require_no_copies(model, "disabled")
     with _restored(model):
         for site in sites_of(model):
             site.off |= off
@@ -152,11 +155,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """After this context the adapters act where they did before."""
-    before = [(site, site.off, site.rows) for site in sites_of(model)]
+    """After this context the adapters act where they did before. Of contexts that overlap, as two threads' may, the one
+    that is left first hands what was before it on to the next."""
+    sites = [(site, Before(site.off, site.rows)) for site in sites_of(model)]
+    for site, before in sites:
+        site.contexts.append(before)
     try:
         yield
     finally:
-        for site, off, rows in before:
-            site.off, site.rows = off, rows
+        for site, before in sites:
+            place = next(i for i, each in enumerate(site.contexts) if each is before)
+            if place == len(site.contexts) - 1:
+                site.off, site.rows = before.off, before.rows
+            else:
+                later = site.contexts[place + 1]
+                later.off, later.rows = before.off, before.rows
+            del site.contexts[place]
         settle_modules(model)

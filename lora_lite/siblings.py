@@ -227,7 +227,7 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
         if _shrinks(each.pieces[0], x):
             by_backend.setdefault(backend(each.pieces[0].ops).__name__, []).append(each)
     for alike in by_backend.values():
-        if len(alike) > 1:
+        if len(alike) > 1 and (torch.compiler.is_compiling() or alike[0].pieces[0].ops.worth_sharing(x)):
             shrinks = [cast(Shrinks, each.pieces[0].primitive) for each in alike]
             ops = alike[0].pieces[0].ops
             if any(each.pieces[0].ops is not ops for each in alike):
@@ -240,8 +240,9 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
     return ready
 
 
-def _off(layer: nn.Module) -> frozenset[str]:
-    return cast("Site", layer._modules[SITE]).off
+def _off(layer: nn.Module) -> frozenset[str] | None:
+    """None: another thread has detached the adapter meanwhile."""
+    return getattr(layer._modules.get(SITE), "off", None)
 
 
 def _away(adapter: nn.Module) -> bool:

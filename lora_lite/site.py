@@ -5,6 +5,7 @@ The hooks look the site up on the layer that they are called with, so that copie
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,7 +21,7 @@ from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
 from .params import SITE
 from .placement import execution_device, is_managed
-from .primitives import LowRankAdd, OfRows, Primitive
+from .primitives import LowRankAdd, OfRows, Primitive, enter, leave
 from .promise import primitive_of
 from .quantized import token_dtype
 from .rows import Rows
@@ -44,6 +45,20 @@ class Routed(NamedTuple):
     tokens: Any
 
 
+@dataclass
+class Before:
+    """What acted before a context that changes it for a while."""
+
+    off: frozenset[str]
+    rows: Rows | None
+
+
+class _Running(list[tuple[Piece, Any]]):
+    """What is to act on a layer's output, with what `on_input` kept."""
+
+    given: tuple[Tensor, int | None] | None = None  # the input that was handed on, where it may not arrive; its version
+
+
 _NO_KWARGS = object()  # where a hook is called without them
 waiting: list[Callable[[], None]] = []  # what is to be done before the next call, in whichever thread that is
 
@@ -56,6 +71,7 @@ class Site(nn.ModuleDict):
         self.name = name or type(layer).__name__  # of the layer in its model
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
+        self.contexts: list[Before] = []  # that are entered, the last one last
         # Whether the layer has been called, with gradients, or in training without. A compiled call leaves no trace.
         self.ran = self.ran_with_grad = self.ran_in_training = False
         self.handles: list[RemovableHandle] = []
@@ -89,7 +105,7 @@ class Site(nn.ModuleDict):
             waiting.pop()()  # but not while a backward computes a block again
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
         site = cast(Site, layer._modules.get(SITE, self))
-        running: list[tuple[Piece, Any]] = []  # with what on_input kept
+        running: list[tuple[Piece, Any]] = [] if compiling else _Running()
         caller = None
         if not compiling:
             calls = under_way()
@@ -122,15 +138,17 @@ class Site(nn.ModuleDict):
             running.append((shared.pieces[0], shared.h))
         try:
             for piece in pieces:
-                x, carry = piece.primitive.on_input(x, piece.ops)
+                x, carry = enter(piece.primitive, x, piece.ops)
                 running.append((piece, carry))
-        except AttachError as error:
+        except Exception as error:
             put_name(site.name, error)
             raise
         if of_ids:
             x = x.squeeze(-1)
         if compiling:
             x = with_call(x, layer, running)
+        elif len(layer._forward_pre_hooks) > 1:
+            cast(_Running, running).given = x, _version(x)
         if key is None:
             args = (x, *args[1:])
         else:
@@ -154,7 +172,9 @@ class Site(nn.ModuleDict):
         if running is None:
             if site.acting():
                 raise AttachError(
-                    f"{site.name}: the adapter's forward pre-hook did not run; was it removed? detach and attach again"
+                    f"{site.name}: the adapter's forward pre-hook did not run; was it removed? Detach and attach "
+                    "again. In a graph that is compiled: has another pre-hook replaced the input since? Register that "
+                    "with prepend=True"
                 )
             return None
         if running and not isinstance(y, Tensor):
@@ -163,23 +183,37 @@ class Site(nn.ModuleDict):
                 "exclude_names"
             )
         if running and len(layer._forward_pre_hooks) > 1 and not compiling:
-            running = site._of_late_weights(layer, input_of(site.name, args, kwargs), running)
+            running = site._as_it_ran(layer, input_of(site.name, args, kwargs), cast(_Running, running))
         try:
             for piece, carry in running:
-                y = piece.primitive.on_output(y, carry, piece.ops)
-        except AttachError as error:
+                y = leave(piece.primitive, y, carry, piece.ops)
+        except Exception as error:
             put_name(site.name, error)
             raise
         return y
 
-    def _of_late_weights(self, layer: nn.Module, x: Any, running: list[Any]) -> list[Any]:
-        """The pieces anew where they look at the base weight, which another pre-hook may have made after they were:
-        the older spectral_norm and weight_norm."""
+    def _as_it_ran(self, layer: nn.Module, x: Any, running: _Running) -> list[tuple[Piece, Any]]:
+        """The pieces for what other pre-hooks have made of the call since: the base weight, as the older spectral_norm
+        and weight_norm do, or the input."""
+        found: list[tuple[Piece, Any]] = running
+        if isinstance(layer, Stack) or not isinstance(x, Tensor):
+            return found
         acting = self.acting()
-        if isinstance(layer, Stack) or not isinstance(x, Tensor) or not any(a.derives for _, a in acting):
-            return running
-        pieces = self.pieces(acting, layer, x)
-        return [(piece, carry) for piece, (_, carry) in zip(pieces, running, strict=True)]
+        if any(adapter.derives for _, adapter in acting):
+            own = self.pieces(acting, layer, x)
+            found = [(piece, carry) for piece, (_, carry) in zip(own, running, strict=True)]
+        if running.given is None or (_one(running.given[0], x) and running.given[1] == _version(x)):
+            return found
+        rows, again = x.unsqueeze(-1) if is_embedding(layer) else x, []
+        for piece, _ in found:
+            handed_on, carry = enter(piece.primitive, rows, piece.ops)
+            again.append((piece, carry))
+            if not _one(handed_on, rows):
+                raise AttachError(
+                    f"{self.name}: a forward pre-hook that was registered after the adapter's has changed the layer's "
+                    "input, from which the adapter makes another; register it with prepend=True, or before attach"
+                )
+        return again
 
     def loaded(self, layer: nn.Module, keys: Any) -> None:
         """Of `load_state_dict`, by which the base weight may be another."""
@@ -233,7 +267,7 @@ class Site(nn.ModuleDict):
             )
         try:
             primitive, dtype = primitive_of(adapter, layer), x.dtype
-        except AttachError as error:
+        except Exception as error:
             put_name(self.name, error)
             raise
         if is_embedding(layer):
@@ -262,12 +296,24 @@ class Site(nn.ModuleDict):
         ]
 
 
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _one(a: Tensor, b: Tensor) -> bool:
+    """Whether they are one tensor, or have its memory in common, as what a hook has put into a graph of its own."""
+    plain = type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)
+    return a is b or (plain and a.shape == b.shape and a.data_ptr() == b.data_ptr())
+
+
 def _unfit_input(x: Any) -> str:
     if isinstance(x, Tensor) and x.is_nested:
         return (
             "its adapter got a nested tensor, whose rows it can't count; nn.TransformerEncoder makes one of padded "
             "input in evaluation unless its use_nested_tensor is False"
         )
+    if type(x).__name__ == "Proxy":
+        return "its adapter got a Proxy of torch.fx, which traces no hooks; trace by torch.export"
     got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
     return f"its adapter got {got}, and acts on rows of floating-point numbers; leave it out by exclude_names"
 

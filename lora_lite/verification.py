@@ -1,5 +1,6 @@
 """verify: does the backend in force compute, on a real batch, what the reference computes in more precision?"""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ _REMEDIES = {
     True: "The reference ran: its base layer's own forward or backward is not what its weight says",
     False: 'attach(..., backend="reference") avoids the kernels',
 }  # by whether it is the reference that is off
-_CEILING = 0.1  # no rounding explains a larger relative error, however wrong the layer's own weight is
+_CEILING = 0.1  # no rounding explains a larger error of these, however wrong the layer's own weight is
+_OF_WEIGHT = ("output", "grad_input")  # the other gradients are sums over the tokens, of which nothing may be left
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def verify(
         batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
             one (pass labels), otherwise at a fixed random projection of its first floating-point tensor.
         rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, at
-            least four roundings (of fewer than 16 numbers twelve) and at most 0.1.
+            least four roundings (of fewer than 16 numbers twelve); of the output and the input's gradient at most 0.1.
         name: of the adapter, where several are attached; the others don't act meanwhile.
         partial: whether the batch may leave adapted layers out. Experts to which it was not routed it may anyway.
 
@@ -185,20 +187,21 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
     finally:
         for handle in handles:
             handle.remove()
-    without = [target.name for (target, *_), y in zip(seen, outputs, strict=True) if not y.requires_grad]
-    if without:
-        warnings.warn(
-            f"verify: these layers ran without gradients, under no_grad or the like, and their adapters would not "
-            f"train: {listing(without)}. They are compared on a gradient of their own",
-            stacklevel=3,
-        )
     live = [y for y in outputs if y.requires_grad]
     found = torch.autograd.grad(loss, live, allow_unused=True) if live and loss.requires_grad else [None] * len(live)
     grads = iter(found)
-    calls = []
+    calls, without = [], []
     for (target, x, segments), y in zip(seen, outputs, strict=True):
-        dy = next(grads) if y.requires_grad else y.detach()
-        calls.append(Call(target, x, segments, torch.zeros_like(y) if dy is None else dy))
+        dy = next(grads) if y.requires_grad else None
+        if dy is None:
+            without.append(target.name)
+        calls.append(Call(target, x, segments, y.detach() if dy is None else dy))
+    if without:
+        warnings.warn(
+            "verify: these layers ran without gradients (under no_grad, detached, or an output that nothing uses), and "
+            f"their adapters would not train: {listing(without)}. They are compared on a gradient of their own",
+            stacklevel=3,
+        )
     return calls
 
 
@@ -237,21 +240,31 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
     dtype = dy.dtype if of_ids else x.dtype
     wide = x if of_ids else x.to(wider(dtype, x.device))
 
-    want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
-    # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
-    plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
     with evaluation_mode(adapter):  # two backends draw two masks
+        want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
+        # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
+        plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
         got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
-    errors = {name: _error(got[name], want[name]) for name in want}
-    allowed = {name: rtol or _allowed(plain[name], want[name], dtype) for name in want}
+    # A gain's gradient is a sum over the tokens, or two that cancel, of terms as large as dy ∘ y.
+    terms = torch.finfo(dtype).eps * (dy.double() * want["output"].double()).norm().item()
+    floors = {
+        name: terms / max(p.detach().double().square().mean().sqrt().item(), 1.0)
+        for name, p in adapter.named_parameters()
+        if p.ndim < 2
+    }
+    errors = {name: _error(got[name], want[name], floors.get(name, 0.0)) for name in want}
+    allowed = {
+        name: rtol or _allowed(plain[name], want[name], dtype, _CEILING if name in _OF_WEIGHT else math.inf)
+        for name in want
+    }
     return Comparison(target.name, adapter.in_force(x.device, dtype), errors, allowed)
 
 
-def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype, ceiling: float) -> float:
     """Twice the reference's own error in that dtype; at least four roundings, and of a few numbers twelve: they have
     not many to average over, so that the reference's error there is luck."""
     roundings = (12 if want.numel() < 16 else 4) * torch.finfo(dtype).eps / 2
-    return min(max(2 * _error(plain, want), roundings), _CEILING)
+    return min(max(2 * _error(plain, want), roundings), ceiling)
 
 
 def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -266,8 +279,8 @@ def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: T
     return {"output": y.detach(), **{name: torch.zeros_like(p) if g is None else g for (name, p), g in found}}
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖; 0 where both are zero."""
+def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """‖got − want‖ / ‖want‖; 0 where the difference is no larger than a floor."""
     got, want = got.double(), want.double()
     difference, size = (got - want).norm().item(), want.norm().item()
-    return difference / size if size else (0.0 if difference == 0 else float("inf"))
+    return 0.0 if difference <= floor else difference / size if size else math.inf

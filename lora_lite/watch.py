@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .adapter import Adapter
 from .beside import peft_in
 from .fitness import passes_gradient
-from .idle import astray, describe, here_and_gone, listing, whole_kinds
+from .idle import astray, copied, describe, here_and_gone, listing, whole_kinds
 from .progress import ENOUGH, Progress, standing_still
 from .quantized import weight_of
 from .site import Site, waiting
@@ -201,7 +201,7 @@ class Watch:
 
     def idle(self, model: nn.Module, after: int = ENOUGH) -> dict[str, list[str]]:
         """Layers by what is wrong with them: "never" ran, "unreached" by a gradient, "frozen", frozen by "PEFT", "gone"
-        from the model; and "astray", tensors that train in full elsewhere than in the model.
+        from the model; "copied", with a block; and "astray", tensors that train in full elsewhere than in the model.
 
         The first needs that some layer has run, the second and third a backward or an optimiser's step; of a layer that
         ran in no training yet, `after` steps.
@@ -211,7 +211,7 @@ class Watch:
         here = [t for t in here if self.name not in self.sites[t.name].off]
         trained = bool(self.reached) or self.trained
         if not (trained or any(site.ran for site in self.sites.values())):
-            return {"gone": gone, "astray": elsewhere}
+            return {"copied": list(copied(model)), "gone": gone, "astray": elsewhere}
         ran = {t.name for t in here if self.sites[t.name].ran or t.name in self.reached}
         frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
         reached = self.reached if trained else ran
@@ -227,6 +227,7 @@ class Watch:
             "unreached": whole_kinds([t for t in here if t.name in ran - frozen], without, blocks=True),
             "frozen": by_accident,
             "PEFT": by_peft,
+            "copied": list(copied(model)),
             "gone": gone,
             "astray": elsewhere,
         }

@@ -1,5 +1,6 @@
 """Adapters that never run, or do not train, are said by name, and no others. docs/silent_failures.md has the list."""
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -214,7 +215,7 @@ def test_a_part_under_no_grad() -> None:
     model, x = Frozen(), torch.randn(3, 8)
     ll.attach(model, L(r=2))
     randomize(model)
-    with pytest.warns(UserWarning, match=r"without gradients, under no_grad.*: tower\."):
+    with pytest.warns(UserWarning, match=r"without gradients \(under no_grad.*: tower\."):
         rows = ll.verify(model, x)
     assert {row.layer for row in rows} == {"tower", "head"}
     (text,) = warned(lambda: model(x).sum().backward())
@@ -379,3 +380,55 @@ def test_detach_of_what_entries_of_a_batch_take() -> None:
         ll.detach(model, "c")  # which no entry took
         ll.use(model, "a")
         ll.detach(model)
+
+
+class Languages(nn.Module):
+    """A list of which the forward uses one entry, and no router chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.per_language = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.per_language[0](self.body(x))
+
+
+def test_entries_of_a_list_that_are_never_used(tmp_path: Path) -> None:
+    model, x = Languages(), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    assert not warned(lambda: train(19)), "they may have a turn"
+    (text,) = warned(lambda: train(2))
+    assert text.startswith("after 20 steps: these adapted layers never ran")
+    assert "per_language.*.* ×2" in text
+    with pytest.raises(ll.AttachError, match=r"did not run these adapted layers: per_language\.\*\.\* ×2"):
+        ll.verify(model, x)
+    (text,) = warned(lambda: ll.save(model, tmp_path / "a"))
+    assert "per_language" in text
+
+
+def test_a_copied_block(tmp_path: Path) -> None:
+    """Depth up-scaling after attach: the copy's adapters act, and nobody trains, switches or saves them."""
+    model: Any = llama()
+    ll.attach(model, L(r=4))
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    said = "copies of adapted layers.*model.layers.2.self_attn.q_proj"
+    for call in (lambda: ll.use(model, "default"), lambda: ll.disabled(model).__enter__()):
+        with pytest.raises(ll.AttachError, match=said):
+            call()
+    (text,) = warned(lambda: model(token_ids(), labels=token_ids()).loss.backward())
+    assert re.search(said, text)
+    (text,) = warned(lambda: ll.save(model, tmp_path / "a"))
+    assert re.search(said, text)
+    with pytest.warns(UserWarning, match="were copied with their adapters, which are taken off too"):
+        ll.detach(model)
+    assert not any("lora_lite" in name for name, _ in model.named_modules())
+    model(token_ids())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import assert_close, randomize
+from models import assert_close, qwen3_moe, randomize, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
@@ -206,3 +206,242 @@ def test_specs_that_are_none(specs: Any) -> None:
     with pytest.raises(ll.AttachError, match=r"Own\.param_specs"):
         ll.attach(net, cfg(r=4))
     assert not ll.attachment.attachments(net)
+
+
+# ---- what a method's code gives ----
+
+
+@dataclasses.dataclass
+class Given(Primitive):
+    """Whatever a test wants of it."""
+
+    enter: Any = None
+    leave: Any = None
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return self.enter(x) if self.enter else (x, None)
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return self.leave(y) if self.leave else y
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"enter": lambda x: x}, r"Given\.on_input must return \(x, carry\).*got \(2, 12\) of torch.float32"),
+        ({"enter": lambda x: (x[:1], None)}, r"Given\.on_input .*got \(\(1, 12\) of torch.float32, NoneType\)"),
+        ({"leave": lambda y: None}, r"Given\.on_output must return .*\(2, 16\) and dtype .*got NoneType"),
+        ({"leave": lambda y: y.double()}, r"Given\.on_output .*got \(2, 16\) of torch.float64"),
+        ({"leave": lambda y: y * torch.ones(3, 1, 1)}, r"Given\.on_output .*got \(3, 2, 16\)"),
+    ],
+)
+def test_what_a_primitive_returns(given: dict[str, Any], message: str) -> None:
+    """Two rows, as many as a tuple has places."""
+    net, x = model(), torch.randn(2, 12)
+    ll.attach(net, method(lambda p, layer, cfg: Given(**given))(r=4, target_names=("0",)))
+    for call in (lambda: net(x), lambda: ll.verify(net, x)):
+        with pytest.raises(ll.AttachError, match=rf"^0.*: {message}"):
+            call()
+
+
+def test_what_a_users_code_raises_has_the_layers_name() -> None:
+    net = model()
+    ll.attach(net, method(lambda p, layer, cfg: Given(leave=lambda y: y @ y))(r=4, target_names=("0",)))
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as error:
+        net(torch.randn(2, 12))
+    assert error.value.__notes__ == ["in lora_lite, on the layer 0"]
+
+
+def test_dropout_that_a_method_does_not_use() -> None:
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B, cfg.scale))
+    net = model()
+    with pytest.raises(ll.AttachError, match=r"dropout=0\.5: Own\.primitive does not use cfg\.dropout.*takes_dropout"):
+        ll.attach(net, cfg(r=4, dropout=0.5))
+    assert not ll.attachment.attachments(net)
+    ll.attach(net, cfg(r=4))
+    ll.detach(net)
+    REGISTRY.clear()
+    used = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B, cfg.scale, cfg.dropout))
+    ll.attach(net, used(r=4, dropout=0.5))
+
+
+def test_an_effect_too_small_to_show_beside_the_layers_own_is_no_linear_map_either() -> None:
+    net = model()
+    ll.attach(net, method(lambda p, layer, cfg: Bent(p.lora_A, 1e-4 * p.lora_B))(r=4, target_names=("0",)))
+    with pytest.raises(ll.AttachError, match=r"^0: .*something else than W x \+ b"):
+        ll.merged_state_dict(net)
+    (row,) = ll.diagnose(net).rows
+    assert row.relative_change != row.relative_change, "no number stands for it"
+    ll.detach(net)
+    del REGISTRY["own"]
+    ll.attach(net, method(lambda p, layer, cfg: Straight(p.lora_A, 1e-4 * p.lora_B))(r=4, target_names=("0",)))
+    ll.merged_state_dict(net)
+    assert ll.diagnose(net).rows[0].effective_rank == pytest.approx(4, abs=1)
+
+
+def test_a_bias_changes_no_weight() -> None:
+    net = model()
+    cfg = method(lambda p, layer, cfg: Given(leave=lambda y: y + p.lora_B[:, 0]))
+    ll.attach(net, cfg(r=4, target_names=("0",)))
+    (row,) = ll.diagnose(net).rows
+    assert row.relative_change == row.effective_rank == 0
+
+
+def test_whole_numbers_are_kept_to_the_last() -> None:
+    def specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+        exact = ll.ParamSpec((1,), init=lambda t: t.fill_(16777217), as_buffer=True, dtype=torch.int64)
+        return {"lora_A": ll.ParamSpec((2,)), "lora_at": exact}
+
+    attachment = ll.attach(model(), method(lambda p, layer, cfg: Primitive(), specs)(r=4, target_names=("0",)))
+    assert attachment.adapters["0"].lora_at.item() == 16777217
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (ll.ParamSpec((2,), init="xavier"), r"init of lora_A must be a callable or one of \('zeros'.*got 'xavier'"),  # type: ignore[arg-type]
+        (ll.ParamSpec((2,), init="zeros", dtype=torch.int64), r"lora_A of torch.int64 can't train; make it as_buffer"),
+    ],
+)
+def test_specs_that_no_tensor_can_be_made_of(spec: ll.ParamSpec, message: str) -> None:
+    cfg = method(lambda p, layer, cfg: Primitive(), lambda in_features, out_features, cfg: {"lora_A": spec})
+    with pytest.raises(ll.AttachError, match=rf"^0.*: Own\.param_specs: {message}"):
+        ll.attach(model(), cfg(r=4))
+
+
+@pytest.mark.parametrize("what", ["attribute", "parameter", "buffer", "module"])
+def test_what_init_sets_and_no_file_holds(what: str) -> None:
+    def init(p: Any, layer: Any, cfg: Any) -> None:
+        if what == "buffer":
+            p.register_buffer("extra", torch.ones(2))
+        else:
+            p.extra = {"attribute": 3, "parameter": nn.Parameter(torch.ones(2)), "module": nn.Identity()}[what]
+
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B))
+    REGISTRY["own"].init = staticmethod(init)  # type: ignore[method-assign]
+    net = model()
+    with pytest.raises(ll.AttachError, match=r"^0.*: Own\.init has set extra, which no file would hold"):
+        ll.attach(net, cfg(r=4))
+
+
+def test_a_tensor_that_layers_share_is_one_for_an_optimizer() -> None:
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B, p.lora_s))
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    attachment = ll.attach(net, cfg(r=4, target_roles=()))
+    first, second = attachment.adapters.values()
+    before = attachment.trainable
+    second.lora_A = first.lora_A
+    assert attachment.trainable == before - first.lora_A.numel()
+    assert len({id(p) for p in ll.parameters(net)}) == len(ll.parameters(net)) == 5
+    groups = ll.param_groups(net, 1e-3)
+    assert sum(len(group["params"]) for group in groups) == 5
+
+
+# ---- on a stack of experts ----
+
+
+def mixture(primitive: Any, **options: Any) -> tuple[Any, Any]:
+    """A mixture's stacks with such a method, of which each tensor has a random value; and the first stack's adapter."""
+    net: Any = qwen3_moe()
+    attachment = ll.attach(net, method(primitive)(r=4, target_roles=("expert",), **options))  # r: as many as experts
+    randomize(net)
+    return net, next(iter(attachment.adapters.values()))
+
+
+def at_expert(net: Any, adapter: Any, delta: Any) -> None:
+    """`verify` passes, and each expert of the first stack computes W x + delta(expert's tensors, W) x."""
+    assert ll.verify(net, token_ids())
+    key, merged = "model.layers.0.mlp.experts.gate_up_proj", ll.merged_state_dict(net)
+    for i, W in enumerate(qwen3_moe().state_dict()[key].double()):
+        want = W + delta(lambda name, i=i: getattr(adapter, name)[i].detach().double(), W)
+        assert_close(merged[key][i].double(), want, 1e-5)
+
+
+def test_a_scale_for_each_expert() -> None:
+    """As many experts as ranks: the scale of each must not land on a rank."""
+    net, adapter = mixture(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B, p.lora_s))
+    at_expert(net, adapter, lambda t, W: t("lora_s") * t("lora_B") @ t("lora_A"))
+
+
+def test_one_for_all_experts_is_expanded() -> None:
+    net, adapter = mixture(lambda p, layer, cfg: LowRankAdd(p.lora_A[:1].expand(4, -1, -1), p.lora_B))
+    at_expert(net, adapter, lambda t, W: t("lora_B") @ adapter.lora_A[0].detach().double())
+    REGISTRY.clear()
+    net, adapter = mixture(lambda p, layer, cfg: ScaleOutput(p.lora_B[:1, :, 0].expand(4, -1)))
+    at_expert(net, adapter, lambda t, W: (adapter.lora_B[0, :, :1].detach().double() - 1) * W)
+
+
+@dataclasses.dataclass
+class Composed(Primitive):
+    """One after the other."""
+
+    parts: list[Primitive] = dataclasses.field(default_factory=list)
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        carries = []
+        for part in self.parts:
+            x, carry = part.on_input(x, ops)
+            carries.append(carry)
+        return x, carries
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        for part, own in zip(self.parts, carry, strict=True):
+            y = part.on_output(y, own, ops)
+        return y
+
+
+class Mixin:
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return 2 * super().on_output(y, carry, ops)  # type: ignore[misc]
+
+
+class Doubled(Mixin, LowRankAdd):
+    pass
+
+
+def test_primitives_of_ones_own_on_experts() -> None:
+    net, adapter = mixture(
+        lambda p, layer, cfg: Composed([LowRankAdd(p.lora_A, p.lora_B), LowRankAdd(p.lora_A, p.lora_B, 2.0)])
+    )
+    at_expert(net, adapter, lambda t, W: 3 * t("lora_B") @ t("lora_A"))
+    REGISTRY.clear()
+    assert not Doubled.takes_segments
+    net = qwen3_moe()
+    ll.attach(net, method(lambda p, layer, cfg: Doubled(p.lora_A, 0 * p.lora_B))(r=4, target_roles=("expert",)))
+    with torch.no_grad():
+        for bare, doubled in zip(qwen3_moe()(token_ids()).logits, net(token_ids()).logits, strict=True):
+            assert not torch.equal(bare, doubled), "2 y + 0"
+    REGISTRY.clear()
+    net, adapter = mixture(lambda p, layer, cfg: Straight(p.lora_A, p.lora_B))  # no dataclass
+    at_expert(net, adapter, lambda t, W: t("lora_B") @ t("lora_A"))
+
+
+@pytest.mark.parametrize(
+    ("primitive", "message"),
+    [
+        (lambda p, layer, cfg: ScaleOutput(p.lora_B[0, :, 0]), r"ScaleOutput: its g is of shape \(40,\)"),
+        (lambda p, layer, cfg: LowRankAdd(p.lora_A[0, :3], p.lora_B), r"LowRankAdd: its A is of shape \(3, 32\)"),
+        (
+            lambda p, layer, cfg: LowRankAdd(p.lora_A.repeat(4, 1, 1), p.lora_B),
+            r"LowRankAdd: its A is of shape \(16, 4, 32\)",
+        ),
+        (lambda p, layer, cfg: Composed([ScaleOutput(p.lora_B[0, :, 0])]), r"Composed: its g is of shape \(40,\)"),
+    ],
+)
+def test_tensors_that_are_no_stacks(primitive: Any, message: str) -> None:
+    """A kernel would read beside them."""
+    net: Any = qwen3_moe()
+    ll.attach(net, method(primitive)(r=4, target_roles=("expert",), target_names=("gate_up_proj",)))
+    with pytest.raises(ll.AttachError, match=rf"gate_up_proj: {message}, and a stack of 4 needs a leading 4"):
+        net(token_ids())
+
+
+def test_what_would_be_lost_on_a_stack() -> None:
+    def init(p: Any, layer: Any, cfg: Any) -> None:
+        assert isinstance(p.device, torch.device)
+        p.lora_A = torch.ones(4, layer.in_features)
+
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B))
+    REGISTRY["own"].init = staticmethod(init)  # type: ignore[method-assign]
+    with pytest.raises(ll.AttachError, match=r"p\.lora_A = … would be lost on a stack.*p\.fill\('lora_A', value\)"):
+        ll.attach(qwen3_moe(), cfg(r=4, target_roles=("expert",)))

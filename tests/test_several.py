@@ -598,3 +598,56 @@ def test_programs_of_entries(second: str) -> None:
     length = torch.export.Dim("length", min=2, max=64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({1: length},), strict=False).module()
     assert_close(exported(longer), model(longer), 1e-6)
+
+
+def test_contexts_that_overlap() -> None:
+    """Two requests of a server, each in `disabled`: the first to enter is the first to leave."""
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    base = model(x)
+    for name in ("a", "b"):
+        ll.attach(model, ll.LoRAConfig(r=2), name=name)
+    randomize(model)
+    both = model(x)
+    with ll.disabled(model, "b"):
+        of_a = model(x)
+    for names in ((None, None), ("a", None), (None, "a")):
+        first, second = (ll.disabled(model, name) for name in names)
+        first.__enter__()
+        second.__enter__()
+        within = model(x)
+        first.__exit__(None, None, None)
+        assert torch.equal(model(x), within), "as the one that is left wants it"
+        second.__exit__(None, None, None)
+        assert torch.equal(model(x), both)
+    assert not torch.equal(base, of_a)
+    first, second = ll.disabled(model), ll.disabled(model)
+    first.__enter__()
+    ll.use(model, "a")
+    second.__enter__()
+    assert torch.equal(model(x), base)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(x), of_a)
+    first.__exit__(None, None, None)
+    assert torch.equal(model(x), both)
+
+
+def test_whoever_sorts_what_it_is_given() -> None:
+    """Entries would get each other's adapters."""
+    from transformers.pipelines import base, pt_utils
+
+    from lora_lite.rows import _OF_CHUNKS
+
+    assert {base.ChunkPipeline.run_single.__qualname__, pt_utils.PipelinePackIterator.__next__.__qualname__} == set(
+        _OF_CHUNKS
+    )
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b"):
+        ll.attach(model, ll.LoRAConfig(r=2), name=name)
+    ll.use(model, ["a", "b"])
+    given = {"__name__": "sentence_transformers.base", "model": model}
+    exec("def encode(x): return model(x)", given)
+    encode: Any = given["encode"]
+    with pytest.raises(ValueError, match=r"sentence_transformers\.base\.encode sorts or splits"):
+        encode(torch.randn(2, 8))
+    ll.use(model, ["a", "a"])
+    encode(torch.randn(2, 8))

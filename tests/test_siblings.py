@@ -635,3 +635,19 @@ def test_a_layer_of_another_library_s_offloading_is_left_alone() -> None:
     with counted() as served:
         assert rel_error(logits(model), want) < 1e-6
     assert not served
+
+
+def test_a_small_x_is_read_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharing would take longer than it saves; large or small, the results are the same."""
+    model, x = llama(), token_ids()
+    ll.attach(model, ll.LoRAConfig(r=4))
+    randomize(model)
+    found = []
+    for worth in (0, 1 << 18):
+        monkeypatch.setattr(reference, "_WORTH_SHARING", worth)
+        with counted() as served:
+            loss = model(x, labels=x).loss
+        found.append((loss, *torch.autograd.grad(loss, ll.parameters(model))))
+        assert bool(served) == (worth == 0)
+    for together, alone_ in zip(*found, strict=True):
+        assert rel_error(together, alone_) < 1e-5

@@ -259,6 +259,67 @@ def test_a_pre_hook_that_is_gone() -> None:
         model(torch.randn(5, 24))
 
 
+@EACH_VARIANT
+@pytest.mark.parametrize("how", ["replaced", "written to"])
+def test_a_pre_hook_that_changes_the_input(variant: str, how: str) -> None:
+    """Registered after the adapter's, as activation patching does: the adapter sees what the layer does, or says so."""
+    model, x = mlp(variant), torch.randn(5, 24)
+
+    def zeroed(layer: Any, args: Any) -> Any:
+        if how == "replaced":
+            return (args[0] * 0.5,)
+        args[0].mul_(0.5)
+        return None
+
+    changes_input = variant in ("ia3_ff", "hra")
+    with torch.no_grad():
+        for name in ("k_proj", "down_proj"):
+            layer = getattr(model, name)
+            want = layer(x * 0.5)
+            late = layer.register_forward_pre_hook(zeroed)
+            if changes_input and name == "down_proj":
+                with pytest.raises(ll.AttachError, match=r"^down_proj: a forward pre-hook .*prepend=True"):
+                    layer(x.clone())
+            elif not changes_input:
+                assert_close(layer(x.clone()), want, 1e-5)
+            late.remove()
+            early = layer.register_forward_pre_hook(zeroed, prepend=True)
+            assert_close(layer(x.clone()), want, 1e-5)
+            early.remove()
+
+
+@EACH_VARIANT
+def test_a_pre_hook_that_hands_on_an_alias(variant: str) -> None:
+    """As DeepSpeed's do, for hooks in the backward."""
+    model, x = mlp(variant), torch.randn(5, 24, requires_grad=True)
+    want = model(x)
+    for layer in (model.k_proj, model.down_proj):
+        layer.register_forward_pre_hook(lambda layer, args: (args[0].view_as(args[0]),))
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_gradients_where_a_pre_hook_changes_the_input(variant: str) -> None:
+    model, x = mlp(variant), torch.randn(5, 24)
+    own = ll.parameters(model)
+    found = []
+    for prepend in (True, False):
+        handle = model.down_proj.register_forward_pre_hook(lambda layer, args: (args[0].tanh(),), prepend=prepend)
+        leaf = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(model(leaf).square().sum(), [leaf, *own]))
+        handle.remove()
+    for first, second in zip(*found, strict=True):
+        assert_close(second, first, 1e-5)
+
+
+def test_a_graph_whose_input_is_replaced_says_so() -> None:
+    torch._dynamo.reset()
+    model = mlp()
+    model.k_proj.register_forward_pre_hook(lambda layer, args: (args[0] * 0.5,))
+    with pytest.raises(Exception, match="Register that with prepend=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(5, 24))
+
+
 # ---- the machinery of others ----
 
 

@@ -376,3 +376,18 @@ def test_a_copy_that_gets_another_base(copied: str) -> None:
         V = layer.weight + p.cfg.scale * p.lora_B @ p.lora_A
         want = want @ (p.lora_m[:, None] * V / V.norm(dim=1, keepdim=True)).mT + layer.bias
     assert rel_error(twin(x), want) < 1e-5
+
+
+def test_promises_that_overlap() -> None:
+    """The first to promise is the first to leave, and the second's still holds."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    ll.attach(model, ll.DoRAConfig(r=2))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+    first, second = ll.unchanged(model), ll.unchanged(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ll.AttachError, match=r"optimizer\.step\(\) within unchanged"):
+        optimizer.step()
+    second.__exit__(None, None, None)
+    optimizer.step()

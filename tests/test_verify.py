@@ -91,3 +91,57 @@ def test_a_wrong_variant_of_the_users_own_is_not_its_business() -> None:
     model = Twice()
     ll.attach(model, ll.LoRAConfig(r=2, alpha=123.0))
     assert ll.verify(model, torch.randn(3, 8), partial=True)
+
+
+class FromZeros(nn.Module):
+    """As decoders do that start from queries of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o_proj(self.q_proj(torch.zeros_like(x)).tanh() + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_input_of_zeros(variant: str, dtype: torch.dtype) -> None:
+    """Gradients that are zero but for rounding."""
+    torch.manual_seed(0)
+    model = FromZeros().to(dtype)
+    batches = [torch.randn(60, 16, dtype=dtype)] if variant == "antipasto" else None
+    if variant == "eva":
+        return  # its calibration refuses such a layer
+    attach(model, variant, batches, r=4, target_names=(), target_roles=())
+    randomize(model)
+    ll.verify(model, torch.randn(7, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_that_cancel(seed: int) -> None:
+    """A scalar's gradient is a sum over all tokens, of which little may be left in 16 bits."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).to(torch.bfloat16)
+    ll.attach(model, ll.DeLoRAConfig(r=4, target_roles=()))
+    randomize(model)
+    ll.verify(model, torch.randn(50, 16, dtype=torch.bfloat16))
+
+
+def test_an_output_that_nothing_uses() -> None:
+    """It is compared on a gradient of its own, and said so."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.q_proj(x), self.k_proj(x)
+
+    model = Unused()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    randomize(model)
+    with pytest.warns(UserWarning, match="an output that nothing uses.*: k_proj"):
+        rows = ll.verify(model, torch.randn(3, 8))
+    assert all(row.errors["lora_A"] > 0 for row in rows)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 
 runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
-dropout, embeddings = load_tests("test_dropout"), load_tests("test_embeddings")
+dropout, embeddings, own = load_tests("test_dropout"), load_tests("test_embeddings"), load_tests("test_own_methods")
 
 test_compile = runtime.test_compile
 test_compile_with_checkpointing = runtime.test_compile_with_checkpointing
@@ -45,6 +45,10 @@ test_start_is_the_base_in_training_too = dropout.test_start_is_the_base_in_train
 test_checkpointing_draws_the_same_mask = dropout.test_checkpointing_draws_the_same_mask
 test_compile_draws_the_same_mask = dropout.test_compile_draws_the_same_mask
 test_rows_of_a_batch = dropout.test_rows_of_a_batch
+
+registered_here = own.registered_here
+test_a_scale_for_each_expert = own.test_a_scale_for_each_expert
+test_one_for_all_experts_is_expanded = own.test_one_for_all_experts_is_expanded
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
