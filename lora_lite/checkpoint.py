@@ -186,10 +186,22 @@ def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors:
     of what is not finite."""
     held = {name for each in attachments(model) for name in each.whole.entries}
     texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
+    if shared := _trained_together(attachment):
+        texts.append(f"these are one tensor each, and after load one a layer, which train apart: {first_of(shared)}")
     if broken := not_finite(tensors):
         texts.append(f"there is NaN or infinity in {first_of(broken)}; an earlier file may be whole")
     if found := ". ".join(text for text in texts if text):
         warnings.warn(f"{what}: {found}", stacklevel=3)
+
+
+def _trained_together(attachment: Attachment) -> list[str]:
+    """Which of its parameters that train several layers share, as a user's method may have it."""
+    names: dict[int, list[str]] = {}
+    for layer, adapter in attachment.adapters.items():
+        for key, p in adapter.named_parameters():
+            if p.requires_grad:
+                names.setdefault(id(p), []).append(f"{layer}.{key}")
+    return [" = ".join(each) for each in names.values() if len(each) > 1]
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
