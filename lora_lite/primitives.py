@@ -44,7 +44,8 @@ class Primitive:
     def of(self, matrix: int) -> Self:
         """Of a stack the primitive of one matrix."""
         own = copy.copy(self)
-        vars(own).update({name: _of(value, matrix) for name, value in vars(self).items()}, segments=None, made=None)
+        own.segments = own.made = None
+        vars(own).update({name: _of(value, matrix) for name, value in vars(own).items()})
         return own
 
     def on(self, segments: Segments | None) -> "Primitive":
