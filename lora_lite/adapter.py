@@ -74,14 +74,15 @@ class Adapter(Params):
     def uses_dropout(self, layer: nn.Module) -> bool:
         """Whether the method's primitive asks its config for the dropout."""
         asked: list[bool] = []
+        values = {"dropout": self.cfg.dropout}
         dropout = property(
-            lambda cfg: asked.append(True) or vars(cfg)["dropout"],
-            lambda cfg, value: vars(cfg).update(dropout=value),  # of a config that is made of it
+            lambda cfg: asked.append(True) or values["dropout"],
+            lambda cfg, value: values.update(dropout=value),  # of a config that is made of it
         )
         own, kind = copy.copy(self.cfg), type(self.cfg)
         object.__setattr__(own, "__class__", type(kind.__name__, (kind,), {"dropout": dropout}))
-        self._primitive(layer, own)
-        return bool(asked)
+        primitive = self._primitive(layer, own)
+        return bool(asked) or getattr(primitive, "dropout", 0.0) == self.cfg.dropout  # by `dropout_now`
 
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""

@@ -315,22 +315,21 @@ def _require_declared(adapter: Adapter, attributes: set[str], children: set[str]
     held = {*adapter._parameters, *adapter._buffers} - tensors
     if more := sorted(held | set(adapter.__dict__) - attributes | set(adapter._modules) - children):
         raise AttachError(
-            f"{adapter.variant.__name__}.init has set {', '.join(more)}, which no file would hold: give each tensor a "
-            "ParamSpec in param_specs, derived=True for what `derive` makes of the weight"
+            f"{adapter.variant.__name__}.init has set {', '.join(more)}, which no file would hold: give a tensor a "
+            "ParamSpec in param_specs, derived=True for what `derive` makes of the weight; keep notes in cfg"
         )
 
 
 def _require_dropout(targets: Sequence[Target], adapters: Mapping[str, Adapter]) -> None:
     """Raise an AttachError where the config has dropout, and the method's primitive doesn't ask for it."""
-    for t in targets[:1]:
-        adapter = adapters[t.name]
-        if adapter.cfg.dropout and not adapter.uses_dropout(t.layer):
-            kind = adapter.variant
-            raise AttachError(
-                f"dropout={adapter.cfg.dropout}: {kind.__name__}.primitive does not use cfg.dropout; pass it on, as "
-                f"LowRankAdd(A, B, scale, cfg.dropout), or set takes_dropout = False in {kind.config.__name__}, which "
-                "then refuses it"
-            )
+    asked = [(adapters[t.name], t.layer) for t in targets if adapters[t.name].cfg.dropout]
+    if asked and not any(adapter.uses_dropout(layer) for adapter, layer in asked):
+        adapter, kind = asked[0][0], asked[0][0].variant
+        raise AttachError(
+            f"dropout={adapter.cfg.dropout}: {kind.__name__}.primitive does not use cfg.dropout; pass it on, as "
+            f"LowRankAdd(A, B, scale, cfg.dropout), or set takes_dropout = False in {kind.config.__name__}, which "
+            "then refuses it"
+        )
 
 
 def _dense_on_cpu(t: Target) -> bool:
@@ -442,18 +441,19 @@ def _settle_siblings(model: nn.Module) -> None:
 def _without(model: nn.Module, names: set[str]) -> None:
     """Entries of a batch that took these adapters take none: one of that name that is attached later is another."""
     made: dict[Rows, Rows] = {}
-    for site in sites_of(model):
-        if site.rows is not None and not names.isdisjoint(site.rows.names):
-            kept = tuple(None if name in names else name for name in site.rows.names)
-            site.rows = made.setdefault(site.rows, Rows(kept, site.rows.lengths, site.rows.batch_dim))
+    for each in (each for site in sites_of(model) for each in (site, *site.contexts)):
+        if (rows := each.rows) is not None and not names.isdisjoint(rows.names):
+            kept = tuple(None if name in names else name for name in rows.names)
+            each.rows = made.setdefault(rows, Rows(kept, rows.lengths, rows.batch_dim))
 
 
 def _without_copies(model: nn.Module, names: set[str]) -> list[str]:
     """Take the adapters of these names off copies of adapted layers. The layers' names."""
     found = []
-    for layer, (module, site) in copied(model).items():
-        for name in names & set(cast(Site, site)):
-            cast(Site, site).leave(module, name)
+    for layer, module in copied(model).items():
+        site = cast(Site, module._modules[SITE])
+        for name in names & set(site):
+            site.leave(module, name)
             found.append(layer)
     return found
 

@@ -33,7 +33,8 @@ class LayerDiagnosis:
         effective_rank: exp of the entropy of ΔW's singular values over their sum (Roy & Vetterli 2007): how many
             directions share the change. 0 where ΔW is zero. Of a stack of experts the experts' mean.
         after_backward: whether the adapter has gradients in any layer: then a missing one is dead too.
-        idle: why the adapter does nothing: its layer never ran, or has left the model. Empty: nothing is known.
+        idle: why the adapter does nothing: its layer never ran, ran and got no gradient in training, or has left the
+            model. Empty: nothing is known.
         not_finite: its tensors that have NaN or infinity.
     """
 
@@ -111,7 +112,8 @@ def diagnose(model: nn.Module, name: str | None = None) -> Diagnosis:
     model = unwrap(model)
     attachment = require_attachment(model, name)
     found = attachment.watch.idle(model)
-    idle = dict.fromkeys(found.get("never", []), "never ran") | dict.fromkeys(found["gone"], "left the model")
+    whys = {"never": "never ran", "unreached": "no gradient", "gone": "left the model"}
+    idle = {layer: why for kind, why in whys.items() for layer in found.get(kind, [])}
     trained = any(p.grad is not None for adapter in attachment.adapters.values() for p in adapter.parameters())
     rows = []
     for target in attachment.targets:

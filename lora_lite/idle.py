@@ -1,6 +1,8 @@
 """Adapters that do nothing although they are attached, in words: which layers are idle, of which kinds, and why."""
 
+import re
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import nn
 
@@ -38,24 +40,33 @@ def here_and_gone(model: nn.Module, targets: list[Target]) -> tuple[list[Target]
     return [t for t in targets if id(t.layer) in present], [t.name for t in targets if id(t.layer) not in present]
 
 
-def copied(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """Layers of the model, by name, with their sites, that no attachment knows: copies of adapted ones."""
+def copied(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers of the model, by name, whose sites were made for others: copies of adapted ones, in no attachment."""
+    adapted = ((module, module._modules.get(SITE)) for module in model.modules())
+    found = [module for module, site in adapted if site is not None and vars(site).get("layer_id") != id(module)]
+    if not found:
+        return {}
     here = list(model.named_modules())
+    # Of a copied model each is another's copy, and its own attachments', which were copied with it.
     known = {id(s) for _, m in here for each in vars(m).get(ATTACHMENTS, {}).values() for s in each.sites.values()}
-    found = ((name, module, module._modules.get(SITE)) for name, module in here)
-    return {name: (module, site) for name, module, site in found if site is not None and id(site) not in known}
+    copies = {id(module) for module in found if id(module._modules[SITE]) not in known}
+    return {name: module for name, module in here if id(module) in copies}
 
 
-def whole_kinds(targets: list[Target], wanted: set[str], blocks: bool) -> list[str]:
-    """Of the wanted layers those whose whole kind is wanted: a name apart from its numbers, but those of the layers in
-    an nn.Sequential, which runs all of them. With `blocks`, a name apart from the numbers of experts alone."""
+def whole_kinds(targets: list[Target], wanted: set[str], apart: Literal["kinds", "blocks", "entries"]) -> list[str]:
+    """Of the wanted layers those whose whole kind is wanted.
+
+    Args:
+        apart: what makes two kinds: a name apart from its numbers, but those of the layers in an nn.Sequential, which
+            runs all of them; the block too; or all of a name but the number of an expert, to which nothing may be sent.
+    """
 
     def kind(target: Target) -> str:
-        if blocks:
-            before, experts, behind = target.name.partition("experts")
-            return before + experts + fold(behind)
+        if apart == "entries":
+            return re.sub(r"(expert[^.]*(?:\.|_))[0-9]+(?![^.])", r"\1*", target.name)
         above, _, last = target.name.rpartition(".")
-        return f"{fold(above)}.{last}" if target.in_sequence else fold(target.name)
+        kept = f"{fold(above)}.{last}" if target.in_sequence else fold(target.name)
+        return f"{kept} of {target.block}" if apart == "blocks" else kept
 
     others = {kind(target) for target in targets if target.name not in wanted}
     return [target.name for target in targets if target.name in wanted and kind(target) not in others]

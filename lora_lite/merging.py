@@ -147,6 +147,7 @@ def save_merged(
                 f"save_merged: {', '.join(options)} are for transformers' save_pretrained, and a "
                 f"{type(model).__name__} is written as one model.safetensors; leave them out"
             )
+        _require_unfused(model)
         _warn_of_parted(model, "save_merged")
         tensors = _apart(_for_a_file(_state_dict(model, dtype, "save_merged")))
         with writing_folder("save_merged", folder):
@@ -255,6 +256,19 @@ def _parted(model: Any) -> list[str]:
                 tied.setdefault(source, []).append(name)
                 adapted |= {source} if isinstance(site, Site) and site.acting() else set()
     return next((names for source, names in tied.items() if len(names) > 1 and source in adapted), [])
+
+
+def _require_unfused(model: nn.Module) -> None:
+    """Raise where an adapter acts on what diffusers has fused: a model that loads the file has the parts alone."""
+    for path, module in model.named_modules():
+        for key, child in module._modules.items() if getattr(module, "fused_projections", False) else ():
+            site = getattr(child, SITE, None)
+            if key in ("to_qkv", "to_kv", "to_added_qkv") and isinstance(site, Site) and site.acting():
+                raise AttachError(
+                    f"save_merged: {path}.{key} is fused, and a model that loads the file has to_q, to_k and to_v, on "
+                    "which no adapter acts; adapt those, without fusing, or load merged_state_dict(model) into a fused "
+                    "model"
+                )
 
 
 def _warn_of_parted(model: nn.Module, what: str) -> None:

@@ -7,7 +7,7 @@ M tokens, K in_features, N out_features, R rank; on a stack, each tensor of the 
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
 from .errors import AttachError
-from .operators import watched
+from .operators import autocast_dtype, watched
 from .recomputation import in_checkpoint
 from .segments import Segments, once
 
@@ -45,7 +45,8 @@ class Primitive:
         """Of a stack the primitive of one matrix."""
         own = copy.copy(self)
         own.segments = own.made = None
-        vars(own).update({name: _of(value, matrix) for name, value in vars(own).items()})
+        for name, value in _held(own).items():
+            setattr(own, name, _of(value, matrix))
         return own
 
     def on(self, segments: Segments | None) -> "Primitive":
@@ -63,6 +64,12 @@ class Primitive:
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         """The layer's new output."""
         return y
+
+
+def _held(primitive: Primitive) -> dict[str, Any]:
+    """What it holds, by name; also what stands in slots."""
+    names = {*vars(primitive), *(each.name for each in fields(primitive))}
+    return {name: getattr(primitive, name) for name in names if hasattr(primitive, name)}
 
 
 def _of(value: Any, matrix: int) -> Any:
@@ -88,7 +95,7 @@ def require_stacks(primitive: Primitive, matrices: int) -> None:
                 f"t[..., None]), or expand what is one for all (t.expand({matrices}, *t.shape))"
             )
         if isinstance(value, Primitive):
-            look(vars(value), name)
+            look(_held(value), name)
         elif isinstance(value, Mapping):
             for key, each in value.items():
                 look(each, str(key))
@@ -96,13 +103,13 @@ def require_stacks(primitive: Primitive, matrices: int) -> None:
             for each in value:
                 look(each, name)
 
-    look(vars(primitive), "")
+    look(_held(primitive), "")
 
 
 def enter(primitive: Primitive, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
     """`on_input`; an AttachError where a user's own gives something else than an input like x, and what to carry."""
     found = primitive.on_input(x, ops)
-    if primitive.of_a_user and not (type(found) is tuple and len(found) == 2 and _alike(found[0], x)):
+    if primitive.of_a_user and not (isinstance(found, tuple) and len(found) == 2 and _alike(found[0], x)):
         raise AttachError(
             f"{type(primitive).__name__}.on_input must return (x, carry), that x being of shape {tuple(x.shape)} and "
             f"dtype {x.dtype}; got {_described(found)}"
@@ -122,7 +129,10 @@ def leave(primitive: Primitive, y: Tensor, carry: Any, ops: Any) -> Tensor:
 
 
 def _alike(found: Any, t: Tensor) -> bool:
-    return isinstance(found, Tensor) and found.dtype == t.dtype and found.shape == t.shape
+    """Autocast has dtypes of its own, and casts what comes next."""
+    if not isinstance(found, Tensor) or found.shape != t.shape:
+        return False
+    return found.dtype == t.dtype or (found.is_floating_point() and autocast_dtype(t.device) is not None)
 
 
 def _described(value: Any) -> str:

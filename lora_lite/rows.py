@@ -92,11 +92,12 @@ class Rows:
                 "counts no entries of a batch; call use(model, name) with one adapter for such inputs"
             )
         entries, named = x.shape[self.batch_dim], len(self.names)
-        times = _times_in_generate()
-        if len(set(self.names)) > 1 and (caller := _reorders()):
+        generates, reorders = _callers()
+        times = _times_in_generate(generates)
+        if reorders and len(set(self.names)) > 1:
             raise ValueError(
-                f"use(model, [...]): {caller} sorts or splits what it is given, so that the entries that {layer} gets "
-                "are not in the order of the names; call the model itself, or use(model, name)"
+                f"use(model, [...]): {reorders} sorts or splits what it is given, and {layer} gets entries in another "
+                "order than the names'; call the model itself, or use(model, name)"
             )
         if entries != named * times:
             beams = f", of each of which generate makes {times}" if times > 1 else ""
@@ -134,11 +135,10 @@ class Rows:
         return each * torch.arange(1, len(self.names) + 1, device=device, dtype=torch.int32)
 
 
-def _times_in_generate() -> int:
+def _times_in_generate(calls: list[dict[str, Any]]) -> int:
     """How many entries transformers' `generate`, if it is among this thread's callers, has made of each by now: it
     repeats them for beams and returned sequences, next to each other, once an encoder has run. Whisper's own repeats
     them for returned sequences before that, and then calls the common one."""
-    calls = [] if torch.compiler.is_compiling() else _calls_of_generate()
     if not calls:
         return 1
     config, repeated = (calls[0].get(name) for name in ("generation_config", "input_ids"))
@@ -147,26 +147,23 @@ def _times_in_generate() -> int:
     return times * (whispers.get("num_return_sequences") or 1)
 
 
-def _reorders() -> str:
-    """Which of this thread's callers, if any, gives a batch other entries than it got, or in another order."""
-    frame = None if torch.compiler.is_compiling() else sys._getframe(1)
-    while frame is not None:
-        of, called = str(frame.f_globals.get("__name__")), frame.f_code.co_qualname
-        sorts = of.startswith("sentence_transformers.") and frame.f_code.co_name in ("encode", "predict", "rank")
-        if sorts or (of.startswith("transformers.pipelines.") and called in _OF_CHUNKS):
-            return f"{of}.{called}"
-        frame = frame.f_back
-    return ""
-
-
 _OF_CHUNKS = ("ChunkPipeline.run_single", "PipelinePackIterator.__next__")
+_SORT = ("encode", "predict", "rank")
+_LOOKED_AT = frozenset({"generate", *_SORT, *(name.rpartition(".")[2] for name in _OF_CHUNKS)})
 
 
-def _calls_of_generate() -> list[dict[str, Any]]:
-    """The variables of each, the innermost first."""
-    found, frame = [], sys._getframe(1)
+def _callers() -> tuple[list[dict[str, Any]], str]:
+    """Of this thread's callers the variables of each `generate` of transformers', the innermost first; and which, if
+    any, gives a batch other entries than it got, or in another order."""
+    generates: list[dict[str, Any]] = []
+    reorders, frame = "", None if torch.compiler.is_compiling() else sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "generate" and str(frame.f_globals.get("__name__")).startswith("transformers."):
-            found.append(frame.f_locals)
+        if (called := frame.f_code.co_name) in _LOOKED_AT:
+            of = str(frame.f_globals.get("__name__"))
+            if called == "generate" and of.startswith("transformers."):
+                generates.append(frame.f_locals)
+            chunks = of.startswith("transformers.pipelines.") and frame.f_code.co_qualname in _OF_CHUNKS
+            if chunks or (called in _SORT and of.startswith("sentence_transformers.")):
+                reorders = f"{of}.{frame.f_code.co_qualname}"
         frame = frame.f_back
-    return found
+    return generates, reorders

@@ -4,6 +4,7 @@ unchanged: that their weights stay as they are for a while.
 """
 
 import operator
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -157,18 +158,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def _restored(model: nn.Module) -> Iterator[None]:
     """After this context the adapters act where they did before. Of contexts that overlap, as two threads' may, the one
     that is left first hands what was before it on to the next."""
-    sites = [(site, Before(site.off, site.rows)) for site in sites_of(model)]
-    for site, before in sites:
-        site.contexts.append(before)
+    with _changing:
+        sites = [(site, Before(site.off, site.rows)) for site in sites_of(model)]
+        for site, before in sites:
+            site.contexts.append(before)
     try:
         yield
     finally:
-        for site, before in sites:
-            place = next(i for i, each in enumerate(site.contexts) if each is before)
-            if place == len(site.contexts) - 1:
-                site.off, site.rows = before.off, before.rows
-            else:
-                later = site.contexts[place + 1]
+        with _changing:
+            for site, before in sites:
+                place = next(i for i, each in enumerate(site.contexts) if each is before)
+                later = site if place == len(site.contexts) - 1 else site.contexts[place + 1]
                 later.off, later.rows = before.off, before.rows
-            del site.contexts[place]
-        settle_modules(model)
+                del site.contexts[place]
+            settle_modules(model)
+
+
+_changing = threading.Lock()  # contexts come and go one at a time

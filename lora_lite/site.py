@@ -19,6 +19,7 @@ from .calls import always_after, begin, call_with, end, forget, under_way, with_
 from .embeddings import on_ids
 from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
+from .operators import transformed
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive, enter, leave
@@ -69,6 +70,7 @@ class Site(nn.ModuleDict):
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__()
         self.name = name or type(layer).__name__  # of the layer in its model
+        self.layer_id = id(layer)  # by which a copy is known
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
         self.contexts: list[Before] = []  # that are entered, the last one last
@@ -89,7 +91,8 @@ class Site(nn.ModuleDict):
     def leave(self, layer: nn.Module, name: str) -> None:
         """Take an adapter off, and with the last one the site itself."""
         del self[name]
-        self.off -= {name}
+        for each in (self, *self.contexts):
+            each.off -= {name}
         if not self:
             for handle in self.handles:
                 handle.remove()
@@ -202,13 +205,14 @@ class Site(nn.ModuleDict):
         if any(adapter.derives for _, adapter in acting):
             own = self.pieces(acting, layer, x)
             found = [(piece, carry) for piece, (_, carry) in zip(own, running, strict=True)]
-        if running.given is None or (_one(running.given[0], x) and running.given[1] == _version(x)):
+        given, version = running.given or (x, None)
+        if version == _version(given) and _same(given, x, untold=False):
             return found
         rows, again = x.unsqueeze(-1) if is_embedding(layer) else x, []
         for piece, _ in found:
             handed_on, carry = enter(piece.primitive, rows, piece.ops)
             again.append((piece, carry))
-            if not _one(handed_on, rows):
+            if not _same(handed_on, rows, untold=True):
                 raise AttachError(
                     f"{self.name}: a forward pre-hook that was registered after the adapter's has changed the layer's "
                     "input, from which the adapter makes another; register it with prepend=True, or before attach"
@@ -300,10 +304,14 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _one(a: Tensor, b: Tensor) -> bool:
-    """Whether they are one tensor, or have its memory in common, as what a hook has put into a graph of its own."""
-    plain = type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)
-    return a is b or (plain and a.shape == b.shape and a.data_ptr() == b.data_ptr())
+def _same(a: Tensor, b: Tensor, untold: bool) -> bool:
+    """Whether b is a, or has its values, be it in another dtype: hooks may put an alias into a graph, copy or cast.
+    `untold`: what to take where none can be asked for, as within a transform."""
+    if a is b or a.shape != b.shape:
+        return a is b
+    if transformed() or not (type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)):
+        return untold
+    return a.data_ptr() == b.data_ptr() or torch.equal(a.detach().to(b.dtype), b.detach())
 
 
 def _unfit_input(x: Any) -> str:

@@ -30,8 +30,10 @@ _REMEDIES = {
     True: "The reference ran: its base layer's own forward or backward is not what its weight says",
     False: 'attach(..., backend="reference") avoids the kernels',
 }  # by whether it is the reference that is off
-_CEILING = 0.1  # no rounding explains a larger error of these, however wrong the layer's own weight is
-_OF_WEIGHT = ("output", "grad_input")  # the other gradients are sums over the tokens, of which nothing may be left
+# No rounding explains a larger error, however wrong the layer's own weight is. The other gradients are sums over the
+# tokens, of which little may be left.
+_CEILINGS = {"output": 0.1, "grad_input": 0.1}
+_CEILING = 1.0
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,15 @@ def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], par
         raise AttachError("the batch ran none of the adapted layers: verify needs a batch that uses them")
     ran = {call.target.name for call in calls}
     here, gone = here_and_gone(model, targets)
-    idle = whole_kinds(here, {t.name for t in here} - ran, blocks=True) + gone
-    if idle and not partial:
-        raise AttachError(
-            f"verify: the batch did not run these adapted layers: {listing(idle)}. Their adapters do nothing if "
-            "training does not run them either: leave them out, use a batch that runs them, or pass partial=True"
-        )
+    not_run = {t.name for t in here} - ran
+    said = "verify: the batch did not run these adapted layers: {}. Their adapters do nothing if training does not run "
+    said += "them either: leave them out, use a batch that runs them, or pass partial=True"
+    if partial:
+        return
+    if idle := whole_kinds(here, not_run, "blocks") + gone:
+        raise AttachError(said.format(listing(idle)))
+    if idle := whole_kinds(here, not_run, "entries"):
+        warnings.warn(said.format(listing(idle)), stacklevel=3)
 
 
 def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
@@ -193,7 +198,8 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
     calls, without = [], []
     for (target, x, segments), y in zip(seen, outputs, strict=True):
         dy = next(grads) if y.requires_grad else None
-        if dy is None:
+        if dy is None or (dy.numel() and not dy.any()):
+            dy = None
             without.append(target.name)
         calls.append(Call(target, x, segments, y.detach() if dy is None else dy))
     if without:
@@ -245,7 +251,8 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
         # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
         plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
         got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
-    # A gain's gradient is a sum over the tokens, or two that cancel, of terms as large as dy ∘ y.
+    # A gain's gradient is a sum over the tokens, or two that cancel, of terms as large as dy ∘ y. Less than their
+    # rounding is nothing.
     terms = torch.finfo(dtype).eps * (dy.double() * want["output"].double()).norm().item()
     floors = {
         name: terms / max(p.detach().double().square().mean().sqrt().item(), 1.0)
@@ -253,10 +260,7 @@ def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
         if p.ndim < 2
     }
     errors = {name: _error(got[name], want[name], floors.get(name, 0.0)) for name in want}
-    allowed = {
-        name: rtol or _allowed(plain[name], want[name], dtype, _CEILING if name in _OF_WEIGHT else math.inf)
-        for name in want
-    }
+    allowed = {name: rtol or _allowed(plain[name], want[name], dtype, _CEILINGS.get(name, _CEILING)) for name in want}
     return Comparison(target.name, adapter.in_force(x.device, dtype), errors, allowed)
 
 
@@ -280,7 +284,9 @@ def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: T
 
 
 def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    """‖got − want‖ / ‖want‖; 0 where the difference is no larger than a floor."""
+    """‖got − want‖ / ‖want‖; 0 where both are no larger than a floor."""
     got, want = got.double(), want.double()
     difference, size = (got - want).norm().item(), want.norm().item()
-    return 0.0 if difference <= floor else difference / size if size else math.inf
+    if size <= floor and difference <= floor:
+        return 0.0
+    return difference / size if size else math.inf

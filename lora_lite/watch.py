@@ -216,6 +216,7 @@ class Watch:
         frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
         reached = self.reached if trained else ran
         patient = self.steps >= _PATIENCE
+        running = [t for t in here if t.name in ran - frozen]
         # An evaluation before tells nothing of a step, in which chance may leave the block out.
         stepped = {name for name, site in self.sites.items() if site.ran_with_grad or site.ran_in_training}
         without = (ran if self.steps >= after else ran & stepped) - reached - frozen
@@ -223,8 +224,8 @@ class Watch:
         by_accident = sorted(frozen) if trained and len(frozen) < len(here) else []
         by_peft = sorted(frozen) if trained and not by_accident and peft_in(model) else []
         return {
-            "never": whole_kinds(here, {t.name for t in here} - ran, blocks=patient),
-            "unreached": whole_kinds([t for t in here if t.name in ran - frozen], without, blocks=True),
+            "never": whole_kinds(here, {t.name for t in here} - ran, "entries" if patient else "kinds"),
+            "unreached": whole_kinds(running, without, "entries" if patient else "blocks"),
             "frozen": by_accident,
             "PEFT": by_peft,
             "copied": list(copied(model)),

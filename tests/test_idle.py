@@ -411,6 +411,11 @@ def test_entries_of_a_list_that_are_never_used(tmp_path: Path) -> None:
     assert "per_language.*.* ×2" in text
     with pytest.raises(ll.AttachError, match=r"did not run these adapted layers: per_language\.\*\.\* ×2"):
         ll.verify(model, x)
+    blocks = nn.ModuleDict({"layers": nn.ModuleList(Languages() for _ in range(4)), "head": nn.Linear(8, 8)})
+    blocks.forward = lambda x: blocks["head"](sum(layer(x) for layer in blocks["layers"]))  # type: ignore[union-attr, assignment]
+    ll.attach(blocks, L(r=2, target_roles=()))
+    with pytest.warns(UserWarning, match=r"did not run these adapted layers: layers\.\*\.per_language\.\*\.\* ×8"):
+        ll.verify(blocks, x)
     (text,) = warned(lambda: ll.save(model, tmp_path / "a"))
     assert "per_language" in text
 
@@ -432,3 +437,49 @@ def test_a_copied_block(tmp_path: Path) -> None:
         ll.detach(model)
     assert not any("lora_lite" in name for name, _ in model.named_modules())
     model(token_ids())
+
+
+def test_models_that_share_a_part_are_no_copies() -> None:
+    """A value model on a policy's encoder: each detaches its own."""
+    encoder, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8)
+    policy, value = nn.Sequential(encoder, nn.Linear(8, 8)), nn.Sequential(encoder, nn.Linear(8, 1))
+    ll.attach(value, L(r=1, target_names=("1",)))
+    ll.attach(policy, L(r=2, target_names=("0.0",)))
+    randomize(policy)
+    want = policy(x)
+    ll.use(value, "default")
+    with ll.disabled(value):
+        pass
+    assert not warned(lambda: step(value(x).sum(), ll.parameters(value)))
+    ll.detach(value)
+    assert torch.equal(policy(x), want)
+    twin = copy.deepcopy(policy)
+    ll.use(twin, "default")
+    ll.detach(twin)
+    assert torch.equal(policy(x), want)
+
+
+class Branches(nn.Module):
+    """All run, and one of them is taken in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.turn = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        return [layer(x) for layer in self.proj][self.turn % 3]
+
+
+def test_branches_that_are_used_in_turn() -> None:
+    model, x = Branches(), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
+
+    def train() -> None:
+        for _ in range(25):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+    assert not warned(train)

@@ -1086,3 +1086,21 @@ def test_blocks_that_change_places_take_their_patterns_along(tmp_path: Path) -> 
     ll.detach(ours)
     ll.load(ours, tmp_path / "file")
     assert_close(logits(ours), want, 1e-6)
+
+
+def test_a_layer_in_a_plain_list(tmp_path: Path) -> None:
+    """PEFT puts its own in the layer's place, and the forward takes the bare one from the list."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.steps = [self.fc]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.steps[0](x)
+
+    model = Listed()
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    with pytest.raises(ll.AttachError, match=r"fc and steps\[0\] are one layer, and PEFT would adapt it in its first"):
+        ll.export_peft(model, tmp_path / "peft")

@@ -543,3 +543,24 @@ def test_what_a_module_writes_itself() -> None:
     assert merged.keys() == {"0.weight", "0.bias", "1.factor"}
     assert torch.equal(merged["1.factor"], torch.tensor(3.0))
     assert [name for name, _ in merging.merged_parameters(model)] == ["0.weight", "0.bias"]
+
+
+def test_a_fused_projection(tmp_path: Path) -> None:
+    """A model that loads the file has the parts, on which no adapter acts."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.to_k, self.to_v, self.to_qkv = (nn.Linear(8, n) for n in (8, 8, 8, 24))
+            self.fused_projections = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.to_qkv(x)
+
+    model = nn.Sequential(Attention())
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("to_qkv",)))
+    with pytest.raises(ll.AttachError, match=r"save_merged: 0\.to_qkv is fused"):
+        ll.save_merged(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with ll.disabled(model):
+        ll.save_merged(model, tmp_path)

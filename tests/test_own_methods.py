@@ -391,6 +391,20 @@ class Composed(Primitive):
         return y
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted(Primitive):
+    """y + B A x, of what stands in slots."""
+
+    A: Any = None
+    B: Any = None
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return x, linear(x, self.A.to(x.dtype))
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return y + linear(carry, self.B.to(y.dtype))
+
+
 class Mixin:
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         return 2 * super().on_output(y, carry, ops)  # type: ignore[misc]
@@ -413,8 +427,10 @@ def test_primitives_of_ones_own_on_experts() -> None:
         for bare, doubled in zip(qwen3_moe()(token_ids()).logits, net(token_ids()).logits, strict=True):
             assert not torch.equal(bare, doubled), "2 y + 0"
     REGISTRY.clear()
-    net, adapter = mixture(lambda p, layer, cfg: Straight(p.lora_A, p.lora_B))  # no dataclass
-    at_expert(net, adapter, lambda t, W: t("lora_B") @ t("lora_A"))
+    for kind in (Straight, Slotted):  # the first is no dataclass
+        REGISTRY.clear()
+        net, adapter = mixture(lambda p, layer, cfg, kind=kind: kind(p.lora_A, p.lora_B))
+        at_expert(net, adapter, lambda t, W: t("lora_B") @ t("lora_A"))
 
 
 @pytest.mark.parametrize(
@@ -446,3 +462,20 @@ def test_what_would_be_lost_on_a_stack() -> None:
     REGISTRY["own"].init = staticmethod(init)  # type: ignore[method-assign]
     with pytest.raises(ll.AttachError, match=r"p\.lora_A = … would be lost on a stack.*p\.fill\('lora_A', value\)"):
         ll.attach(qwen3_moe(), cfg(r=4, target_roles=("expert",)))
+
+
+def test_under_autocast_dtypes_are_autocasts() -> None:
+    net, x = model(), torch.randn(5, 12)
+
+    def gained(p: Any, layer: Any, cfg: Any) -> Primitive:
+        return Given(enter=lambda x: (x @ torch.eye(12), None), leave=lambda y: y * (1 + p.lora_B[:, 0]))
+
+    ll.attach(net, method(gained)(r=4, target_names=("0",)))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(x).sum().backward()
+
+
+def test_dropout_by_what_is_in_force() -> None:
+    """As TRL switches it."""
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B, cfg.scale, p.dropout_now))
+    ll.attach(model(), cfg(r=4, dropout=0.5))

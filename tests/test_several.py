@@ -651,3 +651,33 @@ def test_whoever_sorts_what_it_is_given() -> None:
         encode(torch.randn(2, 8))
     ll.use(model, ["a", "a"])
     encode(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("kind", [ll.LoRAConfig, ll.DoRAConfig, ll.RoadConfig])
+def test_a_pre_hook_that_changes_what_entries_get(kind: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 3, 8)
+    ll.attach(model, ll.LoRAConfig(r=2), name="a")
+    ll.attach(model, kind(**{"group_size": 4} if kind is ll.RoadConfig else {"r": 2}), name="b")
+    randomize(model)
+    ll.use(model, ["a", "b"])
+    want = model(2 * x)
+    model[0].register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+    assert_close(model(x), want, 1e-6)
+
+
+def test_contexts_know_what_has_been_detached() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    for name in ("a", "b"):
+        ll.attach(model, ll.LoRAConfig(r=2), name=name)
+    ll.use(model, ["a", "b"])
+    with ll.disabled(model), pytest.warns(UserWarning, match="what is left .a. does not act"):
+        ll.detach(model, "b")
+    ll.attach(model, ll.LoRAConfig(r=2), name="b")
+    randomize(model)
+    assert model[0].lora_lite.rows.names == ("a", None)  # type: ignore[union-attr]
+    model(x)
+    ll.use(model, "a")
+    with ll.disabled(model, "a"):
+        ll.detach(model, "b")
+        ll.attach(model, ll.LoRAConfig(r=2), name="b")
+    assert ll.attachment.require_attachment(model, "b").acts

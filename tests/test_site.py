@@ -296,6 +296,11 @@ def test_a_pre_hook_that_hands_on_an_alias(variant: str) -> None:
     for layer in (model.k_proj, model.down_proj):
         layer.register_forward_pre_hook(lambda layer, args: (args[0].view_as(args[0]),))
     assert torch.equal(model(x), want)
+    torch.func.vmap(model)(x.detach())
+    for layer in (model.k_proj, model.down_proj):  # or a copy, and twice the values
+        layer.register_forward_pre_hook(lambda layer, args: (args[0].clone(),))
+        layer.register_forward_pre_hook(lambda layer, args: (args[0].double().to(args[0].dtype),))
+    assert torch.equal(model(x), want)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

@@ -100,11 +100,16 @@ def modules_of(model: nn.Module) -> dict[str, str]:
 
 def in_two_places(model: nn.Module, targets: Iterable[Target]) -> list[str]:
     """The names of the first of these layers that stands in several places: PEFT adapts it in one, the first. A block
-    that stands in several is no such layer, nor are those within it."""
+    that stands in several is no such layer, nor are those within it. A plain list is a place too: what a forward takes
+    from there, PEFT does not replace."""
     places: dict[int, list[str]] = {}
     for name, module in named_modules(model):
         for key, child in module._modules.items():
             places.setdefault(id(child), []).append(plain_name(f"{name}.{key}" if name else key))
+        for key, value in vars(module).items() if not isinstance(module, Stack) else ():
+            for i, each in enumerate(value if type(value) in (list, tuple) else ()):
+                if isinstance(each, nn.Module):
+                    places.setdefault(id(each), []).append(f"{name}.{key}[{i}]".removeprefix("."))
     layers: Iterable[Any] = (target.layer for target in targets)
     found = (places.get(id(layer.experts if isinstance(layer, Stack) else layer), []) for layer in layers)
     return next((names for names in found if len(names) > 1), [])

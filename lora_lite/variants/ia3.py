@@ -30,7 +30,7 @@ class IA3Config(AdapterConfig):
     takes_dropout: ClassVar[bool] = False
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (
-        r"(^|\.)(k_proj|v_proj|key|value|key_proj|value_proj|k_lin|v_lin|kv_b_proj)$",
+        r"(^|\.)(k_proj|v_proj|key|value|key_proj|value_proj|k_lin|v_lin|kv_b_proj)(\.linear)?$",  # Moshi's
         r"Attention\.(k|v)$",  # T5
     )
 
