@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
 from .backend import select
+from .calibration import evaluation_mode
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
@@ -86,11 +87,8 @@ class Adapter(Params):
 
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""
-        training, self.training = self.training, False
-        try:
+        with evaluation_mode(self):
             return self._primitive(layer, self._cfg_at_rest)
-        finally:
-            self.training = training
 
     def each(self, layer: nn.Module) -> Iterator[tuple[Params, nn.Module]]:
         """Tensors and layer as a variant sees them: a stack's are those of one expert after the other."""

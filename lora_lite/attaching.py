@@ -290,10 +290,10 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     def of(t: Target) -> None:
         with naming(t.label):
             adapter = adapters[t.name]
-            before = set(adapter.__dict__), set(dict(adapter.named_children())), {*adapter.specs}
+            before = _names_on(adapter)
             for p, layer in adapter.each(t.layer):
                 adapter.variant.init(p, layer, adapter.cfg)
-            _require_declared(adapter, *before)
+            _require_declared(adapter, before)
 
     threads = torch.get_num_threads()
     workers = min(threads, 4)
@@ -310,10 +310,15 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
         torch.set_num_threads(threads)
 
 
-def _require_declared(adapter: Adapter, attributes: set[str], children: set[str], tensors: set[str]) -> None:
-    """Raise an AttachError where a method's `init` has put something on the adapter that no file holds."""
-    held = {*adapter._parameters, *adapter._buffers} - tensors
-    if more := sorted(held | set(adapter.__dict__) - attributes | set(adapter._modules) - children):
+def _names_on(adapter: Adapter) -> set[str]:
+    """Of its attributes, tensors and children."""
+    return {*vars(adapter), *adapter._parameters, *adapter._buffers, *adapter._modules}
+
+
+def _require_declared(adapter: Adapter, before: set[str]) -> None:
+    """Raise an AttachError where a method's `init` has put something on the adapter that no file holds. `before`: what
+    was there before it."""
+    if more := sorted(_names_on(adapter) - before):
         raise AttachError(
             f"{adapter.variant.__name__}.init has set {', '.join(more)}, which no file would hold: give a tensor a "
             "ParamSpec in param_specs, derived=True for what `derive` makes of the weight; keep notes in cfg"
@@ -485,8 +490,9 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         _settle_siblings(model)
         if not attachments(model):
             attachment.beside.restore(model)
-    _without(model, {each.name for each in gone})
-    if copies := _without_copies(model, {each.name for each in gone}):
+    names = {each.name for each in gone}
+    _without(model, names)
+    if copies := _without_copies(model, names):
         warnings.warn(
             f"detach: {listing(copies)} were copied with their adapters, which are taken off too; what was "
             "frozen there stays so. Copy layers before attach",

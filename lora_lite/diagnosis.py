@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .adapter import Adapter, around
 from .attachment import require_attachment, unwrap
 from .errors import AttachError
+from .linalg import departure
 from .primitives import LowRankAdd, Primitive
 from .quantized import dense_weight, weight_of
 from .reference import without_autocast
@@ -166,10 +167,8 @@ def _singular_values(primitive: Primitive, layer: Any) -> Float[Tensor, " S"]:
     change = (around(primitive, layer, eye) - constant).t() - W
     rounding = 4 * torch.finfo(W.dtype).eps * W.norm()
     if primitive.of_a_user:
-        x = torch.randn(2, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W.device)
-        want = around(primitive, layer, x) - constant
-        off = (want - x @ (W + change).t()).norm()
-        if off > 1e-3 * (want - x @ W.t()).norm() + rounding * x.norm():  # it is no linear map
+        x, want, off = departure(lambda x: around(primitive, layer, x), W + change, constant)
+        if off > 1e-3 * (want - constant - x @ W.t()).norm() + rounding * x.norm():  # it is no linear map
             change = torch.full_like(change, math.nan)
     return _svdvals(change if not change.norm() <= rounding else torch.zeros_like(change))
 

@@ -1,5 +1,5 @@
 """Linear algebra of weights and parameters: the top-r singular triplets of a weight without a full SVD where r is
-small, and rotations and products of reflections."""
+small, rotations and products of reflections, and how far a map is from a linear one."""
 
 import math
 from collections.abc import Callable
@@ -174,3 +174,12 @@ def _constants(key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tens
     if watched() or type(like) not in (Tensor, torch.nn.Parameter):
         return outside()
     return once(_made, (*key, like.dtype, like.device), outside)
+
+
+def departure(
+    run: Callable[[Tensor], Tensor], W: Float[Tensor, "N K"], bias: Tensor
+) -> tuple[Float[Tensor, "2 K"], Float[Tensor, "2 N"], Float[Tensor, ""]]:
+    """How far a map is from x Wᵀ + bias: (x, what it gives, the norm of the difference) on two random rows."""
+    x = torch.randn(2, W.shape[1], dtype=W.dtype, generator=torch.Generator().manual_seed(0)).to(W.device)
+    y = run(x)
+    return x, y, (x @ W.t() + bias - y).norm()

@@ -30,6 +30,7 @@ from .errors import AttachError, first_of, naming
 from .files import replace_files, replace_folder, writing_folder
 from .fitness import run_one_row
 from .idle import describe
+from .linalg import departure
 from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive, enter, leave
@@ -490,10 +491,8 @@ def _through(
         rows[:, part].fill_diagonal_(1)
         merged[:, part] = (run(rows, part) - new_bias).t()
     if any(each.of_a_user for each in primitives):
-        x = torch.randn(2, K, dtype=wide, generator=torch.Generator().manual_seed(0)).to(W.device)
-        want, base = run(x, None), x @ W.t().to(wide) + b
-        allowed = 1e-3 * (want - base).norm() + 1e-6 * want.norm()
-        if not (x @ merged.t() + new_bias - want).norm() <= allowed:
+        x, want, off = departure(lambda x: run(x, None), merged, new_bias)
+        if not off <= 1e-3 * (want - x @ W.t().to(wide) - b).norm() + 1e-6 * want.norm():
             raise AttachError(
                 f"{name}: its adapter computes something else than W x + b, so that no weight is the merged one; "
                 "detach it, or save the adapter"

@@ -19,22 +19,23 @@ from .segments import once
 @contextmanager
 def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
     """Within this context what is made of the tensors of these alone is kept. The names are of their layers."""
-    mine = [
-        _kept.setdefault(adapter, Kept(adapter, name))
+    mine = {
+        adapter: _kept.get(adapter) or Kept(adapter, name)
         for adapter, name in adapters.items()
         if not (is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter))
-    ]
-    for kept in mine:
+    }
+    _kept.update(mine)
+    for kept in mine.values():
         kept.holders += 1
     refusing = register_optimizer_step_pre_hook(_refuse)
     try:
         yield
     finally:
         refusing.remove()
-        for kept in mine:
+        for adapter, kept in mine.items():
             kept.holders -= 1
-        for adapter in [adapter for adapter, kept in _kept.items() if not kept.holders]:
-            _kept.pop(adapter, None)
+            if not kept.holders:
+                _kept.pop(adapter, None)
 
 
 def primitive_of(adapter: Adapter, layer: nn.Module) -> Primitive:

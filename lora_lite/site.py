@@ -205,7 +205,9 @@ class Site(nn.ModuleDict):
         if any(adapter.derives for _, adapter in acting):
             own = self.pieces(acting, layer, x)
             found = [(piece, carry) for piece, (_, carry) in zip(own, running, strict=True)]
-        given, version = running.given or (x, None)
+        if (handed := getattr(running, "given", None)) is None:  # nothing came between, or the pre-hook was compiled
+            return found
+        given, version = handed
         if version == _version(given) and _same(given, x, untold=False):
             return found
         rows, again = x.unsqueeze(-1) if is_embedding(layer) else x, []

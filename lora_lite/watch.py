@@ -207,11 +207,11 @@ class Watch:
         ran in no training yet, `after` steps.
         """
         here, gone = here_and_gone(model, self.targets)
-        elsewhere = astray(model, self.whole)
+        beside = {"copied": list(copied(model)), "gone": gone, "astray": astray(model, self.whole)}
         here = [t for t in here if self.name not in self.sites[t.name].off]
         trained = bool(self.reached) or self.trained
         if not (trained or any(site.ran for site in self.sites.values())):
-            return {"copied": list(copied(model)), "gone": gone, "astray": elsewhere}
+            return beside
         ran = {t.name for t in here if self.sites[t.name].ran or t.name in self.reached}
         frozen = {t.name for t in here if _is_frozen(self.adapters[t.name])}
         reached = self.reached if trained else ran
@@ -228,9 +228,7 @@ class Watch:
             "unreached": whole_kinds(running, without, "entries" if patient else "blocks"),
             "frozen": by_accident,
             "PEFT": by_peft,
-            "copied": list(copied(model)),
-            "gone": gone,
-            "astray": elsewhere,
+            **beside,
         }
 
     def _report(self, when: str, found: dict[str, list[str]], everything: bool = False) -> None:

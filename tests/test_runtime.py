@@ -380,6 +380,17 @@ def test_a_graph_that_breaks_within_the_layer(uncompiled: str, monkeypatch: pyte
     assert not calls._thread.calls
 
 
+def test_a_late_pre_hook_where_one_of_the_two_hooks_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(Site, "after", torch.compiler.disable(Site.after))
+    model, x = nn.Sequential(Breaks(8, 8), nn.Tanh(), Breaks(8, 8)), torch.randn(3, 8)
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    for layer in (model[0], model[2]):
+        layer.register_forward_pre_hook(lambda layer, args: None)
+    assert_close(torch.compile(model, backend="eager")(x), model(x), 1e-6)
+
+
 @EACH_VARIANT
 def test_checkpointing(variant: str) -> None:
     model, x = block(variant), torch.randn(3, 12)
