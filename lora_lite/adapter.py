@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
@@ -18,7 +20,7 @@ from .calibration import evaluation_mode
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
-from .operators import autocast_anywhere, transformed
+from .operators import autocast_anywhere, transformed, version
 from .params import SITE, Init, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive, enter, leave, require_stacks
@@ -108,24 +110,30 @@ class Adapter(Params):
         if self.derives:
             _derived_from[self] = _mark(_stored(layer))
 
-    def follow(self, layer: nn.Module) -> None:
-        """Derive anew where the layer has another weight by now, or PyTorch has seen a write to it: a checkpoint that
-        was loaded, an embedding to which it was tied, a parametrisation. Not of a weight that comes and goes."""
-        if not self.derives or torch.compiler.is_compiling() or transformed():
-            return
+    def follow(self, layer: nn.Module) -> "Adapter":
+        """Itself, derived anew where the layer has another weight by now, or PyTorch has seen a write to it: a
+        checkpoint that was loaded, an embedding to which it was tied, a parametrisation. Not of a weight that comes and
+        goes. A weight that stands in for a while (torch.func) gets an adapter for a while."""
+        if not self.derives or torch.compiler.is_compiling():
+            return self
         weight = _stored(layer)
         if self.valueless or weight.is_meta or is_managed(layer) or is_sharded(weight):
-            return
+            return self
         known = _derived_from.get(self)  # of a copy, or a replica, nothing: it may have got another weight since
+        if is_functorch_wrapped_tensor(weight):
+            return _StandIn.made(self, layer)
         if known != _mark(weight) or is_parametrized(layer):
             require_size(self, layer)
+            if transformed() or _in_functional_call():
+                return _StandIn.made(self, layer)
             self.derive(layer)
+        return self
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:
         if is_embedding(layer):
             require_size(self, layer)
-        if self.derives:
-            self.follow(layer)
+        if self.derives and (own := self.follow(layer)) is not self:
+            return own._outside_autocast(layer, cfg)
         if is_managed(self):
             if self.training and torch.is_grad_enabled() and self._a_tensor.is_meta:
                 raise AttachError(
@@ -227,6 +235,33 @@ class Adapter(Params):
         return f"{self.variant.name}, r={self.cfg.r}"
 
 
+class _StandIn(Adapter):
+    """An adapter whose derived tensors are of a weight that is not its layer's own."""
+
+    @classmethod
+    def made(cls, adapter: Adapter, layer: nn.Module) -> "_StandIn":
+        own = copy.copy(adapter)
+        derived = {name: adapter._buffers[name] for name, spec in adapter.specs.items() if spec.derived}
+        own.__class__, own._buffers = cls, adapter._buffers | {name: torch.empty_like(t) for name, t in derived.items()}
+        for p, each in own.each(layer):
+            own.variant.derive(p, each, own.cfg)
+        return cast(_StandIn, own)
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Put another in the tensor's place."""
+        self._buffers[name] = value.detach().to(getattr(self, name))
+
+
+def _in_functional_call() -> bool:
+    """Whether torch.func.functional_call is among this thread's callers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_functional_call" and frame.f_globals.get("__name__") == "torch.nn.utils.stateless":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _require_specs(method: str, specs: Any) -> None:
     """Raise an AttachError where a method's `param_specs` are none, or their names could not be a module's tensors."""
     if not isinstance(specs, dict) or not specs or not all(isinstance(each, ParamSpec) for each in specs.values()):
@@ -263,17 +298,16 @@ _derived_from: WeakKeyDictionary[Adapter, tuple[StorageWeakRef, int | None]] = W
 def _mark(weight: Tensor) -> tuple[StorageWeakRef, int | None]:
     """Its memory, and how often that had been written to. A weak reference to the tensor itself would keep PyTorch from
     moving it, where `.to` swaps tensors."""
-    return StorageWeakRef(weight.untyped_storage()), _version(weight)
+    return StorageWeakRef(weight.untyped_storage()), version(weight)
 
 
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
+def stored(layer: Any) -> Tensor | None:
+    """The tensor that holds the layer's weight; None: it can't be read."""
+    return getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
 
 
 def _stored(layer: Any) -> Tensor:
-    """The tensor that holds the layer's weight."""
-    weight = getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
-    if weight is None:
+    if (weight := stored(layer)) is None:
         raise AttachError(
             f"the weight of its {type(layer).__name__} can't be read, and this method needs it; detach before"
         )

@@ -1,7 +1,7 @@
 """Attachment: the record of what `attach` put on a model under a name, and how to look it up."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ DEFAULT = "default"
 _SHOWN = 20  # lines of what is left out, in a summary
 
 
-@dataclass
+@dataclass(repr=False)
 class Attachment:
     """What `attach` put on a model, under a name.
 
@@ -46,11 +46,15 @@ class Attachment:
     backend: str
     targets: list[Target]
     adapters: dict[str, Adapter]
-    left_out: tuple[LeftOut, ...] = field(repr=False)
-    sites: dict[str, Site] = field(repr=False)
-    watch: Watch = field(repr=False)
-    beside: Beside = field(repr=False)  # shared by all attachments of a model
-    whole: WholeModules = field(repr=False)
+    left_out: tuple[LeftOut, ...]
+    sites: dict[str, Site]
+    watch: Watch
+    beside: Beside  # shared by all attachments of a model
+    whole: WholeModules
+
+    def __repr__(self) -> str:
+        size = f"{self.trainable:,} trainable parameters on {len(self.targets)} layers"
+        return f"Attachment({self.name!r}, {self.cfg.variant}: {size}; print its summary())"
 
     @property
     def trainable(self) -> int:

@@ -262,6 +262,11 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
             values. The adapter is as it was.
     """
     mine = state_dict(model, name)
+    if away := [key for key, t in mine.items() if t.is_meta]:
+        raise CheckpointError(
+            f"load_state_dict: {first_of(away)} holds no memory here to write to (on the meta device, or offloaded by "
+            "accelerate); detach, and load the adapter's file"
+        )
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"load_state_dict: tensors must be a dict by name; got {type(tensors).__name__}")
     if problems := mismatches(mine, tensors):
@@ -370,8 +375,9 @@ def _tied_alike(
         found[first] = next(iter(its.values()))
         if len(its) < len(names) or not all(same(t, found[first]) for t in its.values()):
             raise CheckpointError(
-                f"this model ties {' and '.join(names)}, and it trains {' and '.join(its)} apart; give the model a "
-                "tensor for each first, as tie_word_embeddings=False in its config does"
+                f"this model ties {' and '.join(names)}, and it trains {' and '.join(its)} apart; give one of them a "
+                "tensor of its own first: module.weight = nn.Parameter(module.weight.detach().clone()), and "
+                "config.tie_word_embeddings = False (to load the model with that draws a new head)"
             )
     return found
 
@@ -408,7 +414,10 @@ def not_in_file(model: nn.Module, adapters: Container[str]) -> dict[str, str]:
 def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
     is_original = "format" not in metadata and "cfg" in metadata
     if metadata.get("format") != "lora-lite" and not is_original:
-        raise CheckpointError("no lora-lite adapter: its metadata has neither format=lora-lite nor cfg")
+        raise CheckpointError(
+            "no lora-lite adapter: its metadata has neither format=lora-lite nor cfg. If PEFT wrote it, call "
+            "import_peft(model, folder)"
+        )
     found = metadata.get("format_version", "1")
     if not found.isdecimal() or int(found) > FORMAT_VERSION:
         raise CheckpointError(

@@ -26,6 +26,8 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return file.metadata() or {}, {name: widened(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError("there is no such file") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error}); it may be truncated") from error
 

@@ -498,5 +498,8 @@ def _through(
                 "detach it, or save the adapter"
             )
     if bias is None and new_bias.any():
-        raise AttachError(f"{name}: its adapter adds a bias, and the layer has none to hold it; it can't be merged")
+        raise AttachError(
+            f"{name}: its adapter adds a bias, and the layer has none to hold it, so that it can't be merged; give the "
+            "layer a bias of zeros before attach, or save the adapter"
+        )
     return merged, None if bias is None else new_bias

@@ -55,6 +55,11 @@ def writable(t: Tensor) -> bool:
     return not seen and type(t) is Tensor and t.is_contiguous() and not of_a_batch(t)
 
 
+def version(t: Tensor) -> int | None:
+    """How often PyTorch has seen a write to it; None where nothing tells."""
+    return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
 def of_a_batch(grad: Tensor) -> bool:
     """Whether it stands for many gradients that are wanted at once (`is_grads_batched`), for which PyTorch maps some of
     its operators, and none of ours."""

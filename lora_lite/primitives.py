@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
 from .errors import AttachError
-from .operators import autocast_dtype, watched
+from .operators import autocast_dtype, version, watched
 from .recomputation import in_checkpoint
 from .segments import Segments, once
 
@@ -108,7 +108,13 @@ def require_stacks(primitive: Primitive, matrices: int) -> None:
 
 def enter(primitive: Primitive, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
     """`on_input`; an AttachError where a user's own gives something else than an input like x, and what to carry."""
+    before = version(x) if primitive.of_a_user else None
     found = primitive.on_input(x, ops)
+    if before is not None and version(x) != before:
+        raise AttachError(
+            f"{type(primitive).__name__}.on_input has written to x, which is the caller's and which other layers read; "
+            "return a tensor of its own: x = x * g, not x *= g"
+        )
     if primitive.of_a_user and not (isinstance(found, tuple) and len(found) == 2 and _alike(found[0], x)):
         raise AttachError(
             f"{type(primitive).__name__}.on_input must return (x, carry), that x being of shape {tuple(x.shape)} and "

@@ -1,5 +1,5 @@
-"""Adapters that get gradients and stay as they are. Each is judged by its first steps with gradients of its own: an
-expert that no batch visits is not at fault."""
+"""Adapters that get gradients and stay as they are, or are lost. Each is judged by its first steps with gradients of
+its own: an expert that no batch visits is not at fault."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ class Progress:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter, self.steps = adapter, 0
-        self.unchanged = self.zero = False  # known after ENOUGH steps: its tensors, its gradients
+        self.unchanged = self.zero = self.broken = False  # known after ENOUGH steps: its tensors, gradients, values
         self._mark: Any = None  # what tells the last step's gradients from others
         self._before: list[Any] = []  # at the first step
         self._nonzero: list[Any] = []  # of each gradient
@@ -36,6 +36,7 @@ class Progress:
         if self.steps < ENOUGH:
             return False
         now, self.zero = _samples(self.adapter), not any(map(bool, self._nonzero))
+        self.broken = not all(bool(_local(p).isfinite().all()) for p in self.adapter.parameters() if not p.is_meta)
         self.unchanged = bool(now) and len(now) == len(self._before) and all(map(torch.equal, self._before, now))
         self._before, self._nonzero = [], []
         return True
@@ -47,7 +48,7 @@ class Progress:
 
 
 def standing_still(known: Mapping[str, Progress], held: set[str], stepped: set[str]) -> dict[str, set[str]]:
-    """Of layers about which all is known those whose adapters do not train, by what is to be said of them.
+    """Of layers about which all is known those whose adapters do not train, or no more, by what is to be said of them.
 
     Args:
         held: layers whose adapters an optimiser holds.
@@ -55,6 +56,7 @@ def standing_still(known: Mapping[str, Progress], held: set[str], stepped: set[s
     """
     unchanged = {layer for layer, progress in known.items() if progress.unchanged}
     zero = {layer for layer, progress in known.items() if progress.zero} & held
+    broken = {layer for layer, progress in known.items() if progress.broken}
     lost = {layer for layer in unchanged & stepped - zero if known[layer].is_in_16_bits}
     return {
         # Made before attach, say; and it holds no copies either, which would have changed them.
@@ -65,6 +67,8 @@ def standing_still(known: Mapping[str, Progress], held: set[str], stepped: set[s
         "yet (rewards that are all equal, a mask that leaves nothing)": zero,
         "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their dtype, if "
         "it is no accident: give the config dtype=torch.float32": lost,
+        "these adapters hold NaN or infinity: {}. The learning rate is too large, or a gradient was not finite; in "
+        "float16 AdamW's eps is zero: give the config dtype=torch.float32": broken,
     }
 
 

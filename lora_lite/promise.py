@@ -9,19 +9,21 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .adapter import Adapter
+from .adapter import Adapter, stored
 from .errors import AttachError
+from .operators import version
 from .placement import is_managed
 from .primitives import Primitive
 from .segments import once
+from .targets import Target
 
 
 @contextmanager
-def keeping(adapters: dict[Adapter, str]) -> Iterator[None]:
-    """Within this context what is made of the tensors of these alone is kept. The names are of their layers."""
+def keeping(adapters: dict[Adapter, Target]) -> Iterator[None]:
+    """Within this context what is made of the tensors of these, and of their layers, alone is kept."""
     mine = {
-        adapter: _kept.get(adapter) or Kept(adapter, name)
-        for adapter, name in adapters.items()
+        adapter: _kept.get(adapter) or Kept(adapter, target)
+        for adapter, target in adapters.items()
         if not (is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter))
     }
     _kept.update(mine)
@@ -48,14 +50,15 @@ def primitive_of(adapter: Adapter, layer: nn.Module) -> Primitive:
 class Kept:
     """What has been made of an adapter's tensors, which are as they were."""
 
-    def __init__(self, adapter: Adapter, name: str) -> None:
-        self.name, self.tensors, self.made = name, _tensors(adapter), {}
+    def __init__(self, adapter: Adapter, target: Target) -> None:
+        self.name, self.tensors, self.made = target.name, _tensors(adapter), {}
+        self.weight = id(stored(target.layer))
         self.ids, self.versions, self.places = _ids(self.tensors), self._versions(), self._places()
         self.holders = 0  # contexts, which may overlap
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
-        if _ids(_tensors(adapter)) != self.ids:
+        if _ids(_tensors(adapter)) != self.ids or id(stored(layer)) != self.weight:
             return adapter.primitive(layer)  # others stand in for them: torch.func.functional_call
         if self._versions() != self.versions:
             raise AttachError(
@@ -73,7 +76,7 @@ class Kept:
         return primitive
 
     def _versions(self) -> list[int | None]:
-        return [None if t.is_inference() else t._version for t in self.tensors]
+        return [version(t) for t in self.tensors]
 
     def _places(self) -> list[int]:
         return [t.data_ptr() for t in self.tensors]

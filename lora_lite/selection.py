@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from .adapter import Adapter
 from .attachment import attachments, chosen, require_attachment, require_no_copies, settle_modules, sites_of, unwrap
 from .promise import keeping
 from .rows import Rows
@@ -150,7 +149,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """
     model = unwrap(model)
     chosen(model, None)
-    with keeping({cast(Adapter, adapter): site.name for site in sites_of(model) for adapter in site.values()}):
+    with keeping({each.adapters[t.name]: t for each in attachments(model) for t in each.targets}):
         yield
 
 

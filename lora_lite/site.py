@@ -19,7 +19,7 @@ from .calls import always_after, begin, call_with, end, forget, under_way, with_
 from .embeddings import on_ids
 from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
-from .operators import transformed
+from .operators import transformed, version
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive, enter, leave
@@ -151,7 +151,7 @@ class Site(nn.ModuleDict):
         if compiling:
             x = with_call(x, layer, running)
         elif len(layer._forward_pre_hooks) > 1:
-            cast(_Running, running).given = x, _version(x)
+            cast(_Running, running).given = x, version(x)
         if key is None:
             args = (x, *args[1:])
         else:
@@ -207,8 +207,8 @@ class Site(nn.ModuleDict):
             found = [(piece, carry) for piece, (_, carry) in zip(own, running, strict=True)]
         if (handed := getattr(running, "given", None)) is None:  # nothing came between, or the pre-hook was compiled
             return found
-        given, version = handed
-        if version == _version(given) and _same(given, x, untold=False):
+        given, before = handed
+        if before == version(given) and _same(given, x, untold=False):
             return found
         rows, again = x.unsqueeze(-1) if is_embedding(layer) else x, []
         for piece, _ in found:
@@ -300,10 +300,6 @@ class Site(nn.ModuleDict):
             Piece(OfRows(piece.primitive, rows.entries(x, name, self.name), rows.batch_dim, packed), piece.ops)
             for name, piece in by_row.items()
         ]
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def _same(a: Tensor, b: Tensor, untold: bool) -> bool:

@@ -72,7 +72,8 @@ def register(variant: V) -> V:
     """Class decorator: make `variant` known to `attach` and `load` under its `name`.
 
     Raises:
-        ValueError: name or config is missing or they disagree, or another variant has the name.
+        ValueError: name, config or primitive is missing, name and config disagree, the config declares fields and is
+            no dataclass of its own, which would keep its parent's, or another variant has the name.
     """
     name, config = getattr(variant, "name", None), getattr(variant, "config", None)
     if not name or config is None or getattr(config, "variant", None) != name:
@@ -80,6 +81,14 @@ def register(variant: V) -> V:
     if name in REGISTRY and _whereabouts(REGISTRY[name]) != _whereabouts(variant):
         raise ValueError(
             f"a variant named {name!r} is registered already, {_whereabouts(REGISTRY[name])}; give yours another name"
+        )
+    if variant.primitive is Variant.primitive:
+        raise ValueError(f"{variant.__name__} needs a `primitive`: what it computes around a layer")
+    declared = [field for field in vars(config).get("__annotations__", {}) if field != "variant"]
+    if declared and "__dataclass_fields__" not in vars(config):
+        raise ValueError(
+            f"{config.__name__} declares {', '.join(declared)}, which count only in a dataclass; put "
+            "@dataclass(frozen=True, kw_only=True) above it"
         )
     REGISTRY[name] = variant
     return variant

@@ -60,7 +60,7 @@ class Watch:
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._kinds: dict[str, type] = {}  # of weights at attach
         self._model: Any = lambda: None
-        self._handles: list[Any] = []
+        self._handles: dict[str, list[Any]] = {}  # of layers' parameters
 
     def start(self, model: nn.Module) -> None:
         """Wait for the first backward, and for optimisers' steps."""
@@ -82,17 +82,18 @@ class Watch:
         for layer, adapter in self.adapters.items():
             for p in adapter.parameters():
                 if p.requires_grad and p.is_leaf:
-                    self._handles.append(p.register_post_accumulate_grad_hook(reached(layer)))
+                    hook = p.register_post_accumulate_grad_hook(reached(layer))
+                    self._handles.setdefault(layer, []).append(hook)
 
     def stop(self) -> None:
         """Look no further."""
         _watching.discard(self)
-        self._unhook()
+        self._unhook(set(self._handles))
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _unhook(self, layers: set[str]) -> None:
+        for layer in layers:
+            for handle in self._handles.pop(layer, []):
+                handle.remove()
 
     def _await_the_end(self) -> None:
         """Look once this backward is over."""
@@ -122,7 +123,9 @@ class Watch:
             self._report_recast()
             self._report_bases_without_backward()
         if self.backwards >= _PATIENCE:
-            self._unhook()
+            self._unhook(set(self._handles))
+        else:  # of the layers that are known to be reached one goes on counting
+            self._unhook(set(sorted(self.reached & self._handles.keys())[1:]))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of an optimiser."""
@@ -147,6 +150,7 @@ class Watch:
         if count >= _PATIENCE or held & self.reached or any(p.grad is not None for p in own):
             self.trained = True
             due = due or not held <= self._stepped
+            self._look_for_dropout(held - self._stepped)
             self._stepped |= held
         if due and torch._C._current_graph_task_id() != -1:
             self._stepped_within = True
@@ -171,6 +175,16 @@ class Watch:
         for text, layers in standing_still(trains, held, stepped).items():
             if layers:
                 warnings.warn(f"after {ENOUGH} steps: {text.format(listing(sorted(layers)))}", stacklevel=2)
+
+    def _look_for_dropout(self, layers: set[str]) -> None:
+        """Name those of these layers whose dropout the model's mode switches off."""
+        found = [layer for layer, a in self.adapters.items() if layer in layers and a.cfg.dropout and not a.training]
+        if found:
+            warnings.warn(
+                f"after the first step: these adapters have dropout, and none while they are in evaluation mode: "
+                f"{listing(found)}. Call model.train() before training",
+                stacklevel=3,
+            )
 
     def _look_at_steps(self, within: bool) -> None:
         model = self._model()
@@ -271,7 +285,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.
-        return {**vars(self), "_handles": [], "_model": None, "_backward": -1}
+        return {**vars(self), "_handles": {}, "_model": None, "_backward": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

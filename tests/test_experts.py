@@ -174,6 +174,7 @@ def test_in_low_precision_as_near_as_the_dense_formula(
 ) -> None:
     """The formula expert by expert in the tokens' dtype is the measure, both against float64."""
     monkeypatch.setattr(reference, "WITHOUT_PRODUCTS", without)
+    monkeypatch.setattr(reference, "_WORTH_16_BITS", 0)
     stack, adapter, segments = stack_of(variant, dtype, alpha=6.0)
     x, dy = torch.randn(13, stack.in_features).to(dtype), torch.randn(13, stack.out_features).to(dtype)
 
@@ -199,6 +200,7 @@ def test_a_sum_goes_into_the_stack_s_own_output(
 ) -> None:
     """Where the products are of its dtype, and nobody else needs it: a hook finds the base's."""
     monkeypatch.setattr(reference, "WITHOUT_PRODUCTS", without)
+    monkeypatch.setattr(reference, "_WORTH_16_BITS", 0)
     stack, _, segments = stack_of("lora", dtype)
     x, add, places = torch.randn(13, stack.in_features).to(dtype).requires_grad_(), in_place.expand_add, []
 

@@ -369,11 +369,15 @@ class Widened:
             setattr(self, name, t.detach().double().requires_grad_(t.requires_grad))
 
 
-@pytest.fixture(params=["all products", "none in 16 bit"])
+@pytest.fixture(params=["all products", "none in 16 bit", "few tokens"])
 def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A CPU that has instructions for products in every dtype, and one that has none for the 16-bit ones."""
-    without = set() if request.param == "all products" else {torch.bfloat16, torch.float16}
+    """A CPU that has instructions for products in every dtype, and one that has none for the 16-bit ones, for both of
+    which these tensors are large; and one for which they are as small as they are."""
+    without = {torch.bfloat16, torch.float16} if request.param == "none in 16 bit" else set()
     monkeypatch.setattr(lora_lite.reference, "WITHOUT_PRODUCTS", without)
+    few = request.param == "few tokens"
+    monkeypatch.setattr(lora_lite.reference, "_WORTH_16_BITS", 1 << 17 if few else 0)
+    monkeypatch.setattr(lora_lite.reference, "_WORTH_THE_HOST", 1 << 20 if few else 0)
     return request.param
 
 

@@ -282,7 +282,7 @@ def of_input_after_the_call(layer: nn.Module, seen: Seen) -> Any:
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "shared"])
 def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layer's input; and x gets all of it."""
-    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
+    monkeypatch.setattr(reference, "_WORTH_THE_HOST", 0)
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
@@ -305,7 +305,7 @@ def test_who_needs_the_gradient_keeps_it(alone: bool, ask: Callable[..., Any], m
 def test_the_gradient_is_written_to(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """dh A is added where the layer's gradient lies, once for each backward of a graph that is kept; not into one that
     is to be differentiated again."""
-    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
+    monkeypatch.setattr(reference, "_WORTH_THE_HOST", 0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7)) if alone else Pair()
     ll.attach(model, ll.LoRAConfig(r=3, target_roles=(), target_names=(r"^\w+$",)))
@@ -366,7 +366,7 @@ def test_no_rows() -> None:
 
 def test_a_recomputation_without_the_forwards_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """It saves what the forward saved, whoever looked on then."""
-    monkeypatch.setattr(reference, "_WORTH_A_FUNCTION", 0)
+    monkeypatch.setattr(reference, "_WORTH_THE_HOST", 0)
     model = adapted(nn.Linear(5, 7))
     x, kept = torch.randn(4, 5, requires_grad=True), []
     handle = model[0].register_forward_hook(lambda layer, args, y: kept.append(y.clone()))

@@ -658,7 +658,11 @@ def with_config(folder: Path, **fields: Any) -> Path:
 
 
 def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
-    refused(a_lora(tmp_path / "b", bias="lora_only"), "bias='lora_only'")
+    biased = a_lora(tmp_path / "b", bias="lora_only")
+    assert isinstance(ll.import_peft(llama(), biased), ll.Attachment)  # of layers without biases
+    tensors = load_file(biased / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.model.norm.bias": torch.ones(32)}, biased / "adapter_model.safetensors")
+    refused(biased, r"bias='lora_only'; merge it with PEFT \(merge_and_unload\)")
     refused(a_lora(tmp_path / "c", lora_bias=True), "lora_bias=True")
     refused(with_config(a_lora(tmp_path / "d"), use_qalora=True), "use_qalora=True")
     refused(with_config(a_lora(tmp_path / "e"), peft_type="VERA"), "peft_type is 'VERA'")
@@ -771,7 +775,9 @@ def test_refuses_another_model(tmp_path: Path) -> None:
 
 
 def test_refuses_damaged_files(tmp_path: Path) -> None:
-    refused(tmp_path / "missing", "adapter_config.json is not readable")
+    refused(tmp_path / "missing", r"no adapter_config\.json: there is no such folder, and nothing is fetched")
+    a_lora(tmp_path / "above" / "default")
+    refused(tmp_path / "above", r"it has no adapter_config\.json; is .*above/default meant\?")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "it is a file; name the folder")
     folder = a_lora(tmp_path / "truncated")

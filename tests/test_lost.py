@@ -228,3 +228,16 @@ def test_a_peft_file_with_a_layer_too_many(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**text, "target_modules": ["q_proj"]}))
     with pytest.raises(ll.CheckpointError, match=r"do not match model.layers.0.self_attn.v_proj.*has tensors"):
         ll.import_peft(llama(), tmp_path)
+
+
+def test_tensors_of_an_offloaded_adapter(tmp_path: Path) -> None:
+    """There is no memory that a state dict could be written to."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    tensors = {name: t.clone() for name, t in ll.state_dict(model).items()}
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ll.CheckpointError, match=r"load_state_dict: 0\.lora_A.*offloaded by accelerate.*load the"):
+        ll.load_state_dict(model, tensors)
+    ll.save(model, tmp_path / "a.safetensors")
+    assert all(torch.equal(t, tensors[name]) for name, t in load_file(tmp_path / "a.safetensors").items())

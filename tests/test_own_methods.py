@@ -171,6 +171,20 @@ def test_a_copy_of_a_method_needs_a_name_of_its_own() -> None:
     assert REGISTRY["hra"] is original
 
 
+def test_a_config_that_is_no_dataclass_of_its_own() -> None:
+    """Its fields would keep the parent's defaults."""
+
+    class OwnConfig(ll.AdapterConfig):
+        variant: ClassVar[str] = "own"
+        r: int = 64
+
+    members = {"name": "own", "config": OwnConfig, "primitive": staticmethod(lambda p, layer, cfg: Primitive())}
+    with pytest.raises(ValueError, match=r"OwnConfig declares r, which count only in a dataclass"):
+        ll.register(type("Own", (ll.Variant,), members))
+    with pytest.raises(ValueError, match="Own needs a `primitive`"):
+        ll.register(type("Own", (ll.Variant,), {**members, "primitive": ll.Variant.primitive}))
+
+
 def test_a_config_of_ones_own_without_a_variant() -> None:
     @dataclasses.dataclass(frozen=True)
     class NotedConfig(ll.LoRAConfig):
@@ -243,6 +257,21 @@ def test_what_a_primitive_returns(given: dict[str, Any], message: str) -> None:
     for call in (lambda: net(x), lambda: ll.verify(net, x)):
         with pytest.raises(ll.AttachError, match=rf"^0.*: {message}"):
             call()
+
+
+def test_a_primitive_that_writes_to_its_input() -> None:
+    """Which is the caller's; merging would have read its own."""
+    net, x = model(), torch.randn(2, 12)
+    ll.attach(net, method(lambda p, layer, cfg: Given(enter=lambda x: (x.mul_(2), None)))(r=4, target_names=("0",)))
+    calls: list[Any] = [lambda: net(x), lambda: ll.merged_state_dict(net), lambda: ll.verify(net, x)]
+    for call in calls:
+        with torch.no_grad(), pytest.raises(ll.AttachError, match=r"Given\.on_input has written to x.*x = x \* g"):
+            call()
+    ll.detach(net)
+    ll.attach(net, method(lambda p, layer, cfg: Given(leave=lambda y: y.mul_(2)))(r=4, target_names=("0",)))
+    with ll.disabled(net):
+        want = 2 * net[0](x)  # type: ignore[index]
+    assert_close(net[0](x), want, 1e-6)  # type: ignore[index]
 
 
 def test_what_a_users_code_raises_has_the_layers_name() -> None:

@@ -1,5 +1,6 @@
 """Forward-mode derivatives, torch.func, traces and second derivatives: right for every method, in 16 bits too."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -222,6 +223,40 @@ def test_many_gradients_at_once(variant: str, kind: str, dtype: torch.dtype) -> 
         one_by_one = torch.autograd.grad(y, adapters, direction, retain_graph=True)
         for got, want in zip(at_once, one_by_one, strict=True):
             assert_close(got[i], want, 3e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_what_is_derived_of_a_weight_that_stands_in(kind: str) -> None:
+    """DoRA's ‖W‖² of another base, in a call and in transforms; the model keeps its own, and what is compiled too."""
+    if kind == "experts":
+        model, x = in_runs("experts", "dora")
+    else:
+        model, x = pair("dora", torch.float32), torch.randn(4, 8)
+    adapted = {name for name, t in model.named_parameters() if not t.requires_grad and t.ndim > 1}
+    assert adapted
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, t in other.named_parameters():
+            if name in adapted:
+                t.mul_(torch.rand_like(t) + 0.5)
+    own, want = model(x), other(x)
+    buffers = {name: t.clone() for name, t in model.named_buffers()}
+    bases = {name: t.detach() for name, t in other.named_parameters() if name in adapted}
+    assert_close(functional_call(model, bases, (x,)), want, 1e-6)
+    assert all(torch.equal(t, buffers[name]) for name, t in model.named_buffers())
+    if kind == "linear":
+        both = {name: torch.stack([dict(model.named_parameters())[name].detach(), t]) for name, t in bases.items()}
+        found = vmap(lambda p: functional_call(model, p, (x,)))(both)
+        assert_close(found[0], own, 1e-5)
+        assert_close(found[1], want, 1e-5)
+        assert_close(vmap(model)(x[:, None])[:, 0], own, 1e-5)
+        got, _ = jvp(lambda x: functional_call(model, bases, (x,)), (x,), (x,))
+        assert_close(got, want, 1e-5)
+        with torch.no_grad():  # a write that PyTorch sees, and no call since
+            for name, t in model.named_parameters():
+                if name in adapted:
+                    t.copy_(bases[name])
+        assert_close(vmap(model)(x[:, None])[:, 0], want, 1e-5)
 
 
 def test_nothing_is_said_where_nothing_was_asked() -> None:

@@ -14,6 +14,7 @@ import torch
 from models import VARIANTS, assert_close, attach, config, llama, logits, qwen3_moe, randomize, rel_error, token_ids
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lora_lite as ll
@@ -234,6 +235,23 @@ def test_experts_get_the_rows_of_each_call() -> None:
         with ll.unchanged(model):
             got = [model(input_ids=batch).logits for batch in (*batches, *batches)]
     assert all(torch.equal(a, b) for a, b in zip(got, want + want, strict=True))
+
+
+def test_a_call_with_another_base_weight_computes_with_it() -> None:
+    """And leaves what is kept of the model's own."""
+    model, x = nn.Sequential(nn.Linear(12, 16)), torch.randn(3, 12)
+    attach(model, "dora", r=4, target_roles=())
+    randomize(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.mul_(1.5)
+        own, want = model(x), other(x)
+        for first in (True, False):
+            with ll.unchanged(model):
+                if first:
+                    assert torch.equal(model(x), own)
+                assert_close(functional_call(model, {"0.weight": other[0].weight}, (x,)), want, 1e-6)
+                assert torch.equal(model(x), own)
 
 
 def test_offloaded_weights_are_not_held() -> None:

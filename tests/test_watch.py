@@ -16,6 +16,58 @@ import lora_lite as ll
 L = ll.LoRAConfig
 
 
+def test_dropout_that_the_mode_switches_off() -> None:
+    """from_pretrained gives a model in evaluation mode."""
+    for training in (False, True):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).train(training), torch.randn(3, 8)
+        ll.attach(model, L(r=2, dropout=0.5, target_roles=()))
+        optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+
+        def steps(model: nn.Module = model, optimizer: Any = optimizer, x: Tensor = x) -> None:
+            for _ in range(3):
+                model(x).sum().backward()
+                optimizer.step()
+
+        said = warned(steps)
+        assert bool(said) != training
+        assert training or ("evaluation mode" in said[0] and "model.train()" in said[0] and len(said) == 1)
+
+
+def test_adapters_that_become_nan() -> None:
+    """AdamW's eps of 1e-8 is zero in float16."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+
+    def steps() -> None:
+        for i in range(12):
+            optimizer.zero_grad()
+            (model(x).sum() * (torch.nan if i == 4 else 1.0)).backward()
+            optimizer.step()
+
+    (said,) = warned(steps)
+    assert "after 10 steps: these adapters hold NaN or infinity: * ×2" in said
+
+
+@pytest.mark.filterwarnings("ignore:after the first backward")
+def test_hooks_stay_where_something_is_to_be_learnt() -> None:
+    """Of adapters that are reached one goes on counting backwards, and those that are not go on waiting."""
+    model, x = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"}), torch.randn(3, 8)
+    ll.attach(model, L(r=2, target_roles=()))
+
+    def hooks() -> set[str]:
+        return {name for name in "abc" if model[name].lora_lite["default"].lora_B._post_accumulate_grad_hooks}  # type: ignore[union-attr, index]
+
+    assert hooks() == {"a", "b", "c"}
+    for backward in range(20):
+        assert backward == 0 or len(hooks()) == (2 if backward < 3 else 1)
+        if backward < 3:
+            assert backward == 0 or "c" in hooks()
+        x_ = model["c"](x) if backward >= 2 else x
+        (model["a"](x_) + model["b"](x_)).sum().backward()
+    assert not hooks()
+
+
 def test_two_losses_in_one_step() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     ll.attach(model, L(r=2))
@@ -94,7 +146,7 @@ def _generated(model: Adversaries, how: str, z: Tensor) -> Tensor:
 def _turns(model: Adversaries, how: str, rounds: int) -> None:
     """How people train such a pair."""
     own = {part: [p for p in getattr(model, part).parameters() if p.requires_grad] for part in ("gen", "disc")}
-    gen, disc = (torch.optim.SGD(own[part], lr=1e-3) for part in ("gen", "disc"))
+    gen, disc = (torch.optim.SGD(own[part], lr=1e-5) for part in ("gen", "disc"))
     z = torch.randn(4, 8)
     if how == "evaluated first":
         with torch.no_grad():

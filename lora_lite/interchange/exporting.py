@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from ..adapter import Adapter
 from ..attachment import Attachment, require_attachment, unwrap
+from ..attachment import attachments as lookup
 from ..checkpoint import names_now, standalone, warn_of_losses
 from ..errors import AttachError, first_of
 from ..files import replace_files, writing_folder
@@ -100,6 +101,11 @@ def export_peft(
 def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Attachment]:
     """The attachments of these names, which PEFT can hold in one file."""
     names = [name] if name is None or isinstance(name, str) else name
+    if name is None and len(found := lookup(model)) == 2 and {each.cfg.variant for each in found} == {"ia3", "ia3_ff"}:
+        raise AttachError(
+            f"export_peft: {found[0].name!r} and {found[1].name!r} are attached, an ia3 and an ia3_ff; for one file of "
+            f"both, as PEFT has them, give name={tuple(each.name for each in found)}"
+        )
     attachments = [require_attachment(model, each) for each in names]
     layers = [layer for each in attachments for layer in each.adapters]
     pair = {each.cfg.variant for each in attachments} <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)
@@ -186,7 +192,7 @@ def _sum(attachment: Attachment, adapter: Any, layer: nn.Module, name: str, what
     if type(primitive) is not LowRankAdd:  # a subclass may compute something else of A and B
         raise AttachError(
             f"{what}: {name}: there is nothing in such a file that computes {attachment.cfg.variant}'s "
-            f"{type(primitive).__name__}; use save(model, path)"
+            f"{type(primitive).__name__}; use save(model, path) or, for weights with it, save_merged(model, folder)"
         )
     return Sum(primitive.A, primitive.B, primitive.scale)
 

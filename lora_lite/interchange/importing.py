@@ -103,6 +103,8 @@ def attach_stored(
         config, stored = read()
         _check_fields(config)
         config = {**_DEFAULTS, **config, "modules_to_save": in_full(config)}
+        if not any(key.endswith(".bias") for key in stored):
+            config["bias"] = "none"  # whatever it says: the layers have none
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
         whole = _whole_modules(model, config, stored, moved)
@@ -136,6 +138,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 "it is a file; name the folder that holds it and an adapter_config.json, or call load"
             )
         text = (folder / "adapter_config.json").read_text()
+    except FileNotFoundError as error:
+        inside = sorted(str(path.parent) for path in folder.glob("*/adapter_config.json"))
+        hint = f"; is {' or '.join(inside)} meant?" if inside else ""
+        here = "" if folder.is_dir() else ": there is no such folder, and nothing is fetched from a hub"
+        raise CheckpointError(f"it has no adapter_config.json{here}{hint}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its adapter_config.json is not readable ({error})") from error
     return read_json(text, dict, "adapter_config.json is")
@@ -205,7 +212,10 @@ def _variant(config: dict[str, Any]) -> str:
         if (value and name not in _HARMLESS) or (name == "bias" and value != "none")
     ]
     if refused:
-        raise CheckpointError(f"lora-lite does not compute its {', '.join(refused)}")
+        raise CheckpointError(
+            f"lora-lite does not compute its {', '.join(refused)}; merge it with PEFT (merge_and_unload), or save it "
+            "without"
+        )
     if kind != "LORA":
         return _TYPES[kind]
     if _leaves_the_base(start):
