@@ -240,9 +240,9 @@ class _StandIn(Adapter):
 
     @classmethod
     def made(cls, adapter: Adapter, layer: nn.Module) -> "_StandIn":
-        own = copy.copy(adapter)
-        derived = {name: adapter._buffers[name] for name, spec in adapter.specs.items() if spec.derived}
-        own.__class__, own._buffers = cls, adapter._buffers | {name: torch.empty_like(t) for name, t in derived.items()}
+        own, names = copy.copy(adapter), [name for name, spec in adapter.specs.items() if spec.derived]
+        own.__class__ = cls
+        own._buffers = adapter._buffers | {name: torch.empty_like(getattr(adapter, name)) for name in names}
         for p, each in own.each(layer):
             own.variant.derive(p, each, own.cfg)
         return cast(_StandIn, own)

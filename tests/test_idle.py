@@ -37,7 +37,7 @@ def test_an_idle_layer_beside_one_that_reads_the_same_x(use: str, tmp_path: Path
 
     model, x = nn.Sequential(Attention(), nn.Linear(8, 8)), torch.randn(4, 8)
     ll.attach(model, L(r=2, target_names=("q_proj", "k_proj")))
-    optimizer = torch.optim.SGD(ll.parameters(model), lr=0.1)
+    optimizer = torch.optim.SGD(ll.parameters(model), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
