@@ -318,7 +318,8 @@ class LowRankAddRescale(Shrinks):
         if type(self.A) is not torch.nn.Parameter or self.A.is_inference() or torch.is_inference_mode_enabled():
             return ops.row_norm(*operands)
         A, B, key = self.A, self.B, StorageWeakRef(self.m.untyped_storage())
-        state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version)
+        W = StorageWeakRef(self.W.untyped_storage()) if isinstance(self.W, Tensor) else None
+        state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version, W, self.w_sq.data_ptr(), version(self.w_sq))
         if torch._C._current_graph_task_id() != -1:
             before, norm = _norms.get(key, (None, None))
             return norm if before == state and norm is not None else ops.row_norm(*operands)

@@ -25,6 +25,7 @@ def keeping(adapters: dict[Adapter, Target]) -> Iterator[None]:
         adapter: _kept.get(adapter) or Kept(adapter, target)
         for adapter, target in adapters.items()
         if not (is_managed(adapter) or adapter.valueless or adapter.sharded or is_parametrized(adapter))
+        and not (adapter.derives and is_parametrized(target.layer))  # of which each call may make another weight
     }
     _kept.update(mine)
     for kept in mine.values():
@@ -51,6 +52,7 @@ class Kept:
     """What has been made of an adapter's tensors, which are as they were."""
 
     def __init__(self, adapter: Adapter, target: Target) -> None:
+        adapter.follow(target.layer)  # now, and not in the first call
         self.name, self.tensors, self.made = target.name, _tensors(adapter), {}
         self.weight = id(stored(target.layer))
         self.ids, self.versions, self.places = _ids(self.tensors), self._versions(), self._places()

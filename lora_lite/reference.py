@@ -72,7 +72,10 @@ def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     if transformed():
         return _scale_low_precision(t, g, bias)
     if not _is_worth(t, _WORTH_THE_HOST):
-        return (t * g if bias is None else _scale(t.to(g.dtype), g, bias.to(g.dtype))).to(t.dtype)
+        if bias is None:
+            return (t * g).to(t.dtype)
+        wide = torch.promote_types(t.dtype, g.dtype)
+        return _scale(t.to(wide), g.to(wide), bias.to(wide)).to(t.dtype)
     return _ScaleLowPrecision.apply(t, g, bias)  # type: ignore[return-value]
 
 
@@ -383,7 +386,8 @@ def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     if transformed():
         return _turned(y, c, s, group_size)
     if not _is_worth(y, _WORTH_THE_HOST):
-        return _rotate(y.to(c.dtype), c, s, group_size).to(y.dtype)
+        wide = torch.promote_types(y.dtype, c.dtype)
+        return _rotate(y.to(wide), c.to(wide), s.to(wide), group_size).to(y.dtype)
     return _RotateLowPrecision.apply(y, c, s, group_size)  # type: ignore[return-value]
 
 

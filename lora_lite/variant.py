@@ -1,6 +1,6 @@
 """A variant: the tensors of an adapter, their start, and the primitive that they make. And the registry of all."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
@@ -72,8 +72,8 @@ def register(variant: V) -> V:
     """Class decorator: make `variant` known to `attach` and `load` under its `name`.
 
     Raises:
-        ValueError: name, config or primitive is missing, name and config disagree, the config declares fields and is
-            no dataclass of its own, which would keep its parent's, or another variant has the name.
+        ValueError: name, config or primitive is missing, name and config disagree, the config's defaults are not those
+            that its class shows, or another variant has the name.
     """
     name, config = getattr(variant, "name", None), getattr(variant, "config", None)
     if not name or config is None or getattr(config, "variant", None) != name:
@@ -84,11 +84,11 @@ def register(variant: V) -> V:
         )
     if variant.primitive is Variant.primitive:
         raise ValueError(f"{variant.__name__} needs a `primitive`: what it computes around a layer")
-    declared = [field for field in vars(config).get("__annotations__", {}) if field != "variant"]
-    if declared and "__dataclass_fields__" not in vars(config):
+    defaults = {each.name: each.default for each in fields(config) if each.default is not MISSING}
+    if lost := [field for field, default in defaults.items() if getattr(config, field, default) != default]:
         raise ValueError(
-            f"{config.__name__} declares {', '.join(declared)}, which count only in a dataclass; put "
-            "@dataclass(frozen=True, kw_only=True) above it"
+            f"{config.__name__} gives {', '.join(lost)} another default, which counts only with its type and in a "
+            "dataclass: write `r: int = 8`, and @dataclass(frozen=True, kw_only=True) above each class"
         )
     REGISTRY[name] = variant
     return variant

@@ -60,7 +60,8 @@ class Watch:
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._kinds: dict[str, type] = {}  # of weights at attach
         self._model: Any = lambda: None
-        self._handles: dict[str, list[Any]] = {}  # of layers' parameters
+        self._handles: list[Any] = []
+        self._at_rest: set[str] = set()  # layers that were reached in evaluation mode, and have dropout
 
     def start(self, model: nn.Module) -> None:
         """Wait for the first backward, and for optimisers' steps."""
@@ -73,8 +74,10 @@ class Watch:
             def hook(p: Any) -> None:
                 if _in_compiled_backward() or (watch := me()) is None:
                     return
-                if p.grad is not None:  # PyTorch calls this too where the gradient is None
+                if p.grad is not None and layer not in watch.reached:  # PyTorch calls this for a gradient of None too
                     watch.reached.add(layer)
+                    if (adapter := watch.adapters[layer]).cfg.dropout and not adapter.training:
+                        watch._at_rest.add(layer)
                 watch._await_the_end()
 
             return hook
@@ -82,18 +85,17 @@ class Watch:
         for layer, adapter in self.adapters.items():
             for p in adapter.parameters():
                 if p.requires_grad and p.is_leaf:
-                    hook = p.register_post_accumulate_grad_hook(reached(layer))
-                    self._handles.setdefault(layer, []).append(hook)
+                    self._handles.append(p.register_post_accumulate_grad_hook(reached(layer)))
 
     def stop(self) -> None:
         """Look no further."""
         _watching.discard(self)
-        self._unhook(set(self._handles))
+        self._unhook()
 
-    def _unhook(self, layers: set[str]) -> None:
-        for layer in layers:
-            for handle in self._handles.pop(layer, []):
-                handle.remove()
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _await_the_end(self) -> None:
         """Look once this backward is over."""
@@ -123,9 +125,7 @@ class Watch:
             self._report_recast()
             self._report_bases_without_backward()
         if self.backwards >= _PATIENCE:
-            self._unhook(set(self._handles))
-        else:  # of the layers that are known to be reached one goes on counting
-            self._unhook(set(sorted(self.reached & self._handles.keys())[1:]))
+            self._unhook()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of an optimiser."""
@@ -150,7 +150,7 @@ class Watch:
         if count >= _PATIENCE or held & self.reached or any(p.grad is not None for p in own):
             self.trained = True
             due = due or not held <= self._stepped
-            self._look_for_dropout(held - self._stepped)
+            self._report_dropout(held)
             self._stepped |= held
         if due and torch._C._current_graph_task_id() != -1:
             self._stepped_within = True
@@ -175,16 +175,6 @@ class Watch:
         for text, layers in standing_still(trains, held, stepped).items():
             if layers:
                 warnings.warn(f"after {ENOUGH} steps: {text.format(listing(sorted(layers)))}", stacklevel=2)
-
-    def _look_for_dropout(self, layers: set[str]) -> None:
-        """Name those of these layers whose dropout the model's mode switches off."""
-        found = [layer for layer, a in self.adapters.items() if layer in layers and a.cfg.dropout and not a.training]
-        if found:
-            warnings.warn(
-                f"after the first step: these adapters have dropout, and none while they are in evaluation mode: "
-                f"{listing(found)}. Call model.train() before training",
-                stacklevel=3,
-            )
 
     def _look_at_steps(self, within: bool) -> None:
         model = self._model()
@@ -258,6 +248,15 @@ class Watch:
         if text := describe(news):
             warnings.warn(f"{when}: {text}", stacklevel=2)
 
+    def _report_dropout(self, held: set[str]) -> None:
+        if found := sorted(self._at_rest & held):
+            self._at_rest -= held
+            warnings.warn(
+                "after the first step: these adapters have dropout, and were trained in evaluation mode, where there is "
+                f"none: {listing(found)}. Call model.train() before training",
+                stacklevel=3,
+            )
+
     def _report_recast(self) -> None:
         if recast := [layer for layer, adapter in self.adapters.items() if adapter.recast]:
             warnings.warn(
@@ -285,7 +284,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.
-        return {**vars(self), "_handles": {}, "_model": None, "_backward": -1}
+        return {**vars(self), "_handles": [], "_model": None, "_backward": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

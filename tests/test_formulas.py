@@ -436,6 +436,21 @@ RUNS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_tokens_in_more_precision_than_the_adapter(dtype: torch.dtype) -> None:
+    """As after a cast of the adapter alone: nothing is rounded to its dtype, however few the tokens."""
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    y, bias = torch.randn(4, 16, dtype=wider), torch.randn(16, dtype=wider)
+    c, s = torch.randn(16).to(dtype), torch.randn(16).to(dtype)
+    for op in (
+        lambda t, c, s: lora_lite.reference.rotate_pairs(t, c, s, 4),
+        lambda t, c, s: lora_lite.reference._scale(t, c, None),
+        lambda t, c, s: lora_lite.reference._scale(t, c, bias.to(t.dtype)),
+    ):
+        want = op(y.double(), c.double(), s.double())
+        assert rel_error(op(y, c, s), want) <= 4 * torch.finfo(wider).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("K", "N", "R"), [(24, 20, 1), (1, 20, 3), (24, 1, 3), (1, 1, 1)])
 def test_dimensions_of_one(dtype: torch.dtype, K: int, N: int, R: int) -> None:
     """Products of runs want strides of whole 16 bytes, which those of a dimension of one need not be."""

@@ -659,7 +659,9 @@ def with_config(folder: Path, **fields: Any) -> Path:
 
 def test_refuses_what_it_does_not_compute(tmp_path: Path) -> None:
     biased = a_lora(tmp_path / "b", bias="lora_only")
-    assert isinstance(ll.import_peft(llama(), biased), ll.Attachment)  # of layers without biases
+    assert isinstance(ll.import_peft(llama(), biased), ll.Attachment)  # of a model without biases
+    with pytest.raises(ll.CheckpointError, match="bias='lora_only'"):
+        ll.import_peft(llama(attention_bias=True), biased)  # whose own the file has lost
     tensors = load_file(biased / "adapter_model.safetensors")
     save_file({**tensors, "base_model.model.model.norm.bias": torch.ones(32)}, biased / "adapter_model.safetensors")
     refused(biased, r"bias='lora_only'; merge it with PEFT \(merge_and_unload\)")

@@ -171,18 +171,42 @@ def test_a_copy_of_a_method_needs_a_name_of_its_own() -> None:
     assert REGISTRY["hra"] is original
 
 
-def test_a_config_that_is_no_dataclass_of_its_own() -> None:
-    """Its fields would keep the parent's defaults."""
+def test_a_config_whose_defaults_are_not_those_it_shows() -> None:
+    """They would be the parent's. What is no field may stand in any class."""
 
-    class OwnConfig(ll.AdapterConfig):
+    class Undecorated(ll.AdapterConfig):
         variant: ClassVar[str] = "own"
+        takes_dropout: ClassVar[bool] = False
         r: int = 64
 
-    members = {"name": "own", "config": OwnConfig, "primitive": staticmethod(lambda p, layer, cfg: Primitive())}
-    with pytest.raises(ValueError, match=r"OwnConfig declares r, which count only in a dataclass"):
-        ll.register(type("Own", (ll.Variant,), members))
+    class Mixin:
+        r: int = 64
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mixed(Mixin, ll.AdapterConfig):
+        variant: ClassVar[str] = "own"
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class WithoutAType(ll.AdapterConfig):
+        variant: ClassVar[str] = "own"
+        r = 64
+
+    class OfTheSameFields(ll.AdapterConfig):
+        variant: ClassVar[str] = "own"
+        takes_dropout: ClassVar[bool] = False
+
+    def nothing(p: Any, layer: Any, cfg: Any) -> Primitive:
+        return Primitive()
+
+    def register(config: Any, primitive: Any = nothing) -> None:
+        ll.register(type("Own", (ll.Variant,), {"name": "own", "config": config, "primitive": staticmethod(primitive)}))
+
+    for config in (Undecorated, Mixed, WithoutAType):
+        with pytest.raises(ValueError, match=rf"{config.__name__} gives r another default, .*in a dataclass"):
+            register(config)
     with pytest.raises(ValueError, match="Own needs a `primitive`"):
-        ll.register(type("Own", (ll.Variant,), {**members, "primitive": ll.Variant.primitive}))
+        register(OfTheSameFields, ll.Variant.primitive)
+    register(OfTheSameFields)
 
 
 def test_a_config_of_ones_own_without_a_variant() -> None:

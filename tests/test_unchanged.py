@@ -254,6 +254,40 @@ def test_a_call_with_another_base_weight_computes_with_it() -> None:
                 assert torch.equal(model(x), own)
 
 
+@pytest.mark.parametrize("before", ["a copy", "another dtype", "a write", "weight_norm"])
+def test_what_is_derived_anew_is_so_before_the_promise(before: str) -> None:
+    model, x = nn.Sequential(nn.Linear(12, 16)), torch.randn(3, 12)
+    attach(model, "dora", r=4, target_roles=())
+    randomize(model)
+    if before == "a copy":
+        model = copy.deepcopy(model)
+    elif before == "another dtype":
+        model, x = model.double(), x.double()
+    elif before == "a write":
+        with torch.no_grad():
+            model[0].weight.mul_(2)
+    else:
+        nn.utils.parametrizations.weight_norm(model[0])
+    want = copy.deepcopy(model)(x) if before != "weight_norm" else model(x)
+    with ll.unchanged(model):
+        assert all(torch.equal(model(x), want) for _ in range(3))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_calls_with_other_base_weights(reentrant: bool) -> None:
+    """Each is computed again with the norm of its own."""
+    model = nn.Sequential(nn.Linear(12, 16)).double()
+    attach(model, "dora", r=4, target_roles=(), dtype=torch.float64)
+    randomize(model)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(16, 12, dtype=torch.float64) for _ in range(2)]
+    calls = [lambda x, W=W: functional_call(model, {"0.weight": W}, (x,)) for W in weights]
+    (want,) = torch.autograd.grad(sum(call(x).square().sum() for call in (*calls, model)), x)
+    again = [checkpoint(call, x, use_reentrant=reentrant) for call in (*calls, model)]
+    sum(y.square().sum() for y in again).backward()
+    assert_close(x.grad, want, 1e-12)
+
+
 def test_offloaded_weights_are_not_held() -> None:
     model = llama()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

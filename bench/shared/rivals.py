@@ -41,5 +41,5 @@ def mixtures(experts: int, dtype: torch.dtype, r: int, width: int = 256, device:
     theirs = peft.LoraConfig(
         r=r, lora_alpha=2 * r, target_modules=[], target_parameters=[f"experts.{each}" for each in stacks]
     )
-    ll.attach(models["ours"], ours)
+    ll.attach(models["ours"], ours).watch.stop()  # as by itself, after 20 steps
     return {**models, "peft": peft.get_peft_model(models["peft"], theirs)}  # type: ignore[arg-type]

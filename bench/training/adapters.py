@@ -108,7 +108,7 @@ class Library:
 
 def lora_lite(config: ll.AdapterConfig, calibration: Any) -> Library:
     def attach(model: Any) -> Any:
-        ll.attach(model, config, calibration_data=calibration)
+        ll.attach(model, config, calibration_data=calibration).watch.stop()  # as by itself, after 20 steps
         return model
 
     def load(model: Any, path: Path) -> Any:

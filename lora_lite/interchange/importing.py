@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ def attach_stored(
         config, stored = read()
         _check_fields(config)
         config = {**_DEFAULTS, **config, "modules_to_save": in_full(config)}
-        if not any(key.endswith(".bias") for key in stored):
-            config["bias"] = "none"  # whatever it says: the layers have none
+        if _has_no_bias(model, stored, config["modules_to_save"]):
+            config["bias"] = "none"  # whatever it says
         named, config = _variant(config), _without_weights(model, config, moved)
         moved.check([key.removeprefix(PREFIX) for key in stored])
         whole = _whole_modules(model, config, stored, moved)
@@ -200,6 +200,12 @@ def _tensor_file(folder: Path) -> Path:
             "safe_serialization=True where you trust it"
         )
     return path
+
+
+def _has_no_bias(model: nn.Module, stored: Mapping[str, Tensor], in_full: Sequence[str] | None) -> bool:
+    """Whether neither model nor file has a bias outside of the modules that train in full."""
+    names = [*stored, *(name for name, _ in model.named_parameters())]
+    return not any(name.endswith(".bias") and set(in_full or ()).isdisjoint(name.split(".")) for name in names)
 
 
 def _variant(config: dict[str, Any]) -> str:
