@@ -252,8 +252,8 @@ class Watch:
         if found := sorted(self._at_rest & held):
             self._at_rest -= held
             warnings.warn(
-                "after the first step: these adapters have dropout, and were trained in evaluation mode, where there is "
-                f"none: {listing(found)}. Call model.train() before training",
+                "after the first step: these adapters have dropout, and were trained in evaluation mode, without it: "
+                f"{listing(found)}. Call model.train() before training",
                 stacklevel=3,
             )
 
