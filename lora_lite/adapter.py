@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import reference
 from .backend import select
 from .calibration import evaluation_mode
+from .calls import called_by
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
@@ -124,7 +124,7 @@ class Adapter(Params):
             return _StandIn.made(self, layer)
         if known != _mark(weight) or is_parametrized(layer):
             require_size(self, layer)
-            if transformed() or _in_functional_call():
+            if transformed() or called_by("_functional_call", "torch.nn.utils.stateless"):
                 return _StandIn.made(self, layer)
             self.derive(layer)
         return self
@@ -250,16 +250,6 @@ class _StandIn(Adapter):
     def fill(self, name: str, value: Tensor) -> None:
         """Put another in the tensor's place."""
         self._buffers[name] = value.detach().to(getattr(self, name))
-
-
-def _in_functional_call() -> bool:
-    """Whether torch.func.functional_call is among this thread's callers."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_functional_call" and frame.f_globals.get("__name__") == "torch.nn.utils.stateless":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _require_specs(method: str, specs: Any) -> None:

@@ -6,7 +6,7 @@ was there before the block: there what is left goes with the tensor that the mod
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -81,6 +81,19 @@ def with_call(x: Tensor, module: nn.Module, kept: Any) -> Tensor:
 def call_with(x: Any) -> Call | None:
     """The call that goes with x; None: there is none."""
     return getattr(x, "_lora_lite_call", None)
+
+
+def callers() -> Iterator[FrameType]:
+    """This thread's frames under way, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def called_by(function: str, module: str) -> bool:
+    """Whether a function of that name, of the module of that name, is among them."""
+    return any(each.f_code.co_name == function and each.f_globals.get("__name__") == module for each in callers())
 
 
 def _frame_of_call() -> FrameType | None:

@@ -317,18 +317,20 @@ class LowRankAddRescale(Shrinks):
             return once(self.made, (ops, torch.is_inference_mode_enabled()), lambda: ops.row_norm(*operands))
         if type(self.A) is not torch.nn.Parameter or self.A.is_inference() or torch.is_inference_mode_enabled():
             return ops.row_norm(*operands)
+        again = torch._C._current_graph_task_id() != -1
+        if not again and not in_checkpoint():
+            return ops.row_norm(*operands)
         A, B, key = self.A, self.B, StorageWeakRef(self.m.untyped_storage())
         W = StorageWeakRef(self.W.untyped_storage()) if isinstance(self.W, Tensor) else None
         state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version, W, self.w_sq.data_ptr(), version(self.w_sq))
-        if torch._C._current_graph_task_id() != -1:
+        if again:
             before, norm = _norms.get(key, (None, None))
             return norm if before == state and norm is not None else ops.row_norm(*operands)
         norm = ops.row_norm(*operands)
-        if in_checkpoint():
-            if key not in _norms:
-                for dead in [each for each in list(_norms) if each.expired()]:
-                    _norms.pop(dead, None)
-            _norms[key] = (state, norm)
+        if key not in _norms:
+            for dead in [each for each in list(_norms) if each.expired()]:
+                _norms.pop(dead, None)
+        _norms[key] = (state, norm)
         return norm
 
 

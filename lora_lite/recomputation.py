@@ -1,13 +1,13 @@
 """Whether a backward will run again what runs now: in a checkpoint (torch.utils.checkpoint)."""
 
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.utils.checkpoint import CheckpointFunction, _checkpoint_hook
+
+from .calls import callers
 
 
 def saving() -> Any:
@@ -25,13 +25,11 @@ def is_checkpoints(pack: Any) -> bool:
 def reentrant() -> Iterator[tuple[Any, bool]]:
     """The calls of reentrant checkpointing under way, the innermost first, each with whether it is its forward, which
     runs without gradients, or its backward, which runs that again. To look for them takes a while."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code is CheckpointFunction.forward.__code__:
             yield frame.f_locals["ctx"], True
         elif frame.f_code is CheckpointFunction.backward.__code__:
             yield frame.f_locals["ctx"], False
-        frame = frame.f_back
 
 
 def in_checkpoint() -> bool:

@@ -1,6 +1,5 @@
 """Rows: which adapter each entry of a batch takes, as `use` was told, and what that means for a layer's rows."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .calls import callers
 from .segments import Segments, once_for_training
 
 T = TypeVar("T")
@@ -156,8 +156,8 @@ def _callers() -> tuple[list[dict[str, Any]], str]:
     """Of this thread's callers the variables of each `generate` of transformers', the innermost first; and which, if
     any, gives a batch other entries than it got, or in another order."""
     generates: list[dict[str, Any]] = []
-    reorders, frame = "", None if torch.compiler.is_compiling() else sys._getframe(1)
-    while frame is not None:
+    reorders = ""
+    for frame in () if torch.compiler.is_compiling() else callers():
         if (called := frame.f_code.co_name) in _LOOKED_AT:
             of = str(frame.f_globals.get("__name__"))
             if called == "generate" and of.startswith("transformers."):
@@ -165,5 +165,4 @@ def _callers() -> tuple[list[dict[str, Any]], str]:
             chunks = of.startswith("transformers.pipelines.") and frame.f_code.co_qualname in _OF_CHUNKS
             if chunks or (called in _SORT and of.startswith("sentence_transformers.")):
                 reorders = f"{of}.{frame.f_code.co_qualname}"
-        frame = frame.f_back
     return generates, reorders

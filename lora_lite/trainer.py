@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
+from .calls import callers
 from .checkpoint import mismatches, require_alike, save, save_gathered
 from .errors import AttachError, CheckpointError, first_of
 from .files import replace_files, writing_folder
@@ -267,9 +267,7 @@ def _file_of(name: str, count: int) -> str:
 
 def _calling_trainer() -> Trainer:
     """The trainer that calls a callback, to which it does not give itself."""
-    frame = sys._getframe(2)
-    while frame is not None:
+    for frame in callers():
         if isinstance(found := frame.f_locals.get("self"), Trainer):
             return found
-        frame = frame.f_back
     raise AttachError("AdapterCallback is called by no Trainer; pass it to one as a callback")

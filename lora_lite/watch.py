@@ -7,7 +7,6 @@ them, after its first step. Experts to which a batch was not routed are no news,
 """
 
 import gc
-import sys
 import warnings
 import weakref
 from collections import Counter
@@ -21,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .adapter import Adapter
 from .beside import peft_in
+from .calls import called_by
 from .fitness import passes_gradient
 from .idle import astray, copied, describe, here_and_gone, listing, whole_kinds
 from .progress import ENOUGH, Progress, standing_still
@@ -331,19 +331,9 @@ def _at_the_end_of_backward(callback: Callable[[], None]) -> None:
     and only the inner one's end can be known: the callback then waits for the next call of an adapted layer."""
 
     def ended() -> None:
-        if _inside_a_backward():
+        if called_by("apply", "torch.autograd.function"):  # a torch.autograd.Function's backward
             waiting.append(callback)
         else:
             callback()
 
     torch.autograd.Variable._execution_engine.queue_callback(ended)  # type: ignore[attr-defined]
-
-
-def _inside_a_backward() -> bool:
-    """Whether a torch.autograd.Function's backward is among this thread's callers."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
-            return True
-        frame = frame.f_back
-    return False

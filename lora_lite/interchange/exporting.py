@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..adapter import Adapter
-from ..attachment import Attachment, require_attachment, unwrap
-from ..attachment import attachments as lookup
+from ..attachment import Attachment, attachments, require_attachment, unwrap
 from ..checkpoint import names_now, standalone, warn_of_losses
 from ..errors import AttachError, first_of
 from ..files import replace_files, writing_folder
@@ -72,8 +71,8 @@ def export_peft(
     config: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     by_weight: list[str] = []
-    attachments = _of_one_file(model, name)
-    for attachment in attachments:
+    chosen = _of_one_file(model, name)
+    for attachment in chosen:
         names, adapters = as_they_are(model, attachment, "export_peft")
         if (kind := TENSORS.get(attachment.cfg.variant, ("LORA",))[0]) == "LORA":
             by_weight = _by_weight(model, attachment, names) if for_ == "peft" else []
@@ -84,9 +83,9 @@ def export_peft(
         warn_of_losses(model, attachment, "export_peft", its_tensors)
         config |= {**of_one, "peft_type": kind}
         tensors |= {PREFIX + key: t for key, t in its_tensors.items()}
-    config |= _other_fields(model, attachments, config["peft_type"], by_weight)
-    check_served(for_, model, attachments, config)
-    for attachment in attachments:
+    config |= _other_fields(model, chosen, config["peft_type"], by_weight)
+    check_served(for_, model, chosen, config)
+    for attachment in chosen:
         tensors |= _in_full(model, attachment, config)
     text = json.dumps(config, indent=2, sort_keys=True)
     with writing_folder("export_peft", folder):
@@ -101,20 +100,21 @@ def export_peft(
 def _of_one_file(model: nn.Module, name: str | Sequence[str] | None) -> list[Attachment]:
     """The attachments of these names, which PEFT can hold in one file."""
     names = [name] if name is None or isinstance(name, str) else name
-    if name is None and len(found := lookup(model)) == 2 and {each.cfg.variant for each in found} == {"ia3", "ia3_ff"}:
+    found = attachments(model)
+    if name is None and sorted(each.cfg.variant for each in found) == ["ia3", "ia3_ff"]:
         raise AttachError(
             f"export_peft: {found[0].name!r} and {found[1].name!r} are attached, an ia3 and an ia3_ff; for one file of "
             f"both, as PEFT has them, give name={tuple(each.name for each in found)}"
         )
-    attachments = [require_attachment(model, each) for each in names]
-    layers = [layer for each in attachments for layer in each.adapters]
-    pair = {each.cfg.variant for each in attachments} <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)
-    if len(attachments) > 1 and not pair:
+    chosen = [require_attachment(model, each) for each in names]
+    layers = [layer for each in chosen for layer in each.adapters]
+    pair = {each.cfg.variant for each in chosen} <= {"ia3", "ia3_ff"} and len(set(layers)) == len(layers)
+    if len(chosen) > 1 and not pair:
         raise AttachError(
-            f"export_peft: {', '.join(each.name for each in attachments)}: a PEFT file holds several adapters only "
+            f"export_peft: {', '.join(each.name for each in chosen)}: a PEFT file holds several adapters only "
             "if they are an ia3 and an ia3_ff on different layers; export them one by one"
         )
-    return attachments
+    return chosen
 
 
 def as_they_are(model: nn.Module, attachment: Attachment, what: str) -> tuple[dict[str, str], dict[str, Adapter]]:

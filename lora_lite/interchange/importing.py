@@ -202,10 +202,10 @@ def _tensor_file(folder: Path) -> Path:
     return path
 
 
-def _has_no_bias(model: nn.Module, stored: Mapping[str, Tensor], in_full: Sequence[str] | None) -> bool:
+def _has_no_bias(model: nn.Module, stored: Mapping[str, Tensor], in_full: Sequence[str]) -> bool:
     """Whether neither model nor file has a bias outside of the modules that train in full."""
     names = [*stored, *(name for name, _ in model.named_parameters())]
-    return not any(name.endswith(".bias") and set(in_full or ()).isdisjoint(name.split(".")) for name in names)
+    return not any(name.endswith(".bias") and set(in_full).isdisjoint(name.split(".")) for name in names)
 
 
 def _variant(config: dict[str, Any]) -> str:
