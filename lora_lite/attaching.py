@@ -107,6 +107,7 @@ def attach(
         return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
     variant = variant_of(cfg)
+    _warn_of_idle(variant, cfg)
     cfg.require_storable()
     require_loadable(cfg)
     check_free(model, name)
@@ -136,6 +137,16 @@ def _warn_of_unused(cfg: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
         warnings.warn(
             f"attach: calibration_data is not used: {', '.join(each.name for each in variants)} takes none; leave it "
             f"out, or choose a method that starts from it ({takers})",
+            stacklevel=3,
+        )
+
+
+def _warn_of_idle(variant: type[Variant], cfg: AdapterConfig) -> None:
+    """A warning where the user gave a field that the method has no use for."""
+    if idle := cfg.idle:
+        given = ", ".join(f"{name}={value!r}" for name, value in idle.items())
+        warnings.warn(
+            f"attach: {type(cfg).__name__}({given}): {variant.name} has no use for {', '.join(idle)}; leave it out",
             stacklevel=3,
         )
 

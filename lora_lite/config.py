@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,8 @@ Role = Literal["reader", "writer", "inner", "expert", "embedding"]
 ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert", "embedding")
 KINDS: tuple[Role, ...] = ("expert", "embedding")  # of layers; the other roles are places beside the residual stream
 _FLOAT32 = torch.finfo(torch.float32)
+OF_THE_RANK = ("r", "rank_pattern", "divide_r_among_experts")  # fields
+OF_THE_SCALE = ("alpha", "alpha_pattern", "rslora")
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
@@ -60,6 +62,7 @@ class AdapterConfig:
     """
 
     variant: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()  # fields that count for nothing in the method; `attach` warns of them
     takes_dropout: ClassVar[bool] = True  # whether it adds a low-rank sum to the output, which can leave inputs out
 
     r: int = 8
@@ -156,6 +159,12 @@ class AdapterConfig:
         return tuple(role for role in KINDS if role in self.target_roles and role not in default)
 
     @property
+    def idle(self) -> dict[str, Any]:
+        """Of the fields that the method has no use for, those that the user gave, with their values."""
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name: value for name in self.unused if (value := getattr(self, name)) != defaults[name]}
+
+    @property
     def scale(self) -> float:
         """The factor of the update: alpha / r, or alpha / √r with rslora."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
@@ -189,6 +198,11 @@ class AdapterConfig:
             if not values[name]:
                 del values[name]  # earlier versions don't know it
         return {"variant": self.variant, **values, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_common(cls, **values: Any) -> Self:
+        """A config from what several methods are given alike, as in a sweep: what this one has no use for is left out."""
+        return cls(**{name: value for name, value in values.items() if name not in cls.unused})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":

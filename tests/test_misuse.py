@@ -1,7 +1,9 @@
 """Misuse: each error names the layer or field, what is wrong and the remedy, and leaves the model as it was."""
 
+import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,53 @@ def test_groups_that_do_not_divide_the_layer() -> None:
 def test_road_configs_that_no_layer_could_use(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ll.ConfigError, match=rf"RoadConfig\.{message}"):
         ll.RoadConfig(**fields)
+
+
+FIELDS = {"r": 8, "rank_pattern": {"0": 8}, "alpha": 3.0, "alpha_pattern": {"0": 3.0}, "rslora": True}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_field_counts_or_attach_says_that_it_does_not(variant: str, field: str) -> None:
+    """Whether it counts shows in the shapes, or in what the layer computes with tensors that are no start's."""
+
+    def computed(**fields: Any) -> tuple[list[Tensor], str]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16)).requires_grad_(False)
+        own = {"target_roles": (), "target_names": ("0",), **({"group_size": 4} if variant == "road" else {})}
+        cfg = dataclasses.replace(ll.REGISTRY[variant].config.from_common(r=4, **own), **fields)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ll.attach(model, cfg, calibration_data=[torch.randn(32, 16)] if variant == "eva" else None)
+        randomize(model)
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+        return [*ll.parameters(model), model(x)], " ".join(str(each.message) for each in caught)
+
+    usual, silence = computed()
+    given, said = computed(**{field: FIELDS[field]})
+    counts = not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(usual, given, strict=True))
+    value = FIELDS[field]
+    expected = "" if counts else f"({field}={value!r}): {variant} has no use for {field}; leave it out"
+    assert (silence, said.partition("Config")[2]) == ("", expected)
+    assert counts == (field not in ll.REGISTRY[variant].config.unused)
+
+
+def test_what_methods_are_given_alike() -> None:
+    assert ll.HRAConfig.from_common(r=6, alpha=3.0) == ll.HRAConfig(r=6)
+    assert ll.IA3Config.from_common(r=6, alpha=3.0, dtype=torch.float64) == ll.IA3Config(dtype=torch.float64)
+    assert ll.LoRAConfig.from_common(r=6, alpha=3.0) == ll.LoRAConfig(r=6, alpha=3.0)
+    with pytest.raises(TypeError):
+        ll.HRAConfig.from_common(rank=6)
+
+
+def test_fields_of_several_methods_that_count_for_nothing(tmp_path: Path) -> None:
+    """attach says so, of each; a file that has them is loaded without a word."""
+    model = llama()
+    with pytest.warns(UserWarning, match=r"attach: HRAConfig\(alpha=3\.0, rslora=True\): hra has no use for alpha, rslora"):
+        ll.attach(model, {"a": ll.LoRAConfig(r=2, alpha=3.0), "b": ll.HRAConfig(r=2, alpha=3.0, rslora=True)})
+    ll.save(model, tmp_path / "b.safetensors", name="b")
+    ll.detach(model)
+    assert ll.load(model, tmp_path / "b.safetensors").cfg.alpha == 3.0
 
 
 def test_r_larger_than_the_last_layer_only() -> None:

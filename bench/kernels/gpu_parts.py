@@ -346,7 +346,7 @@ def _beside_reference(b: Bench, how: str, variant: str) -> Rows:
 def _mixture(b: Bench, variant: str) -> Rows:
     """`ll.verify` of the method on a mixture's stacks of weights."""
     model = random_models.qwen_moe(8, torch.bfloat16, width=64).to(b.device)
-    config = ll.REGISTRY[variant].config(r=8, target_roles=(), target_names=(r"experts\.",))
+    config = ll.REGISTRY[variant].config.from_common(r=8, target_roles=(), target_names=(r"experts\.",))
     attachment = ll.attach(model, config, backend="triton")
     move(ll.parameters(model))
     rows = ll.verify(model, {"input_ids": _ids(b), "labels": _ids(b)})

@@ -267,7 +267,7 @@ def contenders(variant: str, s: Shape, device: str, compiler: str) -> dict[str, 
         module = linear()
         torch.manual_seed(0)
         fields = {"r": s.R, "alpha": SCALE * s.R, "target_roles": (), "target_names": ("k_proj",)}
-        ll.attach(module, ll.REGISTRY[variant].config(**fields), backend=backend)
+        ll.attach(module, ll.REGISTRY[variant].config.from_common(**fields), backend=backend)
         move(ll.parameters(module))
         return module
 

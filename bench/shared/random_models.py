@@ -11,7 +11,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def our_config(variant: str, r: int, dtype: torch.dtype = torch.float32) -> ll.AdapterConfig:
     """On all of them, with alpha = 2r; `dtype` is the adapter's."""
-    return ll.REGISTRY[variant].config(
+    return ll.REGISTRY[variant].config.from_common(
         r=r, alpha=2 * r, dtype=dtype, target_roles=(), target_names=tuple(f"{t}$" for t in TARGETS)
     )
 

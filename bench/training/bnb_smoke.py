@@ -62,7 +62,7 @@ def check(model: Any, variant: str, s: Settings) -> dict[str, str | bool]:
     before = base_bytes(model)
     batches = [torch.randint(100, 40_000, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     fields = {"block_size": 4} if variant == "antipasto" else {}
-    config = ll.REGISTRY[variant].config(r=s.r, alpha=2 * s.r, **fields)
+    config = ll.REGISTRY[variant].config.from_common(r=s.r, alpha=2 * s.r, **fields)
     attachment = ll.attach(model, config, calibration_data=batches if variant == "eva" else None)
     specs = [each.variant.param_specs(*each.shape, each.cfg) for each in attachment.adapters.values()]
     near = any(spec.near for of_layer in specs for spec in of_layer.values())

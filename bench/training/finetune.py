@@ -164,13 +164,12 @@ class Settings:
 
     def adapter(self) -> ll.AdapterConfig:
         """The variant's config."""
-        fields: dict[str, Any] = {
-            "r": self.r,
-            "alpha": self.alpha or (self.r if self.variant == "pissa" else 2 * self.r),
-        }
+        assert self.r is not None
+        fields: dict[str, Any] = {"r": self.r, "alpha": self.r if self.variant == "pissa" else 2 * self.r}
         if self.target_names is not None:
             fields |= {"target_roles": (), "target_names": self.target_names}
-        return ll.REGISTRY[self.variant].config(**self.own_fields | fields)
+        config = ll.REGISTRY[self.variant].config.from_common(**self.own_fields | fields)
+        return config if self.alpha is None else dataclasses.replace(config, alpha=self.alpha)
 
     def recorded(self) -> dict[str, Any]:
         """What a resumed run must agree on, JSON-ready."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from ..config import OF_THE_SCALE
 from ..linalg import blockwise, rotations
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
@@ -35,6 +36,7 @@ class AntiPaSTOConfig(SVDConfig):
     """
 
     variant: ClassVar[str] = "antipasto"
+    unused: ClassVar[tuple[str, ...]] = OF_THE_SCALE
     r: int = 256
     block_size: int = 4
     max_rotation_angle: float = 0.5

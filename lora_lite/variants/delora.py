@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import OF_THE_SCALE, AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import LowRankAdd
 from ..quantized import dense_weight
@@ -28,6 +28,7 @@ class DeLoRAConfig(AdapterConfig):
     """
 
     variant: ClassVar[str] = "delora"
+    unused: ClassVar[tuple[str, ...]] = OF_THE_SCALE
     lambda0: float = 15.0
 
     def __post_init__(self) -> None:

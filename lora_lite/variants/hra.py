@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import AdapterConfig
+from ..config import OF_THE_SCALE, AdapterConfig
 from ..errors import UnfitError
 from ..linalg import reflections
 from ..params import Params, ParamSpec
@@ -27,6 +27,7 @@ class HRAConfig(AdapterConfig):
     used."""
 
     variant: ClassVar[str] = "hra"
+    unused: ClassVar[tuple[str, ...]] = OF_THE_SCALE
     takes_dropout: ClassVar[bool] = False
 
 

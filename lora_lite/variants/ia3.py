@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import OF_THE_RANK, OF_THE_SCALE, AdapterConfig
 from ..params import Params, ParamSpec
 from ..primitives import ScaleInput, ScaleOutput
 from ..variant import Variant, register
@@ -27,6 +27,7 @@ class IA3Config(AdapterConfig):
     """
 
     variant: ClassVar[str] = "ia3"
+    unused: ClassVar[tuple[str, ...]] = (*OF_THE_RANK, *OF_THE_SCALE)
     takes_dropout: ClassVar[bool] = False
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (
@@ -40,6 +41,7 @@ class IA3FFConfig(AdapterConfig):
     """IA³ on inputs; see `AdapterConfig`. r and alpha are not used. Targets the feed-forward output by default."""
 
     variant: ClassVar[str] = "ia3_ff"
+    unused: ClassVar[tuple[str, ...]] = (*OF_THE_RANK, *OF_THE_SCALE)
     takes_dropout: ClassVar[bool] = False
     target_roles: tuple = ()
     target_names: tuple[str, ...] = (

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..config import AdapterConfig
+from ..config import OF_THE_RANK, OF_THE_SCALE, AdapterConfig
 from ..errors import UnfitError
 from ..params import Params, ParamSpec
 from ..primitives import RotatePairs
@@ -35,6 +35,7 @@ class RoadConfig(AdapterConfig):
     """
 
     variant: ClassVar[str] = "road"
+    unused: ClassVar[tuple[str, ...]] = (*OF_THE_RANK, *OF_THE_SCALE)
     takes_dropout: ClassVar[bool] = False
     kind: Kind = 1
     group_size: int = 64

@@ -161,9 +161,9 @@ def calibration_batches(count: int = 3, vocab: int = VOCAB) -> list[dict[str, Te
 
 def config(variant: str, **fields: Any) -> Any:
     """A variant's config at rank 4 unless said otherwise; alpha / r is no power of two, so that a lost scale shows.
-    RoAd's groups are of 4: the tiny models' widths are no multiples of 64."""
+    What the variant has no use for is left out. RoAd's groups are of 4: tiny models' widths are no multiples of 64."""
     own = {"group_size": 4} if variant == "road" else {}
-    return ll.REGISTRY[variant].config(**{"r": 4, "alpha": 6.0, **own, **fields})
+    return ll.REGISTRY[variant].config.from_common(**{"r": 4, "alpha": 6.0, **own, **fields})
 
 
 def start_tolerance(variant: str, rounding: float = 0.0) -> float:
