@@ -7,7 +7,8 @@ computes alone, and belongs from later calls on to those that get that one: from
 run an earlier call again, as it was.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ref
@@ -123,6 +124,7 @@ class _OfGroup:
     x: Tensor
     context: tuple[Any, ...]
     ready: dict[str, Shared] = field(default_factory=dict)
+    shares: bool = False  # whether some x Aᵀ came from one read of x
 
 
 class Family:
@@ -147,7 +149,8 @@ class Family:
         self.read[name] = x
         context = _context(x)
         if i not in self.done:
-            self.done[i] = _OfGroup(x, context, _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {})
+            made = _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {}
+            self.done[i] = _OfGroup(x, context, made, any(each.h is not None for each in made.values()))
         done = self.done[i]
         ready = done.ready.pop(name, None)
         if done.x is x:
@@ -156,6 +159,11 @@ class Family:
         if ready is not None and not torch.compiler.is_compiling():  # and not called a second time
             self._regroup(name, x)
         return None
+
+    @property
+    def shares(self) -> bool:
+        """Whether some of the children have shared the read of their x so far."""
+        return any(each.shares for each in self.done.values())
 
     def _regroup(self, name: str, x: Tensor) -> None:
         """The child leaves its group, for that of the children that got its x in this call, if there is one."""
@@ -170,6 +178,23 @@ class Family:
         else:
             joined.append(name)
         self.regrouped = self.siblings.regrouped = [group for group in groups if group]
+
+
+def family_under_way() -> tuple[nn.Module, Family] | None:
+    """The parent that calls a layer now, where it has groups of children, and what they share in this call."""
+    calls = under_way()
+    return (calls[-1].module, calls[-1].kept) if calls and isinstance(calls[-1].kept, Family) else None
+
+
+@contextmanager
+def as_called_by(parent: nn.Module) -> Iterator[Family]:
+    """Within this context its children are called as in its forward."""
+    family = Family(vars(parent)[SIBLINGS], saving())
+    begin(parent, family)
+    try:
+        yield family
+    finally:
+        end(parent)
 
 
 def share(layer: nn.Module, x: Tensor, caller: Call | None) -> Shared | None:

@@ -2,10 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from .calibration import evaluation_mode, run_batch
 from .errors import AttachError, KernelMismatchError, naming
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
+from .operators import version
 from .quantized import weight_of
 from .segments import Segments
 from .selection import only
 from .shapes import is_embedding
+from .siblings import Family, as_called_by, family_under_way
 from .site import Site
 from .stacks import Stack
 from .targets import Target
@@ -39,7 +41,8 @@ _CEILING = 1.0
 @dataclass(frozen=True)
 class Comparison:
     """One layer's row. Errors are relative norm errors against the wider reference, by what they are errors of:
-    "output", "grad_input", and each trainable tensor's gradient under its name."""
+    "output", "grad_input", and each trainable tensor's gradient under its name; with " together" behind it, of layers
+    that read the same x as one; their grad_input is the sum of theirs."""
 
     layer: str
     backend: str
@@ -62,13 +65,20 @@ class Comparison:
 
 
 class Call(NamedTuple):
-    """A call of an adapted layer: its input, with the segments of its rows where it is a stack, and the gradient of its
-    output."""
+    """A call of an adapted layer: its input, with the segments of its rows where it is a stack, the gradient of its
+    output, and what it shares with others, if anything: its parent, by that one's call and x."""
 
     target: Target
     x: Tensor
     segments: Segments | None
     dy: Tensor
+    parent: nn.Module | None
+    shares: tuple[Any, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        return self.dy.dtype if is_embedding(self.target.layer) else self.x.dtype
 
 
 def verify(
@@ -78,7 +88,8 @@ def verify(
     layer in float64.
 
     Each layer is run again by itself, without dropout, on the input and the output gradient that the batch gave it:
-    with the backend in force, with the PyTorch reference in the layer's own dtype, and with the wider one.
+    with the backend in force, with the PyTorch reference in the layer's own dtype, and with the wider one. Layers that
+    read the same x as one (q, k and v) are run so too.
 
     Args:
         model: a model with an adapter attached. It is as it was afterwards, gradients included.
@@ -112,18 +123,18 @@ def verify(
     with only(unwrap(model), attachment.name), _unseen(attachment.sites.values()), _buffers_kept(model):
         calls = _record(model, batch, attachment.targets)
         _require_all(unwrap(model), calls, attachment.targets, partial)
-        rows = []
-        for call in calls:
-            with naming(call.target.label):
-                rows.append(_compare(call, attachment.adapters[call.target.name], rtol))
-    wrong = [row for row in rows if not row.excess <= 1]  # a NaN is wrong too
+        rows: dict[int, Comparison] = {}
+        for alike in _siblings(calls):
+            rows |= zip(alike, _compare([calls[i] for i in alike], attachment.adapters, rtol), strict=True)
+        found = [rows[i] for i in range(len(calls))]
+    wrong = [row for row in found if not row.excess <= 1]  # a NaN is wrong too
     if wrong:
         worst = max(wrong, key=lambda row: row.excess if row.excess == row.excess else float("inf"))
         raise KernelMismatchError(
-            f"{len(wrong)} of {len(rows)} layers differ from the reference by more than rounding; the worst: "
+            f"{len(wrong)} of {len(found)} layers differ from the reference by more than rounding; the worst: "
             f"{worst}. {_REMEDIES[worst.backend == 'reference']}"
         )
-    return rows
+    return found
 
 
 @contextmanager
@@ -169,13 +180,13 @@ def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], par
 
 def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
     """Each call of an adapted layer."""
-    seen: list[tuple[Target, Tensor, Segments | None]] = []
+    seen: list[tuple[Target, Tensor, Segments | None, tuple[nn.Module, Family] | None]] = []
     outputs: list[Tensor] = []
 
     def before(target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             segments = kwargs["segments"] if isinstance(module, Stack) else None
-            seen.append((target, input_of(target.name, args, kwargs).detach(), segments))
+            seen.append((target, input_of(target.name, args, kwargs), segments, family_under_way()))
 
         return hook
 
@@ -196,12 +207,14 @@ def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
     found = torch.autograd.grad(loss, live, allow_unused=True) if live and loss.requires_grad else [None] * len(live)
     grads = iter(found)
     calls, without = [], []
-    for (target, x, segments), y in zip(seen, outputs, strict=True):
+    for (target, x, segments, family), y in zip(seen, outputs, strict=True):
         dy = next(grads) if y.requires_grad else None
         if dy is None or (dy.numel() and not dy.any()):
             dy = None
             without.append(target.name)
-        calls.append(Call(target, x, segments, y.detach() if dy is None else dy))
+        parent, of_call = family or (None, None)
+        dy = y.detach() if dy is None else dy
+        calls.append(Call(target, x.detach(), segments, dy, parent, (id(of_call), id(x), version(x))))
     if without:
         warnings.warn(
             "verify: these layers ran without gradients (under no_grad, detached, or an output that nothing uses), and "
@@ -239,29 +252,99 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def _compare(call: Call, adapter: Adapter, rtol: float | None) -> Comparison:
-    target, x, segments, dy = call
-    layer: Any = target.layer
-    of_ids = is_embedding(layer)
-    dtype = dy.dtype if of_ids else x.dtype
-    wide = x if of_ids else x.to(wider(dtype, x.device))
+def _siblings(calls: list[Call]) -> list[list[int]]:
+    """The calls by their places; those that read the same x in one call of their parent, as one."""
+    found: dict[Any, list[int]] = {}
+    for i, call in enumerate(calls):
+        found.setdefault(i if call.parent is None else call.shares, []).append(i)
+    return list(found.values())
+
+
+@dataclass
+class _Run:
+    """Of a call what is wanted, what the reference gives in the layer's dtype, and what is given."""
+
+    want: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    got: dict[str, Tensor]
+    floors: dict[str, float]  # below which a result is nothing
+
+    def errors(self) -> dict[str, float]:
+        return {name: _error(self.got[name], want, self.floors.get(name, 0.0)) for name, want in self.want.items()}
+
+    def allowed(self, dtype: torch.dtype) -> dict[str, float]:
+        ceilings = {name: _CEILINGS.get(name, _CEILING) for name in self.want}
+        return {name: _allowed(self.plain[name], self.want[name], dtype, each) for name, each in ceilings.items()}
+
+
+def _compare(calls: list[Call], adapters: Mapping[str, Adapter], rtol: float | None) -> list[Comparison]:
+    """A row for each of the calls: alone and, of several that read the same x, as one."""
+    runs = []
+    for call in calls:
+        with naming(call.target.label):
+            runs.append(_alone(call, adapters[call.target.name]))
+    together = _together(calls, runs, adapters) if len(calls) > 1 else [None] * len(calls)
+    rows = []
+    for call, run, more in zip(calls, runs, together, strict=True):
+        errors, allowed = run.errors(), run.allowed(call.dtype)
+        if more is not None:
+            errors |= {f"{name} together": error for name, error in more.errors().items()}
+            allowed |= {f"{name} together": most for name, most in more.allowed(call.dtype).items()}
+        allowed = allowed if rtol is None else dict.fromkeys(allowed, rtol)
+        backend = adapters[call.target.name].in_force(call.x.device, call.dtype)
+        rows.append(Comparison(call.target.name, backend, errors, allowed))
+    return rows
+
+
+def _alone(call: Call, adapter: Adapter) -> _Run:
+    layer, x, segments, dy = cast(Any, call.target.layer), call.x, call.segments, call.dy
+    wide = x if is_embedding(layer) else x.to(wider(call.dtype, x.device))
+
+    def results(run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+        return _results([adapter], lambda x: [run(x)], x, [dy])[0]
 
     with evaluation_mode(adapter):  # two backends draw two masks
-        want = _results(adapter, lambda x: adapter.by_reference(layer, x, segments=segments), wide, dy)
+        want = results(lambda x: adapter.by_reference(layer, x, segments=segments), wide)
         # Around the layer itself: a quantised base has roundings of its own, which are no kernel's fault.
-        plain = _results(adapter, lambda x: adapter.by_reference(layer, x, False, segments), x, dy)
-        got = _results(adapter, layer if segments is None else lambda x: layer(x, segments=segments), x, dy)
+        plain = results(lambda x: adapter.by_reference(layer, x, False, segments), x)
+        got = results(layer if segments is None else lambda x: layer(x, segments=segments), x)
     # A gain's gradient is a sum over the tokens, or two that cancel, of terms as large as dy ∘ y. Less than their
     # rounding is nothing.
-    terms = torch.finfo(dtype).eps * (dy.double() * want["output"].double()).norm().item()
+    terms = torch.finfo(call.dtype).eps * (dy.double() * want["output"].double()).norm().item()
     floors = {
         name: terms / max(p.detach().double().square().mean().sqrt().item(), 1.0)
         for name, p in adapter.named_parameters()
         if p.ndim < 2
     }
-    errors = {name: _error(got[name], want[name], floors.get(name, 0.0)) for name in want}
-    allowed = {name: rtol or _allowed(plain[name], want[name], dtype, _CEILINGS.get(name, _CEILING)) for name in want}
-    return Comparison(target.name, adapter.in_force(x.device, dtype), errors, allowed)
+    return _Run(want, plain, got, floors)
+
+
+def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapter]) -> list[_Run | None]:
+    """The same calls as one, where their parent makes them so."""
+    own = [adapters[call.target.name] for call in calls]
+    with ExitStack() as stack:
+        for adapter in own:
+            stack.enter_context(evaluation_mode(adapter))
+        family = stack.enter_context(as_called_by(cast(nn.Module, calls[0].parent)))
+        found = _results(own, lambda x: [call.target.layer(x) for call in calls], calls[0].x, [each.dy for each in calls])
+    if not family.shares:
+        return [None] * len(calls)
+    wants, plains = (_summed(own, [getattr(run, kind) for run in alone]) for kind in ("want", "plain"))
+    return [_Run(*each, run.floors) for *each, run in zip(wants, plains, found, alone, strict=True)]
+
+
+def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Results with the gradients that one tensor gets from several of them added up: x, and whatever layers share."""
+    total: dict[Any, Tensor] = {}
+    tensors = [{"grad_input": None, **dict(adapter.named_parameters())} for adapter in adapters]
+    for own, results in zip(tensors, alone, strict=True):
+        for name, t in own.items():
+            if name in results:
+                total[id(t)] = total[id(t)] + results[name] if id(t) in total else results[name]
+    return [
+        {name: total[id(own[name])] if name in own else each for name, each in results.items()}
+        for own, results in zip(tensors, alone, strict=True)
+    ]
 
 
 def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype, ceiling: float) -> float:
@@ -271,16 +354,25 @@ def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype, ceiling: float) ->
     return min(max(2 * _error(plain, want), roundings), ceiling)
 
 
-def _results(adapter: Adapter, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of the input, unless it is ids, and of each trainable tensor."""
-    wanted = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+def _results(
+    adapters: Sequence[Adapter], run: Callable[[Tensor], list[Tensor]], x: Tensor, dys: Sequence[Tensor]
+) -> list[dict[str, Tensor]]:
+    """Of each layer its output, and the gradients of its trainable tensors and, unless that is ids, of the input, which
+    is the same for all."""
+    wanted = [{name: p for name, p in each.named_parameters() if p.requires_grad} for each in adapters]
     with torch.enable_grad():
-        if x.is_floating_point():
-            wanted = {"grad_input": (x := x.detach().requires_grad_()), **wanted}
-        y = run(x)
-        grads = torch.autograd.grad(y, list(wanted.values()), dy.to(y.dtype), allow_unused=True)
-    found = zip(wanted.items(), grads, strict=True)  # a method may leave a tensor out
-    return {"output": y.detach(), **{name: torch.zeros_like(p) if g is None else g for (name, p), g in found}}
+        inputs = {"grad_input": (x := x.detach().requires_grad_())} if x.is_floating_point() else {}
+        ys = run(x)
+        tensors = [*inputs.values(), *(p for of_layer in wanted for p in of_layer.values())]
+        grads = torch.autograd.grad(
+            ys, tensors, [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)], allow_unused=True
+        )
+    # A method may leave a tensor out.
+    of = {id(t): torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)}
+    return [
+        {"output": y.detach(), **{name: of[id(t)] for name, t in (inputs | of_layer).items()}}
+        for y, of_layer in zip(ys, wanted, strict=True)
+    ]
 
 
 def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:

@@ -715,8 +715,9 @@ def test_original_file(variant: str, tmp_path: Path) -> None:
     attachment = ll.load(model, path)
     assert {t.name for t in attachment.targets} == set(layers)
     assert len(layers) == 4
-    assert attachment.cfg == config(
-        variant,
+    assert attachment.cfg == ll.REGISTRY[variant].config(
+        r=4,
+        alpha=6.0,
         dtype=torch.bfloat16,
         target_names=("query_key_value$", "dense_4h_to_h$"),
         target_roles=("reader", "writer"),

@@ -138,7 +138,9 @@ def test_every_variant_has_defaults_and_options_win() -> None:
     assert (original.steps, original.batch_size, original.r, original.lr) == (5000, 4, 32, 1e-4)
     s = finetune.Settings(variant="antipasto", r=8, steps=7)
     assert (s.adapter().r, s.steps) == (8, 7)
-    assert finetune.Settings(variant="ia3").adapter() == ll.IA3Config(r=16, alpha=32)
+    assert finetune.Settings(variant="ia3").adapter() == ll.IA3Config()
+    assert finetune.Settings(variant="hra", alpha=5.0).adapter().idle == {"alpha": 5.0}, "attach says so"
+    assert [finetune.Settings(variant=v).adapter().alpha for v in ("lora", "pissa")] == [32.0, 16.0]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -145,7 +145,7 @@ def test_road_configs_that_no_layer_could_use(fields: dict[str, Any], message: s
         ll.RoadConfig(**fields)
 
 
-FIELDS = {"r": 8, "rank_pattern": {"0": 8}, "alpha": 3.0, "alpha_pattern": {"0": 3.0}, "rslora": True}
+FIELDS = {"r": 12, "rank_pattern": {"0": 12}, "alpha": 3.0, "alpha_pattern": {"0": 3.0}, "rslora": True}
 
 
 @pytest.mark.parametrize("field", FIELDS)

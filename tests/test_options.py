@@ -46,9 +46,10 @@ def test_patterns(variant: str, tmp_path: Path) -> None:
     attachment = attach(model, variant, calibration_batches(), **PATTERNS, **fields)
     randomize(model)
     ranks = {name: (adapter.cfg.r, adapter.cfg.alpha) for name, adapter in attachment.adapters.items()}
-    assert ranks["model.layers.0.self_attn.q_proj"] == (2, 20.0)
-    assert ranks["model.layers.1.self_attn.q_proj"] == (8, 20.0)
-    assert ranks["model.layers.1.self_attn.v_proj"] == (4, 6.0)
+    usual, of_pattern = (16.0, 16.0) if "alpha" in attachment.cfg.unused else (6.0, 20.0)
+    assert ranks["model.layers.0.self_attn.q_proj"] == (2, of_pattern)
+    assert ranks["model.layers.1.self_attn.q_proj"] == (8, of_pattern)
+    assert ranks["model.layers.1.self_attn.v_proj"] == (4, usual)
     for adapter in attachment.adapters.values():
         widths = {p.shape[0] for name, p in adapter.named_parameters() if name in ("lora_A", "lora_U") and p.ndim == 2}
         assert widths <= {adapter.cfg.r, 4}

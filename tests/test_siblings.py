@@ -111,7 +111,7 @@ def test_members_of_several_methods_and_ranks() -> None:
         ll.attach(
             model,
             {
-                name: config(r=i + 2, dtype=F64, target_names=(rf"{name}_proj$",))
+                name: config.from_common(r=i + 2, dtype=F64, target_names=(rf"{name}_proj$",))
                 for i, (name, config) in enumerate(of.items())
             },
         )

@@ -1,6 +1,7 @@
 """`verify` apart from the kernels: what it leaves behind, what it accepts, what it refuses."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from models import VARIANTS, attach, llama, randomize, snapshot, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite import in_place
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -20,8 +22,11 @@ def test_reference_is_within_rounding(variant: str) -> None:
         assert sorted(row.layer for row in rows) == sorted(attachment.adapters)
         for row in rows:
             adapter = attachment.adapters[row.layer]
-            trainable = {name for name, p in adapter.named_parameters() if p.requires_grad}
-            assert set(row.errors) == {"output", "grad_input"} | trainable
+            names = {"output", "grad_input", *(name for name, p in adapter.named_parameters() if p.requires_grad)}
+            shares = row.layer.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+            if shares and not variant.startswith(("ia3", "road", "hra")):
+                names |= {f"{name} together" for name in names}
+            assert set(row.errors) == names
             assert row.excess <= 1
             assert row.layer in str(row)
 
@@ -37,6 +42,66 @@ def test_nothing_is_left_behind() -> None:
     assert before.keys() == after.keys()
     assert before["hooks"] == after["hooks"]
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in ll.parameters(model))
+
+
+class _Doubled(torch.autograd.Function):
+    """x, with twice its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def spoilt(what: str, together: Any) -> Any:
+    """`shrink_together` with twice the gradient, or with one product that is off."""
+
+    def call(x: Tensor, *args: Any) -> Any:
+        xs, (*hs, h) = together(_Doubled.apply(x) if what == "grad_input" else x, *args)
+        return xs, [*hs, 1.05 * h if what == "output" else h]
+
+    return call
+
+
+@pytest.mark.parametrize(("what", "worst"), [("output", "(output|lora_.)"), ("grad_input", "grad_input")])
+def test_what_layers_do_together_is_compared_too(what: str, worst: str) -> None:
+    """Each by itself is right."""
+    model = llama()
+    ll.attach(model, ll.LoRAConfig(r=4, target_names=("q_proj", "k_proj", "v_proj", "o_proj")))
+    randomize(model)
+    wrong = spoilt(what, in_place.shrink_together)
+    with (
+        mock.patch.object(in_place, "shrink_together", wrong),
+        pytest.raises(ll.KernelMismatchError, match=rf"(q|k|v)_proj \(reference\): {worst} together .* allowed"),
+    ):
+        ll.verify(model, token_ids())
+    ll.verify(model, token_ids())
+
+
+class Shared(nn.Module):
+    """Three layers that read one x, of which one is called twice, and x is written to before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        y = self.q_proj(x) + self.k_proj(x) * self.q_proj(x)
+        with torch.no_grad():
+            z = x.detach().mul_(2)
+        return y + self.v_proj(z)
+
+
+def test_what_siblings_read_and_share() -> None:
+    model = nn.ModuleDict({"attn": Shared()})
+    model.forward = lambda x: model["attn"](x)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("_proj",)))
+    randomize(model)
+    ll.verify(model, torch.randn(5, 8))
 
 
 class Twice(nn.Module):

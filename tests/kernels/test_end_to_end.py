@@ -152,6 +152,22 @@ def test_a_wrong_kernel_is_caught_and_named(trained: Any, kernel: str, spoil: An
     assert len(ll.verify(trained, batch)) == 14
 
 
+def test_what_layers_do_together_is_compared_too(trained: Any) -> None:
+    """The kernels for q, k and v as one, which each layer by itself does not run."""
+    launch = low_rank.launch_shrink_backward
+    launching.forget()  # what replays a right one
+
+    def wrong(dx_bases: list[Tensor], *args: Any) -> Any:
+        dx, *rest = launch(dx_bases, *args)
+        return (1.05 * dx if len(dx_bases) > 1 else dx, *rest)
+
+    with (
+        mock.patch.object(low_rank, "launch_shrink_backward", wrong),
+        pytest.raises(ll.KernelMismatchError, match=r"10 of 14 layers .*\(triton\): grad_input together"),
+    ):
+        ll.verify(trained, {"input_ids": token_ids(), "labels": token_ids()})
+
+
 def test_nan_is_no_match(trained: Any) -> None:
     """It spreads to the layers behind, so that more than the four differ."""
     wrong = wrong_for(56, low_rank.launch_expand, lambda out: out + torch.nan)
