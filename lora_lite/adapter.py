@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -20,7 +19,7 @@ from .calls import called_by
 from .config import AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
-from .operators import autocast_anywhere, transformed, version
+from .operators import autocast_anywhere, memory, transformed, version
 from .params import SITE, Init, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive, enter, leave, require_stacks
@@ -282,13 +281,12 @@ def require_size(adapter: Adapter, layer: nn.Module) -> None:
 
 
 # Of each adapter that derives something, the mark of the weight that it did so from.
-_derived_from: WeakKeyDictionary[Adapter, tuple[StorageWeakRef, int | None]] = WeakKeyDictionary()
+_derived_from: WeakKeyDictionary[Adapter, tuple[Any, ...]] = WeakKeyDictionary()
 
 
-def _mark(weight: Tensor) -> tuple[StorageWeakRef, int | None]:
-    """Its memory, and how often that had been written to. A weak reference to the tensor itself would keep PyTorch from
-    moving it, where `.to` swaps tensors."""
-    return StorageWeakRef(weight.untyped_storage()), version(weight)
+def _mark(weight: Tensor) -> tuple[Any, ...]:
+    """Its memory, and how often that had been written to."""
+    return *memory(weight), version(weight)
 
 
 def stored(layer: Any) -> Tensor | None:

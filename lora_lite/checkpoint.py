@@ -273,6 +273,8 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
         raise CheckpointError(f"load_state_dict: the tensors are not those of what is attached: {first_of(problems)}")
     for key, t in mine.items():
         t.copy_(tensors[key])
+    for adapter in require_attachment(unwrap(model), name).adapters.values():
+        adapter.has_values()
 
 
 def _whole_modules(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> WholeModules:

@@ -18,6 +18,7 @@ from torch._C import _len_torch_dispatch_stack  # type: ignore[attr-defined]
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Views are not recorded either: an output that is known for one could not be written to later.
 _BelowAutograd: Any = torch._C._AutoDispatchBelowADInplaceOrView  # type: ignore[attr-defined]
@@ -58,6 +59,12 @@ def writable(t: Tensor) -> bool:
 def version(t: Tensor) -> int | None:
     """How often PyTorch has seen a write to it; None where nothing tells."""
     return None if torch.compiler.is_compiling() or t.is_inference() else t._version
+
+
+def memory(t: Tensor) -> tuple[Any, ...]:
+    """By which two tensors of the same memory are known to be, while that lives. A weak reference to a tensor itself
+    would keep PyTorch from moving it, where `.to` swaps tensors."""
+    return StorageWeakRef(t.untyped_storage()), t.storage_offset(), tuple(t.shape), t.stride()
 
 
 def of_a_batch(grad: Tensor) -> bool:

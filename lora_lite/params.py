@@ -1,7 +1,7 @@
 """ParamSpec says what a variant keeps per layer; Params is the module that keeps it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -103,7 +103,7 @@ class Params(nn.Module):
         super().__init__()
         # Without `init`, which may be a lambda: adapters are pickled.
         self.specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
-        self.hollow = False  # whether memory was given to it after the meta device, and no values
+        self._without_values: set[str] = set()  # tensors to which memory was given after the meta device
         self.dtypes: dict[str, torch.dtype] = {}  # as made, or as `to` and the like have converted them
         for name, spec in specs.items():
             t = spec.make(config_dtype, device)
@@ -122,6 +122,11 @@ class Params(nn.Module):
         """Overwrite one tensor in place, converting dtype and device."""
         with torch.no_grad():
             getattr(self, name).copy_(value)
+        self._without_values.discard(name)
+
+    def has_values(self) -> None:
+        """Say that each tensor has been written to."""
+        self._without_values = set()
 
     def of(self, expert: int) -> "Params":
         """The tensors of one expert of a stack, under the same names: what is filled there is filled here."""
@@ -129,15 +134,16 @@ class Params(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `to_empty` and the like run on each tensor."""
-        specs, before = {}, {}
+        specs, before, on_meta = {}, {}, set()
         for name, spec in self.specs.items():
             t = getattr(self, name)
             specs |= {id(t): spec, id(t.grad) if t.is_leaf else 0: spec}
             before[name] = t.dtype
+            if t.is_meta and not spec.derived:  # what is derived is so anew
+                on_meta.add(name)
 
         def by_spec(t: Tensor) -> Tensor:
             moved, spec = fn(t), specs.get(id(t))
-            self.hollow |= t.is_meta and not moved.is_meta
             if spec is None or moved.dtype == t.dtype:
                 return moved
             if (
@@ -149,11 +155,17 @@ class Params(nn.Module):
         super()._apply(by_spec, recurse)
         now = {name: getattr(self, name).dtype for name in before}
         self.dtypes |= {name: dtype for name, dtype in now.items() if dtype != before[name]}
+        self._without_values |= {name for name in on_meta if not getattr(self, name).is_meta}
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.hollow = False
+    @property
+    def hollow(self) -> bool:
+        """Whether a tensor has memory and no values: it was on the meta device, and nothing was loaded into it since."""
+        return bool(self._without_values)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        self._without_values -= {name for name in self.specs if f"{prefix}{name}" in state_dict}
 
 
 class OneOf:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import embedding, pad
 
 from .errors import AttachError
-from .operators import autocast_dtype, version, watched
+from .operators import autocast_dtype, memory, version, watched
 from .recomputation import in_checkpoint
 from .segments import Segments, once
 
@@ -321,7 +321,7 @@ class LowRankAddRescale(Shrinks):
         if not again and not in_checkpoint():
             return ops.row_norm(*operands)
         A, B, key = self.A, self.B, StorageWeakRef(self.m.untyped_storage())
-        W = StorageWeakRef(self.W.untyped_storage()) if isinstance(self.W, Tensor) else None
+        W = memory(self.W) if isinstance(self.W, Tensor) else None
         state = (ops, A.data_ptr(), A._version, B.data_ptr(), B._version, W, self.w_sq.data_ptr(), version(self.w_sq))
         if again:
             before, norm = _norms.get(key, (None, None))

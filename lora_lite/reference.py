@@ -69,14 +69,17 @@ def _scale(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
     """g ∘ (t − bias) + bias."""
     if t.dtype == g.dtype:
         return t * g if bias is None else torch.addcmul(bias, t - bias, g)
-    if transformed():
-        return _scale_low_precision(t, g, bias)
-    if not _is_worth(t, _WORTH_THE_HOST):
-        if bias is None:
-            return (t * g).to(t.dtype)
-        wide = torch.promote_types(t.dtype, g.dtype)
-        return _scale(t.to(wide), g.to(wide), bias.to(wide)).to(t.dtype)
+    if transformed() or not _is_worth(t, _WORTH_THE_HOST):
+        return _scale_wide(t, g, bias)
     return _ScaleLowPrecision.apply(t, g, bias)  # type: ignore[return-value]
+
+
+def _scale_wide(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+    """In the wider dtype of both, in which whoever differentiates it sums over the tokens then."""
+    if bias is None:
+        return (t * g).to(t.dtype)
+    wide = torch.promote_types(t.dtype, g.dtype)
+    return _scale(t.to(wide), g.to(wide), bias.to(wide)).to(t.dtype)
 
 
 def _scale_low_precision(t: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +113,7 @@ class _ScaleLowPrecision(torch.autograd.Function):
         t, g, bias = ctx.saved_tensors
         dt = dg = None
         if ctx.needs_input_grad[0]:
-            dt = _scale_low_precision(dy, g, None)
+            dt = (_scale_wide if torch.is_grad_enabled() else _scale_low_precision)(dy, g, None)
         if ctx.needs_input_grad[1]:
             if g.ndim > 1:  # each row has a g of its own
                 dg = dy.to(g.dtype) * (t if bias is None else t - bias)
@@ -383,12 +386,15 @@ def rotate_pairs(
 def _rotate(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
     if y.dtype == c.dtype:
         return torch.addcmul(y * c, _partner(y, group_size), s)
-    if transformed():
-        return _turned(y, c, s, group_size)
-    if not _is_worth(y, _WORTH_THE_HOST):
-        wide = torch.promote_types(y.dtype, c.dtype)
-        return _rotate(y.to(wide), c.to(wide), s.to(wide), group_size).to(y.dtype)
+    if transformed() or not _is_worth(y, _WORTH_THE_HOST):
+        return _turned_wide(y, c, s, group_size)
     return _RotateLowPrecision.apply(y, c, s, group_size)  # type: ignore[return-value]
+
+
+def _turned_wide(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
+    """In the wider dtype, as `_scale_wide`."""
+    wide = torch.promote_types(y.dtype, c.dtype)
+    return _rotate(y.to(wide), c.to(wide), s.to(wide), group_size).to(y.dtype)
 
 
 def _turned(y: Tensor, c: Tensor, s: Tensor, group_size: int) -> Tensor:
@@ -416,7 +422,8 @@ class _RotateLowPrecision(torch.autograd.Function):
         y, c, s = ctx.saved_tensors
         needs_y, needs_c, needs_s, _ = ctx.needs_input_grad
         # What y gives its partner comes back from there: the same map, with s where it is taken from.
-        d = _turned(dy, c, _partner(s, ctx.group_size), ctx.group_size) if needs_y else None
+        turned = _turned_wide if torch.is_grad_enabled() else _turned
+        d = turned(dy, c, _partner(s, ctx.group_size), ctx.group_size) if needs_y else None
         dc = _summed(dy, y, c) if needs_c else None
         ds = _summed(dy, _partner(y, ctx.group_size), s) if needs_s else None
         return d, dc, ds, None

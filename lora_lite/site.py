@@ -233,7 +233,8 @@ class Site(nn.ModuleDict):
         adapters = cast("dict[str, Adapter]", self._modules)
         if not self.off:
             return list(adapters.items())
-        return [(name, adapter) for name, adapter in adapters.items() if name not in self.off]
+        # Of a copy, which is made at once: another thread may attach or detach meanwhile.
+        return [(name, adapter) for name, adapter in list(adapters.items()) if name not in self.off]
 
     def pieces(
         self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor, routed: Routed | None = None

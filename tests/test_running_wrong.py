@@ -159,6 +159,56 @@ def test_adapters_on_meta_raise_before_they_compute(variant: str, tmp_path: Path
     assert torch.equal(model(x), other(x))
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "eva"])
+def test_memory_without_values_stays_so_until_the_adapters_own_are_loaded(variant: str, tmp_path: Path) -> None:
+    """Materialise, then load the base: the order in which large models are loaded."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    base, x = dict(model.state_dict()), torch.randn(2, 8)
+    attach(model, variant, target_roles=(), target_names=())
+    randomize(model)
+    want, full, own = model(x), dict(model.state_dict()), ll.state_dict(model)
+    own = {name: t.clone() for name, t in own.items()}
+    some = [name for name in full if "lora" in name][1:]
+
+    def refused() -> None:
+        with pytest.raises(ll.AttachError, match="given memory there and no values"):
+            model(x)
+        with pytest.raises(ll.CheckpointError, match="holds no values"):
+            ll.save(model, tmp_path / "adapter.safetensors")
+
+    model.to("meta").to_empty(device="cpu")
+    for tensors in (base, {name: t for name, t in full.items() if name not in some}):
+        model.load_state_dict(tensors, strict=False)
+        if some or tensors is base:
+            refused()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(base)
+    ll.load_state_dict(model, own)
+    assert torch.equal(model(x), want)
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(full)
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("how", ["another parameter", "data"])
+def test_weights_that_are_slices_of_one_tensor(how: str) -> None:
+    """Checkpoints that are stacked, or flat buffers: DoRA's norm is that of the slice."""
+    bases, x = torch.stack([torch.randn(8, 8), 3 * torch.randn(8, 8)]), torch.randn(5, 8)
+    layer = nn.Linear(8, 8, bias=False)
+    layer.weight = nn.Parameter(bases[0], requires_grad=False)
+    model = nn.Sequential(layer)
+    attach(model, "dora", target_roles=(), target_names=())
+    randomize(model)
+    (adapter,) = ll.attachment.require_attachment(model).adapters.values()
+    for W in (bases[0], bases[1], bases[1].t(), bases[0]):
+        if how == "data":
+            layer.weight.data = W
+        else:
+            layer.weight = nn.Parameter(W, requires_grad=False)
+        V = W + adapter.cfg.scale * adapter.lora_B @ adapter.lora_A
+        assert_close(model(x), x @ (adapter.lora_m[:, None] * V / V.norm(dim=1, keepdim=True)).t(), 1e-5)
+
+
 def test_a_base_that_passes_no_gradient(tmp_path: Path) -> None:
     """Refused to train on; a trained adapter still runs there."""
     dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

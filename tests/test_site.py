@@ -500,3 +500,18 @@ def test_a_layer_of_another_library_whose_weight_dora_cannot_read() -> None:
         quantised: Any = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(ll.AttachError, match=r"^0: the weight of its Linear can't be read"):
         quantised(torch.randn(5, 16))
+
+
+def test_another_thread_attaches_while_one_looks_who_acts() -> None:
+    layer = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b"):
+        ll.attach(layer, ll.LoRAConfig(r=2, target_roles=()), name=name)
+    site: Any = layer[0].lora_lite
+
+    class Off(frozenset[str]):
+        def __contains__(self, name: object) -> bool:
+            site[f"c{len(site)}"] = nn.Identity()
+            return super().__contains__(name)
+
+    site.off = Off({"b"})
+    assert [name for name, _ in site.acting()] == ["a"]

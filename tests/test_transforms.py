@@ -259,6 +259,30 @@ def test_what_is_derived_of_a_weight_that_stands_in(kind: str) -> None:
         assert_close(vmap(model)(x[:, None])[:, 0], want, 1e-5)
 
 
+@pytest.mark.parametrize("how", ["torch.func", "twice"])
+@pytest.mark.parametrize("variant", ["ia3", "ia3_ff", "road", "dora"])
+def test_sums_over_many_tokens_are_of_the_vectors_precision(variant: str, how: str) -> None:
+    """Of a float16 base, whose numbers end at 65,504, and with the vectors in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32).half()).requires_grad_(False)
+    attach(model, variant, target_names=(".*",))
+    x = (torch.randn(40_000, 16) + 1).half()
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(own: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (torch.func.functional_call(model, own, (x,)).float() * 10).sum()
+
+    if how == "torch.func":
+        found = torch.func.grad(loss)(own, x)
+    else:
+        x, of = x.requires_grad_(), {name: t.requires_grad_() for name, t in own.items()}
+        (dx,) = torch.autograd.grad(loss(of, x), x, create_graph=True)
+        grads = torch.autograd.grad(dx.float().square().sum(), list(of.values()), allow_unused=True)
+        found = {name: t for name, t in zip(of, grads, strict=True) if t is not None}
+    assert all(t.isfinite().all() for t in found.values())
+    assert max(t.abs().max() for t in found.values()) > 65_504, "a sum that float16 could hold shows nothing"
+
+
 def test_nothing_is_said_where_nothing_was_asked() -> None:
     """`backend="auto"` runs what works, without a word."""
     with warnings.catch_warnings():
