@@ -16,13 +16,13 @@ from . import reference
 from .backend import select
 from .calibration import evaluation_mode
 from .calls import called_by
-from .config import AdapterConfig
+from .config import OF_THE_MODEL, AdapterConfig
 from .embeddings import looked_up, on_ids
 from .errors import AttachError, first_of
 from .operators import autocast_anywhere, memory, transformed, version
 from .params import SITE, Init, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
-from .primitives import Primitive, enter, leave, require_stacks
+from .primitives import Primitive, enter, leave, require_stacks, same
 from .quantized import bias_of, dense_weight, token_dtype, weight_of
 from .segments import Segments
 from .shapes import copies, is_embedding, shape
@@ -85,6 +85,20 @@ class Adapter(Params):
         object.__setattr__(own, "__class__", type(kind.__name__, (kind,), {"dropout": dropout}))
         primitive = self._primitive(layer, own)
         return bool(asked) or getattr(primitive, "dropout", 0.0) == self.cfg.dropout  # by `dropout_now`
+
+    def computed_otherwise(self, layer: nn.Module, cfg: AdapterConfig) -> list[str]:
+        """The fields of another config of its method with which it would make something else of the same tensors, or
+        have others; empty: it would not."""
+        pairs = ((f.name, getattr(cfg, f.name), getattr(self.cfg, f.name)) for f in dataclasses.fields(cfg))
+        others = [name for name, its, own in pairs if name not in OF_THE_MODEL and its != own]
+        if not others:
+            return []
+        shapes = {name: spec.shape for name, spec in self.variant.param_specs(*self.shape, cfg).items()}
+        if shapes != {name: spec.shape for name, spec in self.specs.items()}:
+            return others
+        with evaluation_mode(self):
+            its = self._primitive(layer, dataclasses.replace(cfg, dropout=0.0))
+        return [] if same(its, self.at_rest(layer)) else others
 
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""
@@ -150,7 +164,7 @@ class Adapter(Params):
         else:
             primitive = self.variant.primitive(self, layer, cfg)
         if not isinstance(primitive, Primitive):
-            raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got {primitive!r}")
+            raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got a {type(primitive).__name__}")
         if isinstance(layer, Stack):
             require_stacks(primitive, layer.num_experts)
         return primitive

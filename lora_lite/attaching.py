@@ -29,9 +29,9 @@ from .attachment import (
 from .backend import check_backend
 from .beside import Beside, peft_in
 from .calibration import CalibrationData, OfExperts, Statistic, gather, require_batches
-from .config import AdapterConfig, Role
+from .config import AdapterConfig
 from .embeddings import require_inputs, require_sum
-from .errors import AttachError, UnfitError, naming
+from .errors import AttachError, NarrowError, UnfitError, naming
 from .fitness import unfit
 from .idle import copied, listing
 from .left_out import left_out
@@ -250,7 +250,7 @@ def _built(
     selected, reasons = choose(model, cfg, promised=not planned)
     targets: list[Target] = []
     adapters: dict[str, Adapter] = {}
-    problems: list[tuple[Role, UnfitError]] = []
+    problems: list[tuple[Target, UnfitError]] = []
     for target in selected:
         try:
             with naming(target.label):
@@ -263,12 +263,28 @@ def _built(
             if cfg.names_given or any(re.search(pattern, target.name) for pattern in cfg.rank_pattern):
                 raise
             reasons[target.name] = error.why
-            problems.append((target.role, error))
+            problems.append((target, error))
     asked_for = () if planned else cfg.kinds_given
-    for role, error in problems:
-        if not targets or (role in asked_for and not any(target.role == role for target in targets)):
+    for problem, error in problems:
+        if not targets or (problem.role in asked_for and not any(target.role == problem.role for target in targets)):
             raise error
+    if not planned:
+        _warn_of_narrow(cfg, {t.name: error.most for t, error in problems if isinstance(error, NarrowError)})
     return targets, adapters, reasons
+
+
+_NOBODYS = 16  # of layers narrower than this, routers, gates and heads, no rank is expected
+
+
+def _warn_of_narrow(cfg: AdapterConfig, most: Mapping[str, int]) -> None:
+    """A warning where a larger rank means fewer layers, as a comparison of ranks has to know. `most`: the largest that
+    layers take which got none."""
+    if narrow := {name: r for name, r in most.items() if r >= _NOBODYS}:
+        warnings.warn(
+            f"attach: r={cfg.r} is larger than these layers allow, and they get no adapter: {listing(list(narrow))}. "
+            f"Take r ≤ {min(narrow.values())}, give them less by rank_pattern, or leave them out by exclude_names",
+            stacklevel=4,
+        )
 
 
 def require_fit(model: nn.Module, target: Target) -> None:

@@ -122,8 +122,8 @@ def _contents(
 def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> None:
     tensors, metadata = contents
     with writing("save", path):
-        apart = _apart(tensors)
-        replace_files({path: lambda temporary: save_file(apart, temporary, metadata=metadata)})
+        own = apart(tensors)
+        replace_files({path: lambda temporary: save_file(own, temporary, metadata=metadata)})
 
 
 def _dtype(attachment: Attachment) -> torch.dtype:
@@ -137,8 +137,8 @@ def _dtype(attachment: Attachment) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else attachment.cfg.dtype
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors takes no two of one memory, as a method's may be that all layers share."""
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without memory that they share: safetensors takes no two of one memory, as a method's may be that all layers share."""
     count = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
     return {name: t.clone() if count[t.untyped_storage().data_ptr()] > 1 else t for name, t in tensors.items()}
 
@@ -443,22 +443,32 @@ def _config(metadata: dict[str, str]) -> tuple[AdapterConfig, type[Variant]]:
 
 def require_alike(model: nn.Module, attachment: Attachment, path: Path) -> None:
     """Raise a CheckpointError where the adapter in `path`, whose tensors are to go into this one's, makes something
-    else of them: it is another method's, or scales otherwise. Warn where it was trained with another head."""
-    metadata, _ = read_tensors(path)
+    else of them: it is another method's, of other layers, or its config has it so. Warn where it was trained with
+    another head."""
+    metadata, tensors = read_tensors(path)
     cfg, _ = _config(metadata)
     if cfg.variant != attachment.cfg.variant:
         raise CheckpointError(f"{path}: it is of {cfg.variant}, and {attachment.cfg.variant} is attached")
-    for layer, adapter in attachment.adapters.items():
-        its, own = cfg.for_layer(layer), adapter.cfg
-        if its.scale != own.scale:
-            fields = "alpha={}, r={}, rslora={}"
+    there, names = set(_described(metadata, tensors)), current_names(model, attachment.targets)
+    for layers, where in ((there - set(names.values()), "there alone"), (set(names.values()) - there, "here alone")):
+        if layers:
             raise CheckpointError(
-                f"{path}: {layer} has {fields.format(its.alpha, its.r, its.rslora)} there, and "
-                f"{fields.format(own.alpha, own.r, own.rslora)} here; attach with the config that it was trained with, "
-                "or load it by lora_lite.load"
+                f"{path}: {first_of(sorted(layers))} is adapted {where}; attach with the config that it was trained "
+                "with, or load it by lora_lite.load"
+            )
+    for target in attachment.targets:
+        adapter, its = attachment.adapters[target.name], cfg.for_layer(names[target.name])
+        if others := adapter.computed_otherwise(target.layer, its):
+            raise CheckpointError(
+                f"{path}: {target.name} has {_fields(its, others)} there, and {_fields(adapter.cfg, others)} here; "
+                "attach with the config that it was trained with, or load it by lora_lite.load"
             )
     if found := heads.others(model, metadata, Renaming(None), attachment.whole.entries):
         warnings.warn(f"{path}: {heads.describe(found)}", stacklevel=2)
+
+
+def _fields(cfg: AdapterConfig, names: Iterable[str]) -> str:
+    return ", ".join(f"{name}={getattr(cfg, name)!r}" for name in names)
 
 
 def named_targets(model: nn.Module, metadata: dict[str, str], tensors: dict[str, Tensor]) -> list[Target]:

@@ -19,6 +19,10 @@ ROLES: tuple[Role, ...] = ("reader", "writer", "inner", "expert", "embedding")
 KINDS: tuple[Role, ...] = ("expert", "embedding")  # of layers; the other roles are places beside the residual stream
 _FLOAT32 = torch.finfo(torch.float32)
 OF_THE_RANK = ("r", "rank_pattern", "divide_r_among_experts")  # fields
+OF_THE_MODEL = (  # which layers, and how they train; not what one computes
+    "target_roles", "target_names", "exclude_names", "layers", "modules_to_save", "rank_pattern", "alpha_pattern",
+    "divide_r_among_experts", "dropout", "dtype",
+)  # fmt: skip
 OF_THE_SCALE = ("alpha", "alpha_pattern", "rslora")
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 

@@ -25,6 +25,14 @@ class UnfitError(AttachError):
         self.why = why
 
 
+class NarrowError(UnfitError):
+    """A layer is narrower than the rank, of which `most` is the largest that it takes."""
+
+    def __init__(self, message: str, why: str, most: int) -> None:
+        super().__init__(message, why)
+        self.most = most
+
+
 class CalibrationError(LoraLiteError, ValueError):
     """The calibration data is missing, empty or too small; the model is as it was before the call."""
 

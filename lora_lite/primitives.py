@@ -83,6 +83,22 @@ def _of(value: Any, matrix: int) -> Any:
     return type(value)(_of(each, matrix) for each in value) if type(value) in (list, tuple) else value
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two primitives, or what they hold, are the same to the bit. Of what is neither tensor nor number, as a
+    quantised weight is, the kind counts."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Primitive):
+        return same(_held(a), _held(b))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b if isinstance(a, int | float | str) else True
+
+
 def require_stacks(primitive: Primitive, matrices: int) -> None:
     """Raise an AttachError where a tensor of a stack's primitive has no leading dimension of as many: a kernel would
     read beside it."""

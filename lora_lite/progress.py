@@ -63,8 +63,8 @@ def standing_still(known: Mapping[str, Progress], held: set[str], stepped: set[s
         "these adapters get gradients, and no optimiser holds them, so that they do not train: {}. Make the optimiser "
         "after attach or load, of lora_lite.parameters(model)": unchanged - held,
         "the gradients of these adapters were zero, so that they do not train: {}. Nothing uses their output, or their "
-        "method starts from a weight of zeros (leave such layers out by exclude_names); or the loss has no gradient "
-        "yet (rewards that are all equal, a mask that leaves nothing)": zero,
+        "input is always zero, or their method starts from a weight of zeros (leave such layers out by exclude_names); "
+        "or the loss has no gradient yet (rewards that are all equal, a mask that leaves nothing)": zero,
         "the optimiser's steps have not changed these adapters: {}. Its learning rate is too small for their dtype, if "
         "it is no accident: give the config dtype=torch.float32": lost,
         "these adapters hold NaN or infinity: {}. The learning rate is too large, or a gradient was not finite; in "

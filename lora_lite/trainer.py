@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
 from .calls import callers
-from .checkpoint import mismatches, require_alike, save, save_gathered
+from .checkpoint import apart, mismatches, require_alike, save, save_gathered
 from .errors import AttachError, CheckpointError, first_of
 from .files import replace_files, writing_folder
 from .merging import merged_parameters
@@ -42,9 +42,10 @@ class AdapterCallback(TrainerCallback):
             otherwise.
 
     Raises:
-        AttachError: when training starts and nothing is attached, or PEFT was put on the model, as by `peft_config`.
+        AttachError: when training starts and nothing is attached, PEFT was put on the model, as by `peft_config`, or
+            TRL is to move a `Reference` (`sync_ref_model`).
         CheckpointError: when the Trainer loads a checkpoint whose names are not the model's, or resumes that of an
-            adapter of another method or scale.
+            adapter of another method, of other layers, or with a config by which it computes something else.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -65,6 +66,11 @@ class AdapterCallback(TrainerCallback):
         chosen(model, None)
         require_no_peft(model, "AdapterCallback")
         trainer: Any = _calling_trainer()
+        if getattr(args, "sync_ref_model", False) and isinstance(getattr(trainer, "ref_model", None), Reference):
+            raise AttachError(
+                "sync_ref_model=True moves a reference's weights, and Reference(model) has none but the base's, which "
+                "stay as they are; set it to False, or give the trainer a second model as ref_model"
+            )
         # Not closures: a copy of the model saves the copy.
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
@@ -170,7 +176,7 @@ def _save_pretrained(
     try:
         # It empties the dict; and the Trainer, which goes back to the file, knows no names but the model's own.
         as_named = {**kwargs, "save_original_format": False}
-        type(model).save_pretrained(model, folder, *args, state_dict=dict(own), **as_named)
+        type(model).save_pretrained(model, folder, *args, state_dict=apart(own), **as_named)
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
@@ -183,16 +189,28 @@ def _strange(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
     return sorted(tensors.keys() - known.keys() - own_tensors(model, known).keys())
 
 
+def _adapters_in(tensors: Iterable[str]) -> set[str]:
+    """The names of the adapters whose tensors these are."""
+    parts = (name.split(".") for name in tensors)
+    return {each[each.index(SITE) + 1] for each in parts if SITE in each[:-2]}
+
+
 def _load_state_dict(model: Any, tensors: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """In the place of a transformers model's: of a checkpoint whose names are others, a Trainer drops the adapter."""
     if not attachments(model):
         vars(model).pop("load_state_dict", None)
     elif any(SITE in name.split(".") for name in tensors) and (strange := _strange(model, tensors)):
+        here, there = {each.name for each in attachments(model)}, _adapters_in(tensors)
+        if lacking := sorted(there - here):
+            raise CheckpointError(
+                f"the checkpoint is of adapters named {', '.join(sorted(there))}, and {', '.join(sorted(here))} is "
+                f"attached here; detach, and attach under the names of the checkpoint first: name={lacking[0]!r}"
+            )
         raise CheckpointError(
             f"the checkpoint has tensors of which the model has none: {first_of(strange)}. Is its adapter another's? "
             "Weights that an earlier lora-lite or a Trainer without AdapterCallback wrote can have the names of older "
-            "models: then lora_lite.load(model, its adapter.safetensors), trainer.save_model(the checkpoint's folder) "
-            "writes them anew, and it resumes"
+            "models: then detach, lora_lite.load(model, its adapter.safetensors), and trainer.save_model(the "
+            "checkpoint's folder) writes them anew, and it resumes"
         )
     return type(model).load_state_dict(model, tensors, *args, **kwargs)
 
@@ -204,7 +222,7 @@ def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwar
         model.save_pretrained(folder, *args, **kwargs)
         return
     folder = Path(folder)
-    tensors = {name: t.cpu().contiguous() for name, t in own_tensors(model).items()}
+    tensors = apart({name: t.cpu().contiguous() for name, t in own_tensors(model).items()})
     with writing_folder("AdapterCallback", folder):
         replace_files({folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})})
     _save_each(model, folder)
@@ -224,7 +242,7 @@ def _load_alike(trainer: Any, folder: Any, model: Any = None) -> Any:
 
 
 def _require_alike(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    found = attachments(model)
+    found = chosen(model, None)
     for each in found:
         if (path := Path(folder) / _file_of(each.name, len(found))).is_file():
             require_alike(model, each, path)

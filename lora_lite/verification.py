@@ -94,7 +94,7 @@ def verify(
     Args:
         model: a model with an adapter attached. It is as it was afterwards, gradients included.
         batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
-            one (pass labels), otherwise at a fixed random projection of its first floating-point tensor.
+            one (pass labels), otherwise at a fixed random projection of its floating-point tensors.
         rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, at
             least four roundings (of fewer than 16 numbers twelve); of the output and the input's gradient at most 0.1.
         name: of the adapter, where several are attached; the others don't act meanwhile.
@@ -228,15 +228,17 @@ def _loss(output: Any) -> Tensor:
     if isinstance(loss := getattr(output, "loss", None), Tensor):
         return loss
     found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = [t for t in found if t.requires_grad] or found
     if not found:
         raise AttachError(
             f"verify: the model's output, a {type(output).__name__}, has no floating-point tensor to start a backward "
             "from; pass a batch with labels, or verify the part of the model that has one"
         )
     # No sum of squares: a rotation does not change one, and its gradient would be rounding alone.
-    y = found[0].float()
     generator = torch.Generator().manual_seed(0)
-    return (y * torch.randn(y.shape, generator=generator, device="cpu").to(y.device)).mean()
+    device = found[0].device
+    means = [(y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean() for y in found if y.numel()]
+    return torch.stack([mean.to(device) for mean in means]).sum()
 
 
 @contextmanager

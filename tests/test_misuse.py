@@ -512,3 +512,14 @@ def test_errors_of_a_kind_can_be_caught_as_one() -> None:
     for error in (ll.AttachError, ll.CalibrationError, ll.CheckpointError, ll.ConfigError):
         assert issubclass(error, ll.LoraLiteError)
     assert issubclass(ll.ConfigError, ValueError)
+
+
+def test_a_larger_rank_that_means_fewer_layers() -> None:
+    """By default narrower layers are left out, which a sweep over r has to be told."""
+    model = llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=1)  # k and v are 64 → 16
+    with pytest.warns(UserWarning, match=r"attach: r=24 is larger .* no adapter: \S+k_proj ×2, \S+v_proj ×2\. Take r ≤ 16"):
+        ll.attach(model, ll.LoRAConfig(r=24))
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=24, exclude_names=("k_proj", "v_proj")))
+    ll.detach(model)
+    ll.attach(model, ll.LoRAConfig(r=24, rank_pattern={"(k|v)_proj": 16}))

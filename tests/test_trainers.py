@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import lora_lite as ll
+from lora_lite.checkpoint import require_alike
 from lora_lite.trainer import AdapterCallback, Merged, Reference, set_reference
 
 quantized = load_tests("test_quantized")
@@ -104,13 +105,90 @@ def test_resumed_as_another_adapter(tmp_path: Path) -> None:
     trainer(ll.LoRAConfig(r=4, alpha=4), 1).train()
     resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
     for cfg, message in (
-        (ll.LoRAConfig(r=4, alpha=64), r"q_proj has alpha=4, r=4, rslora=False there, and alpha=64, r=4"),
-        (ll.LoRAConfig(r=4, alpha=4, rslora=True), r"rslora=False there, and alpha=4, r=4, rslora=True here"),
+        (ll.LoRAConfig(r=4, alpha=64), r"q_proj has alpha=4 there, and alpha=64 here"),
+        (ll.LoRAConfig(r=4, alpha=4, rslora=True), r"q_proj has rslora=False there, and rslora=True here"),
+        (ll.LoRAConfig(r=2, alpha=4), r"q_proj has r=4 there, and r=2 here"),
+        (ll.LoRAConfig(r=4, alpha=4, layers=(0,)), r"model\.layers\.1\.\S+; .* is adapted there alone"),
         (ll.DoRAConfig(r=4, alpha=4), "it is of lora, and dora is attached"),
     ):
         with pytest.raises(ll.CheckpointError, match=message):
             trainer(cfg, 2).train(**resume)
     trainer(ll.LoRAConfig(r=4, alpha=4, dropout=0.1), 2).train(**resume)
+    bare = transformers.Trainer(llama(), trainer(ll.LoRAConfig(), 2).args, train_dataset=data, callbacks=[AdapterCallback()])
+    with pytest.raises(ll.AttachError, match="no adapter is attached"):
+        bare.train(**resume)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (ll.RoadConfig(group_size=4), ll.RoadConfig(group_size=8), "group_size=4 there, and group_size=8 here"),
+        (ll.RoadConfig(group_size=8), ll.RoadConfig(group_size=8, kind=2), "kind=1 there, and kind=2 here"),
+        (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, rotate_basis="U"), "rotate_basis='V' there"),
+        (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, max_rotation_angle=1.0), "max_rotation_angle=0.5 there"),
+        (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, svd="exact"), ""),
+        (ll.DeLoRAConfig(r=4, lambda0=2.0), ll.DeLoRAConfig(r=4), ""),
+    ],
+)
+def test_resumed_with_another_config(before: Any, now: Any, message: str, tmp_path: Path) -> None:
+    """Whatever makes something else of the tensors; a start is over."""
+    model = llama()
+    ll.attach(model, before)
+    randomize(model)
+    want = model(token_ids()).logits
+    ll.save(model, tmp_path / "adapter.safetensors")
+    weights = {name: t.clone() for name, t in model.state_dict().items()}
+    ll.detach(model)
+    (attachment,) = (ll.attach(model, now),)
+    if message:
+        with pytest.raises(ll.CheckpointError, match=message):
+            require_alike(model, attachment, tmp_path / "adapter.safetensors")
+        return
+    require_alike(model, attachment, tmp_path / "adapter.safetensors")
+    model.load_state_dict(weights)
+    assert torch.equal(model(token_ids()).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resumed_under_another_name(tmp_path: Path) -> None:
+    """The remedy is to attach under that of the checkpoint."""
+    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
+
+    def trainer(steps: int, *names: str) -> Any:
+        model = llama()
+        for name in names:
+            ll.attach(model, ll.LoRAConfig(r=4), name=name)
+        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+
+    trainer(1, "a").train()
+    resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+    with pytest.raises(ll.CheckpointError, match="is of adapters named a, and mine is attached here; .* name='a'"):
+        trainer(2, "mine").train(**resume)
+    trainer(2, "a").train(**resume)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_layers_share_is_in_a_checkpoint(tmp_path: Path) -> None:
+    """Of a method of one's own; a checkpoint has one for each."""
+    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
+
+    def trainer(steps: int) -> Any:
+        model = llama()
+        attachment = ll.attach(model, ll.LoRAConfig(r=4, target_names=("q_proj",)))
+        first, *others = attachment.adapters.values()
+        for other in others:
+            other.lora_A = first.lora_A
+        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+
+    through = trainer(2)
+    through.train()
+    again = trainer(2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for a, b in zip(ll.parameters(through.model), ll.parameters(again.model), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", [*SUPERVISED, "4bit"])
@@ -248,8 +326,10 @@ def test_a_reference_is_never_moved(tokenizer: Any, tmp_path: Path) -> None:
     trainer = DPOTrainer(
         model, ref_model=Reference(model), args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
     )
-    with pytest.raises(ValueError, match="longer"):
+    trainer.add_callback(AdapterCallback())
+    with pytest.raises(ll.AttachError, match="sync_ref_model=True moves a reference's weights.*set it to False"):
         trainer.train()
+    assert trainer.state.global_step == 0
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if not p.requires_grad)
     ll.detach(model)
     with pytest.raises(ll.AttachError, match="no adapter is attached"):

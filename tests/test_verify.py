@@ -201,8 +201,9 @@ def test_an_output_that_nothing_uses() -> None:
             super().__init__()
             self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.q_proj(x), self.k_proj(x)
+        def forward(self, x: Tensor, both: bool = False) -> tuple[Tensor, ...]:
+            q, k = self.q_proj(x), self.k_proj(x)
+            return (torch.ones(2), {"more": k}, q) if both else (q,)
 
     model = Unused()
     ll.attach(model, ll.LoRAConfig(r=2))
@@ -210,3 +211,4 @@ def test_an_output_that_nothing_uses() -> None:
     with pytest.warns(UserWarning, match="an output that nothing uses.*: k_proj"):
         rows = ll.verify(model, torch.randn(3, 8))
     assert all(row.errors["lora_A"] > 0 for row in rows)
+    ll.verify(model, (torch.randn(3, 8), True))  # each output is one that training may use

@@ -2,15 +2,16 @@
 
 from torch import Tensor
 
-from ..errors import AttachError, UnfitError
+from ..errors import AttachError, NarrowError
 
 
 def check_rank(r: int, *sizes: int) -> None:
-    """Raise an UnfitError where r exceeds the smallest of `sizes`."""
+    """Raise a NarrowError where r exceeds the smallest of `sizes`."""
     if r > min(sizes):
-        raise UnfitError(
+        raise NarrowError(
             f"r={r} is larger than the layer allows; use r ≤ {min(sizes)}, or leave this layer out",
             f"narrower than r={r}",
+            min(sizes),
         )
 
 
