@@ -164,7 +164,9 @@ class Adapter(Params):
         else:
             primitive = self.variant.primitive(self, layer, cfg)
         if not isinstance(primitive, Primitive):
-            raise AttachError(f"{self.variant.__name__}.primitive must return a Primitive; got a {type(primitive).__name__}")
+            raise AttachError(
+                f"{self.variant.__name__}.primitive must return a Primitive; got a {type(primitive).__name__}"
+            )
         if isinstance(layer, Stack):
             require_stacks(primitive, layer.num_experts)
         return primitive

@@ -199,27 +199,46 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     return _each_once([p for each in chosen(unwrap(model), name) for p in each.parameters()])
 
 
-def param_groups(model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:
-    """Groups for an optimiser in which B learns `lr_ratio` times as fast as the rest (LoRA+, Hayou et al. 2024, arXiv
-    2402.12354).
+def param_groups(
+    model: nn.Module, lr: float, lr_ratio: float = 16.0, name: str | None = None, *, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser.
+
+    Args:
+        lr: the learning rate.
+        lr_ratio: how many times as fast B learns as the rest (LoRA+, Hayou et al. 2024, arXiv 2402.12354); 1 for
+            methods without one.
+        name: of the adapter; all of them without it.
+        weight_decay: of matrices. Vectors and scalars get none: gains, magnitudes and λ stand at other values than
+            zero, to which it would pull them. Without it, groups leave it to the optimiser.
 
     Raises:
-        AttachError: nothing is attached, or the method has no trainable B.
-        ValueError: lr or lr_ratio is not above 0.
+        AttachError: nothing is attached, or the method has no trainable B, and lr_ratio is not 1.
+        ValueError: lr or lr_ratio is not above 0, or weight_decay below it.
     """
     if not (lr > 0 and lr_ratio > 0):
         raise ValueError(f"param_groups: lr and lr_ratio must be above 0; got {lr} and {lr_ratio}")
+    if weight_decay is not None and not weight_decay >= 0:
+        raise ValueError(f"param_groups: weight_decay must be 0 or more, or None; got {weight_decay}")
     found = chosen(unwrap(model), name)
-    slow, fast = [], []
-    for adapter in (adapter for each in found for adapter in each.adapters.values()):
-        for key, p in adapter.named_parameters():
-            if p.requires_grad:
-                (fast if key == "lora_B" else slow).append(p)
-    if not fast:
+    trained = [
+        (p, key == "lora_B", len(adapter.specs[key].shape) < 2)
+        for adapter in (adapter for each in found for adapter in each.adapters.values())
+        for key, p in adapter.named_parameters()
+        if p.requires_grad
+    ]
+    if lr_ratio != 1 and not any(is_B for _, is_B, _ in trained):
         variants = ", ".join(each.cfg.variant for each in found)
-        raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; use parameters(model)")
-    slow += [p for each in found for p in each.whole.parameters()]
-    return [{"params": _each_once(slow), "lr": lr}, {"params": _each_once(fast), "lr": lr * lr_ratio}]
+        raise AttachError(f"param_groups: {variants} has no trainable lora_B for lr_ratio; pass lr_ratio=1")
+    trained += [(p, False, p.ndim < 2) for each in found for p in each.whole.parameters()]
+    groups: dict[tuple[float, float | None], list[Any]] = {}
+    for p, is_B, is_vector in trained:
+        decay = 0.0 if is_vector and weight_decay is not None else weight_decay
+        groups.setdefault((lr * lr_ratio if is_B else lr, decay), []).append(p)
+    return [
+        {"params": _each_once(params), "lr": rate, **({} if decay is None else {"weight_decay": decay})}
+        for (rate, decay), params in groups.items()
+    ]
 
 
 def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -234,8 +253,10 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 
 
 def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Of the model's state dict, or of one like it, what belongs to its adapters or trains in full with them."""
+    """Of the model's state dict, or of one like it, what belongs to its adapters, trains in full with them, or trains
+    beside them, since its `requires_grad` was switched on after attach."""
     whole = {name for each in attachments(model) for name in each.whole.entries}
+    whole |= {plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
     tensors = model.state_dict() if tensors is None else tensors
     found = {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in whole}
     for name, module in model.named_modules():

@@ -138,7 +138,7 @@ def _dtype(attachment: Attachment) -> torch.dtype:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without memory that they share: safetensors takes no two of one memory, as a method's may be that all layers share."""
+    """The tensors, each in memory of its own: safetensors takes no two of one, as a method's may be for all layers."""
     count = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
     return {name: t.clone() if count[t.untyped_storage().data_ptr()] > 1 else t for name, t in tensors.items()}
 

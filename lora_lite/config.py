@@ -205,7 +205,7 @@ class AdapterConfig:
 
     @classmethod
     def from_common(cls, **values: Any) -> Self:
-        """A config from what several methods are given alike, as in a sweep: what this one has no use for is left out."""
+        """A config from what several methods are given alike, as in a sweep; what has no use here is left out."""
         return cls(**{name: value for name, value in values.items() if name not in cls.unused})
 
     @classmethod

@@ -22,7 +22,7 @@ def describe(idle: Mapping[str, list[str]]) -> str:
     texts = {
         "never": f"these adapted layers never ran, and their adapters do nothing: {{}}. {_READERS}",
         "unreached": "these ran, but no gradient reached their adapters (a part under no_grad, detached, an output "
-        "that nothing uses, or a checkpoint or function whose inputs need none: model.enable_input_require_grads()?): {}",
+        "that nothing uses, or a checkpoint whose inputs need none: model.enable_input_require_grads()?): {}",
         "frozen": "these adapters do not train, since requires_grad was switched off after attach: {}",
         "PEFT": "PEFT was put on this model and has frozen these adapters; call its unload(), train one of both: {}",
         "copied": "these are copies of adapted layers, whose adapters act, and are not trained, switched, saved or "

@@ -160,7 +160,7 @@ class Params(nn.Module):
 
     @property
     def hollow(self) -> bool:
-        """Whether a tensor has memory and no values: it was on the meta device, and nothing was loaded into it since."""
+        """Whether a tensor has memory and no values: it was on the meta device, and nothing has filled it since."""
         return bool(self._without_values)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

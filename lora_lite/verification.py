@@ -328,7 +328,9 @@ def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapt
         for adapter in own:
             stack.enter_context(evaluation_mode(adapter))
         family = stack.enter_context(as_called_by(cast(nn.Module, calls[0].parent)))
-        found = _results(own, lambda x: [call.target.layer(x) for call in calls], calls[0].x, [each.dy for each in calls])
+        found = _results(
+            own, lambda x: [call.target.layer(x) for call in calls], calls[0].x, [each.dy for each in calls]
+        )
     if not family.shares:
         return [None] * len(calls)
     wants, plains = (_summed(own, [getattr(run, kind) for run in alone]) for kind in ("want", "plain"))

@@ -185,7 +185,8 @@ def test_what_methods_are_given_alike() -> None:
 def test_fields_of_several_methods_that_count_for_nothing(tmp_path: Path) -> None:
     """attach says so, of each; a file that has them is loaded without a word."""
     model = llama()
-    with pytest.warns(UserWarning, match=r"attach: HRAConfig\(alpha=3\.0, rslora=True\): hra has no use for alpha, rslora"):
+    given = r"HRAConfig\(alpha=3\.0, rslora=True\): hra has no use for alpha, rslora"
+    with pytest.warns(UserWarning, match=f"attach: {given}"):
         ll.attach(model, {"a": ll.LoRAConfig(r=2, alpha=3.0), "b": ll.HRAConfig(r=2, alpha=3.0, rslora=True)})
     ll.save(model, tmp_path / "b.safetensors", name="b")
     ll.detach(model)
@@ -517,7 +518,8 @@ def test_errors_of_a_kind_can_be_caught_as_one() -> None:
 def test_a_larger_rank_that_means_fewer_layers() -> None:
     """By default narrower layers are left out, which a sweep over r has to be told."""
     model = llama(hidden_size=64, num_attention_heads=4, num_key_value_heads=1)  # k and v are 64 → 16
-    with pytest.warns(UserWarning, match=r"attach: r=24 is larger .* no adapter: \S+k_proj ×2, \S+v_proj ×2\. Take r ≤ 16"):
+    told = r"r=24 is larger .* no adapter: \S+k_proj ×2, \S+v_proj ×2\. Take r ≤ 16"
+    with pytest.warns(UserWarning, match=f"attach: {told}"):
         ll.attach(model, ll.LoRAConfig(r=24))
     ll.detach(model)
     ll.attach(model, ll.LoRAConfig(r=24, exclude_names=("k_proj", "v_proj")))

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import MATRIX_VARIANTS, assert_close, attach, calibration_batches, llama, only_adapter, randomize, token_ids
+from models import (
+    MATRIX_VARIANTS,
+    VARIANTS,
+    assert_close,
+    attach,
+    calibration_batches,
+    llama,
+    only_adapter,
+    randomize,
+    token_ids,
+)
 from torch import nn
 
 import lora_lite as ll
@@ -121,6 +131,28 @@ def test_param_groups() -> None:
         assert_close(before[name] - p, lr * p.grad, 1e-4, name)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weight_decay_spares_what_stands_at_other_values_than_zero(variant: str) -> None:
+    model: Any = llama()
+    attachment = attach(model, variant, modules_to_save=("norm$",))
+    groups = ll.param_groups(model, lr=1e-3, lr_ratio=1, weight_decay=0.1)
+    assert {group["lr"] for group in groups} == {1e-3}
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays.keys() == {id(p) for p in ll.parameters(model)}
+    for p in ll.parameters(model):
+        assert decays[id(p)] == (0.1 if p.ndim > 1 else 0.0)
+    if variant in ("ia3", "ia3_ff", "road"):
+        assert set(decays.values()) == {0.0}
+    assert attachment.trainable == sum(p.numel() for group in groups for p in group["params"])
+
+
+def test_groups_of_two_rates_and_a_decay() -> None:
+    model: Any = llama()
+    attach(model, "dora")
+    groups = ll.param_groups(model, lr=1e-3, lr_ratio=8, weight_decay=0.1)
+    assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [(1e-3, 0.0), (1e-3, 0.1), (8e-3, 0.1)]
+
+
 def test_param_groups_refuse() -> None:
     model = llama()
     attach(model, "ia3")
@@ -128,6 +160,8 @@ def test_param_groups_refuse() -> None:
         ll.param_groups(model, lr=1e-3)
     with pytest.raises(ValueError, match="must be above 0"):
         ll.param_groups(model, lr=0.0)
+    with pytest.raises(ValueError, match="weight_decay must be 0 or more"):
+        ll.param_groups(model, lr=1e-3, weight_decay=-0.1)
 
 
 def test_rho_is_in_the_file(tmp_path: Path) -> None:

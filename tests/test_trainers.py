@@ -114,7 +114,8 @@ def test_resumed_as_another_adapter(tmp_path: Path) -> None:
         with pytest.raises(ll.CheckpointError, match=message):
             trainer(cfg, 2).train(**resume)
     trainer(ll.LoRAConfig(r=4, alpha=4, dropout=0.1), 2).train(**resume)
-    bare = transformers.Trainer(llama(), trainer(ll.LoRAConfig(), 2).args, train_dataset=data, callbacks=[AdapterCallback()])
+    args = trainer(ll.LoRAConfig(), 2).args
+    bare = transformers.Trainer(llama(), args, train_dataset=data, callbacks=[AdapterCallback()])
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
         bare.train(**resume)
 
@@ -150,6 +151,40 @@ def test_resumed_with_another_config(before: Any, now: Any, message: str, tmp_pa
     assert torch.equal(model(token_ids()).logits, want)
 
 
+def test_a_checkpoint_does_not_pass_for_a_model(tmp_path: Path) -> None:
+    """It has no weights of the base, which would be drawn."""
+    model = llama()
+    attach(model, "lora")
+    args = arguments(transformers.TrainingArguments, tmp_path)
+    transformers.Trainer(model, args, callbacks=[AdapterCallback()]).save_model(str(tmp_path / "saved"))
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    ll.load(llama(), tmp_path / "saved/adapter.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_trains_beside_the_adapter_goes_back_to_the_best_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, num_labels=2,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+    ll.attach(model, ll.LoRAConfig(r=2))
+    model.score.weight.requires_grad_()
+    data = [{"input_ids": torch.randint(1, 32, (6,)), "labels": torch.tensor(i % 2)} for i in range(8)]
+    args = arguments(
+        transformers.TrainingArguments, tmp_path, max_steps=4, learning_rate=0.5, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[AdapterCallback()])
+    trainer.train()
+    losses = [each["eval_loss"] for each in trainer.state.log_history if "eval_loss" in each]
+    assert min(losses) < losses[-1], "the last is the best, which shows nothing"
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_under_another_name(tmp_path: Path) -> None:
     """The remedy is to attach under that of the checkpoint."""
@@ -164,7 +199,7 @@ def test_resumed_under_another_name(tmp_path: Path) -> None:
 
     trainer(1, "a").train()
     resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
-    with pytest.raises(ll.CheckpointError, match="is of adapters named a, and mine is attached here; .* name='a'"):
+    with pytest.raises(ll.CheckpointError, match=r"of adapters named a, and mine is attached here; .* name='a'"):
         trainer(2, "mine").train(**resume)
     trainer(2, "a").train(**resume)
 
@@ -327,7 +362,7 @@ def test_a_reference_is_never_moved(tokenizer: Any, tmp_path: Path) -> None:
         model, ref_model=Reference(model), args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
     )
     trainer.add_callback(AdapterCallback())
-    with pytest.raises(ll.AttachError, match="sync_ref_model=True moves a reference's weights.*set it to False"):
+    with pytest.raises(ll.AttachError, match=r"sync_ref_model=True moves a reference's weights.*set it to False"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if not p.requires_grad)
