@@ -29,8 +29,8 @@ class AdapterCallback(TrainerCallback):
 
     A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name, in which `/`
     is `%2F`), and as the model's weights those that train, to which the Trainer goes back by itself when it resumes or
-    loads the best model. The base weights, which no method changes, are not written, nor is a `config.json`, by which
-    `from_pretrained` would take the folder for a whole model, and draw the rest.
+    loads the best model. The base weights, which no method changes, are not written: `from_pretrained` of such a folder
+    would draw them. Load the base, and the adapter's file.
 
     From the Trainer's start on, and after training, `model.save_pretrained` and so `trainer.save_model` write the
     adapter in the base's stead, until it is detached.
@@ -181,7 +181,6 @@ def _save_pretrained(
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
-    Path(folder, "config.json").unlink(missing_ok=True)
     _save_each(model, Path(folder), None if state_dict is None else own)
 
 

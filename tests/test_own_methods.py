@@ -153,7 +153,7 @@ def test_values_that_a_file_would_give_back_as_others(value: Any) -> None:
 def test_a_primitive_that_is_none() -> None:
     net = model()
     ll.attach(net, method(lambda p, layer, cfg: None)(r=4, target_names=("0",)))
-    with pytest.raises(ll.AttachError, match=r"^0: Own\.primitive must return a Primitive; got None"):
+    with pytest.raises(ll.AttachError, match=r"^0: Own\.primitive must return a Primitive; got a NoneType"):
         net(torch.randn(5, 12))
 
 

@@ -151,24 +151,13 @@ def test_resumed_with_another_config(before: Any, now: Any, message: str, tmp_pa
     assert torch.equal(model(token_ids()).logits, want)
 
 
-def test_a_checkpoint_does_not_pass_for_a_model(tmp_path: Path) -> None:
-    """It has no weights of the base, which would be drawn."""
-    model = llama()
-    attach(model, "lora")
-    args = arguments(transformers.TrainingArguments, tmp_path)
-    transformers.Trainer(model, args, callbacks=[AdapterCallback()]).save_model(str(tmp_path / "saved"))
-    with pytest.raises((OSError, ValueError), match=r"config\.json"):
-        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
-    ll.load(llama(), tmp_path / "saved/adapter.safetensors")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_a_head_that_trains_beside_the_adapter_goes_back_to_the_best_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = transformers.LlamaForSequenceClassification(
         transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, num_labels=2,
-            pad_token_id=0,
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+            num_labels=2, pad_token_id=0,
         )
     )  # fmt: skip
     ll.attach(model, ll.LoRAConfig(r=2))
