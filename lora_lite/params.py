@@ -163,8 +163,8 @@ class Params(nn.Module):
         """Whether a tensor has memory and no values: it was on the meta device, and nothing has filled it since."""
         return bool(self._without_values)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._without_values -= {name for name in self.specs if f"{prefix}{name}" in state_dict}
 
 

@@ -334,7 +334,8 @@ def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapt
     if not family.shares:
         return [None] * len(calls)
     wants, plains = (_summed(own, [getattr(run, kind) for run in alone]) for kind in ("want", "plain"))
-    return [_Run(*each, run.floors) for *each, run in zip(wants, plains, found, alone, strict=True)]
+    of_each = zip(wants, plains, found, alone, strict=True)
+    return [_Run(want, plain, got, run.floors) for want, plain, got, run in of_each]
 
 
 def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
