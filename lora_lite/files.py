@@ -66,7 +66,11 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
         ready = []
         for path, write in writers.items():
             path = Path(os.path.realpath(path)) if path.is_symlink() else path
-            if path.exists() and not (path.is_file() or path.is_dir()):
+            if path.is_dir():
+                raise OSError(f"it is a folder; name a file in it, such as {path / 'adapter.safetensors'}")
+            if not path.parent.is_dir():
+                raise OSError(f"there is no folder {path.parent}; make it first")
+            if path.exists() and not path.is_file():
                 raise OSError("it is a device or a pipe, which a file would replace")
             temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
             left_over.callback(_remove, temporary)

@@ -757,6 +757,18 @@ def test_damaged_original_file(tmp_path: Path) -> None:
     refused(path, "'oft' is not registered")
 
 
+def test_no_place_for_a_file(tmp_path: Path) -> None:
+    model = llama()
+    attach(model, "lora")
+    for path, message in (
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "no" / "a", "no folder .*/no; make"),
+    ):
+        with pytest.raises(ll.CheckpointError, match=f"save: can't write .*: .*{message}"):
+            ll.save(model, path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     """Nor is a device, which a rename would replace."""
     model = llama()
