@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
@@ -86,19 +86,30 @@ class Adapter(Params):
         primitive = self._primitive(layer, own)
         return bool(asked) or getattr(primitive, "dropout", 0.0) == self.cfg.dropout  # by `dropout_now`
 
-    def computed_otherwise(self, layer: nn.Module, cfg: AdapterConfig) -> list[str]:
-        """The fields of another config of its method with which it would make something else of the same tensors, or
-        have others; empty: it would not."""
+    def computed_otherwise(self, layer: nn.Module, cfg: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The fields of another config of its method with which it would make something else of these tensors of its,
+        or have others; empty: it would not."""
         pairs = ((f.name, getattr(cfg, f.name), getattr(self.cfg, f.name)) for f in dataclasses.fields(cfg))
         others = [name for name, its, own in pairs if name not in OF_THE_MODEL and its != own]
-        if not others:
-            return []
+        weight = weight_of(layer)
+        if not others or self.sharded or self.valueless or weight is None or is_sharded(weight):
+            return others
         shapes = {name: spec.shape for name, spec in self.variant.param_specs(*self.shape, cfg).items()}
         if shapes != {name: spec.shape for name, spec in self.specs.items()}:
             return others
-        with evaluation_mode(self):
-            its = self._primitive(layer, dataclasses.replace(cfg, dropout=0.0))
-        return [] if same(its, self.at_rest(layer)) else others
+        primitives = (self._with(tensors, each, layer) for each in (self.cfg, cfg))
+        return [] if same(*primitives) else others
+
+    def _with(self, tensors: Mapping[str, Tensor], cfg: AdapterConfig, layer: nn.Module) -> Primitive:
+        """What it would compute in evaluation with these tensors and that config."""
+        twin = copy.copy(self)
+        twin.cfg = twin._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)
+        given = {name: tensors[name].to(getattr(self, name)) for name in self.state_dict() if name in tensors}
+        twin._parameters = {name: nn.Parameter(given.get(name, p), False) for name, p in self._parameters.items()}  # type: ignore[arg-type]
+        twin._buffers = {name: given.get(name, t) for name, t in self._buffers.items()}  # type: ignore[arg-type]
+        twin = _StandIn.made(twin, layer) if self.derives else twin
+        with evaluation_mode(twin):
+            return twin._outside_autocast(layer, twin.cfg)
 
     def at_rest(self, layer: nn.Module) -> Primitive:
         """What it computes in evaluation."""

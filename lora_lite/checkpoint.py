@@ -457,8 +457,10 @@ def require_alike(model: nn.Module, attachment: Attachment, path: Path) -> None:
                 "with, or load it by lora_lite.load"
             )
     for target in attachment.targets:
-        adapter, its = attachment.adapters[target.name], cfg.for_layer(names[target.name])
-        if others := adapter.computed_otherwise(target.layer, its):
+        name, adapter = names[target.name], attachment.adapters[target.name]
+        its, held = cfg.for_layer(name), {key: tensors.get(f"{name}.{key}") for key in adapter.state_dict()}
+        found = {key: t for key, t in held.items() if t is not None}
+        if others := adapter.computed_otherwise(target.layer, its, found):
             raise CheckpointError(
                 f"{path}: {target.name} has {_fields(its, others)} there, and {_fields(adapter.cfg, others)} here; "
                 "attach with the config that it was trained with, or load it by lora_lite.load"

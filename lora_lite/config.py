@@ -206,7 +206,8 @@ class AdapterConfig:
     @classmethod
     def from_common(cls, **values: Any) -> Self:
         """A config from what several methods are given alike, as in a sweep; what has no use here is left out."""
-        return cls(**{name: value for name, value in values.items() if name not in cls.unused})
+        without = cls.unused if cls.takes_dropout else (*cls.unused, "dropout")
+        return cls(**{name: value for name, value in values.items() if name not in without})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":

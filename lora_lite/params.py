@@ -103,7 +103,7 @@ class Params(nn.Module):
         super().__init__()
         # Without `init`, which may be a lambda: adapters are pickled.
         self.specs = {name: dataclasses.replace(spec, init="zeros") for name, spec in specs.items()}
-        self._without_values: set[str] = set()  # tensors to which memory was given after the meta device
+        self._without_values: frozenset[str] = frozenset()  # tensors that got memory, and nothing has filled it since
         self.dtypes: dict[str, torch.dtype] = {}  # as made, or as `to` and the like have converted them
         for name, spec in specs.items():
             t = spec.make(config_dtype, device)
@@ -122,11 +122,11 @@ class Params(nn.Module):
         """Overwrite one tensor in place, converting dtype and device."""
         with torch.no_grad():
             getattr(self, name).copy_(value)
-        self._without_values.discard(name)
+        self._without_values -= {name}
 
     def has_values(self) -> None:
         """Say that each tensor has been written to."""
-        self._without_values = set()
+        self._without_values = frozenset()
 
     def of(self, expert: int) -> "Params":
         """The tensors of one expert of a stack, under the same names: what is filled there is filled here."""
@@ -134,13 +134,14 @@ class Params(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `half`, `to_empty` and the like run on each tensor."""
-        specs, before, on_meta = {}, {}, set()
+        specs, before, emptied = {}, {}, set()
+        all_of_them = getattr(fn, "__qualname__", "").startswith("Module.to_empty")
         for name, spec in self.specs.items():
             t = getattr(self, name)
             specs |= {id(t): spec, id(t.grad) if t.is_leaf else 0: spec}
             before[name] = t.dtype
-            if t.is_meta and not spec.derived:  # what is derived is so anew
-                on_meta.add(name)
+            if (t.is_meta or all_of_them) and not spec.derived:  # what is derived is so anew
+                emptied.add(name)
 
         def by_spec(t: Tensor) -> Tensor:
             moved, spec = fn(t), specs.get(id(t))
@@ -155,12 +156,12 @@ class Params(nn.Module):
         super()._apply(by_spec, recurse)
         now = {name: getattr(self, name).dtype for name in before}
         self.dtypes |= {name: dtype for name, dtype in now.items() if dtype != before[name]}
-        self._without_values |= {name for name in on_meta if not getattr(self, name).is_meta}
+        self._without_values |= {name for name in emptied if not getattr(self, name).is_meta}
         return self
 
     @property
     def hollow(self) -> bool:
-        """Whether a tensor has memory and no values: it was on the meta device, and nothing has filled it since."""
+        """Whether a tensor has memory and no values: it was on the meta device, or was emptied."""
         return bool(self._without_values)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

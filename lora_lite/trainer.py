@@ -1,6 +1,7 @@
 """AdapterCallback: a transformers Trainer's checkpoints hold the adapter alone. And what TRL's trainers need beside."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ class AdapterCallback(TrainerCallback):
     """`Trainer(..., callbacks=[AdapterCallback()])`, for trainers of transformers, TRL and sentence-transformers.
 
     A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name, in which `/`
-    is `%2F`), and as the model's weights those that train, to which the Trainer goes back by itself when it resumes or
+    is `%2F`, and their order in `adapters.json`), and as the model's weights those that train, to which the Trainer goes back by itself when it resumes or
     loads the best model. The base weights, which no method changes, are not written: `from_pretrained` of such a folder
     would draw them. Load the base, and the adapter's file.
 
@@ -238,14 +239,26 @@ def _save_beside(trainer: Any, model: Any, output_dir: str | None = None, state_
 
 def _load_alike(trainer: Any, folder: Any, model: Any = None) -> Any:
     """In the place of a trainer's, when it resumes: weights alone don't tell what was made of them."""
-    _require_alike(unwrap(trainer.model if model is None else model), folder)
+    own = unwrap(trainer.model if model is None else model)
+    if attachments(own) or any(isinstance(each, AdapterCallback) for each in trainer.callback_handler.callbacks):
+        chosen(own, None)
+        _require_alike(own, folder)
     return type(trainer)._load_from_checkpoint(trainer, folder, model)
 
 
 def _require_alike(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    found = chosen(model, None)
+    found, folder = attachments(model), Path(folder)
+    here = [each.name for each in found]
+    if (listed := folder / _LIST).is_file():
+        if (there := json.loads(listed.read_text())) != here:
+            raise CheckpointError(
+                f"{folder} is of the adapters {', '.join(there)}, and {', '.join(here)} are attached here; attach "
+                "those, in this order, by which an optimiser's state is kept"
+            )
+    elif len(found) > 1 and (folder / _file_of("", 1)).is_file():
+        raise CheckpointError(f"{folder} is of one adapter, and {', '.join(here)} are attached here; detach the others")
     for each in found:
-        if (path := Path(folder) / _file_of(each.name, len(found))).is_file():
+        if (path := folder / _file_of(each.name, len(found))).is_file():
             require_alike(model, each, path)
 
 
@@ -261,6 +274,9 @@ def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
 def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
     """A file for each adapter. `gathered`: what one process has of a sharded model while the others don't save."""
     found = attachments(model)
+    (folder / _LIST).unlink(missing_ok=True)
+    if len(found) > 1:
+        (folder / _LIST).write_text(json.dumps([each.name for each in found]))
     for each in found:
         path = folder / _file_of(each.name, len(found))
         if gathered is None:
@@ -269,6 +285,7 @@ def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | Non
             save_gathered(model, path, each.name, gathered)
 
 
+_LIST = "adapters.json"  # their names, in their order, where there are several
 _LONGEST = 200  # bytes; systems take 255, of which a temporary file beside it needs some
 
 

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -228,16 +228,17 @@ def _loss(output: Any) -> Tensor:
     if isinstance(loss := getattr(output, "loss", None), Tensor):
         return loss
     found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = [t for t in found if t.numel()]
     found = [t for t in found if t.requires_grad] or found
     if not found:
         raise AttachError(
-            f"verify: the model's output, a {type(output).__name__}, has no floating-point tensor to start a backward "
+            f"verify: the model's output, a {type(output).__name__}, has no floating-point numbers to start a backward "
             "from; pass a batch with labels, or verify the part of the model that has one"
         )
     # No sum of squares: a rotation does not change one, and its gradient would be rounding alone.
     generator = torch.Generator().manual_seed(0)
     device = found[0].device
-    means = [(y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean() for y in found if y.numel()]
+    means = [(y.float() * torch.randn(y.shape, generator=generator).to(y.device)).mean() for y in found]
     return torch.stack([mean.to(device) for mean in means]).sum()
 
 
@@ -270,13 +271,27 @@ class _Run:
     plain: dict[str, Tensor]
     got: dict[str, Tensor]
     floors: dict[str, float]  # below which a result is nothing
+    sizes: dict[str, float] = field(default_factory=dict)  # beside which an error counts; the result's own if not named
 
     def errors(self) -> dict[str, float]:
-        return {name: _error(self.got[name], want, self.floors.get(name, 0.0)) for name, want in self.want.items()}
+        return {name: self._error(name, got, self.floors.get(name, 0.0)) for name, got in self.got.items()}
 
     def allowed(self, dtype: torch.dtype) -> dict[str, float]:
-        ceilings = {name: _CEILINGS.get(name, _CEILING) for name in self.want}
-        return {name: _allowed(self.plain[name], self.want[name], dtype, each) for name, each in ceilings.items()}
+        """Twice the reference's own error in that dtype; at least four roundings, and of a few numbers twelve: they
+        have not many to average over, so that the reference's error there is luck."""
+        found = {}
+        for name, plain in self.plain.items():
+            roundings = (12 if plain.numel() < 16 else 4) * torch.finfo(dtype).eps / 2
+            found[name] = min(max(2 * self._error(name, plain), roundings), _CEILINGS.get(name, _CEILING))
+        return found
+
+    def _error(self, name: str, result: Tensor, floor: float = 0.0) -> float:
+        """‖result − want‖ / ‖want‖; 0 where both are no larger than a floor."""
+        result, want = result.double(), self.want[name].double()
+        difference, size = (result - want).norm().item(), self.sizes.get(name) or want.norm().item()
+        if size <= floor and difference <= floor:
+            return 0.0
+        return difference / size if size else math.inf
 
 
 def _compare(calls: list[Call], adapters: Mapping[str, Adapter], rtol: float | None) -> list[Comparison]:
@@ -334,8 +349,10 @@ def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapt
     if not family.shares:
         return [None] * len(calls)
     wants, plains = (_summed(own, [getattr(run, kind) for run in alone]) for kind in ("want", "plain"))
+    # Of gradients that cancel, rounding may be all that is left.
+    sizes = {"grad_input": sum(run.want["grad_input"].double().norm().item() for run in alone)}
     of_each = zip(wants, plains, found, alone, strict=True)
-    return [_Run(want, plain, got, run.floors) for want, plain, got, run in of_each]
+    return [_Run(want, plain, got, run.floors, sizes) for want, plain, got, run in of_each]
 
 
 def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -350,13 +367,6 @@ def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dic
         {name: total[id(own[name])] if name in own else each for name, each in results.items()}
         for own, results in zip(tensors, alone, strict=True)
     ]
-
-
-def _allowed(plain: Tensor, want: Tensor, dtype: torch.dtype, ceiling: float) -> float:
-    """Twice the reference's own error in that dtype; at least four roundings, and of a few numbers twelve: they have
-    not many to average over, so that the reference's error there is luck."""
-    roundings = (12 if want.numel() < 16 else 4) * torch.finfo(dtype).eps / 2
-    return min(max(2 * _error(plain, want), roundings), ceiling)
 
 
 def _results(
@@ -378,12 +388,3 @@ def _results(
         {"output": y.detach(), **{name: of[id(t)] for name, t in (inputs | of_layer).items()}}
         for y, of_layer in zip(ys, wanted, strict=True)
     ]
-
-
-def _error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    """‖got − want‖ / ‖want‖; 0 where both are no larger than a floor."""
-    got, want = got.double(), want.double()
-    difference, size = (got - want).norm().item(), want.norm().item()
-    if size <= floor and difference <= floor:
-        return 0.0
-    return difference / size if size else math.inf

@@ -177,6 +177,7 @@ def test_a_field_counts_or_attach_says_that_it_does_not(variant: str, field: str
 def test_what_methods_are_given_alike() -> None:
     assert ll.HRAConfig.from_common(r=6, alpha=3.0) == ll.HRAConfig(r=6)
     assert ll.IA3Config.from_common(r=6, alpha=3.0, dtype=torch.float64) == ll.IA3Config(dtype=torch.float64)
+    assert ll.HRAConfig.from_common(r=6, dropout=0.1) == ll.HRAConfig(r=6)
     assert ll.LoRAConfig.from_common(r=6, alpha=3.0) == ll.LoRAConfig(r=6, alpha=3.0)
     with pytest.raises(TypeError):
         ll.HRAConfig.from_common(rank=6)

@@ -128,6 +128,7 @@ def test_resumed_as_another_adapter(tmp_path: Path) -> None:
         (ll.RoadConfig(group_size=8), ll.RoadConfig(group_size=8, kind=2), "kind=1 there, and kind=2 here"),
         (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, rotate_basis="U"), "rotate_basis='V' there"),
         (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, max_rotation_angle=1.0), "max_rotation_angle=0.5 there"),
+        (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, max_rotation_angle=0.499), "max_rotation_angle=0.5 there"),
         (ll.AntiPaSTOConfig(r=8), ll.AntiPaSTOConfig(r=8, svd="exact"), ""),
         (ll.DeLoRAConfig(r=4, lambda0=2.0), ll.DeLoRAConfig(r=4), ""),
     ],
@@ -136,7 +137,7 @@ def test_resumed_with_another_config(before: Any, now: Any, message: str, tmp_pa
     """Whatever makes something else of the tensors; a start is over."""
     model = llama()
     ll.attach(model, before)
-    randomize(model)
+    randomize(model, by=1.0)
     want = model(token_ids()).logits
     ll.save(model, tmp_path / "adapter.safetensors")
     weights = {name: t.clone() for name, t in model.state_dict().items()}
@@ -190,7 +191,29 @@ def test_resumed_under_another_name(tmp_path: Path) -> None:
     resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
     with pytest.raises(ll.CheckpointError, match=r"of adapters named a, and mine is attached here; .* name='a'"):
         trainer(2, "mine").train(**resume)
+    with pytest.raises(ll.CheckpointError, match="is of one adapter, and a, b are attached here; detach the others"):
+        trainer(2, "a", "b").train(**resume)
     trainer(2, "a").train(**resume)
+    trainer(1, "a", "b").train()
+    with pytest.raises(ll.CheckpointError, match=r"of the adapters a, b, and b, a are attached here; .*in this order"):
+        trainer(2, "b", "a").train(**resume)
+    trainer(2, "a", "b").train(**resume)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_goes_on_without_adapters(tmp_path: Path) -> None:
+    """Once they are detached, and the callback is gone."""
+    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
+    model = llama()
+    ll.attach(model, ll.LoRAConfig(r=2))
+    args = arguments(transformers.TrainingArguments, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+    trainer.train()
+    ll.detach(model)
+    trainer.remove_callback(AdapterCallback)
+    model.requires_grad_(True)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -598,7 +621,7 @@ def test_sentence_transformers(tokenizer: Any, tmp_path: Path) -> None:
         other, args, train_dataset=data, eval_dataset=data, loss=MultipleNegativesRankingLoss(other),
         callbacks=[AdapterCallback()],
     )  # fmt: skip
-    with pytest.raises(ll.CheckpointError, match=r"second.* is missing"):
+    with pytest.raises(ll.CheckpointError, match=r"is of one adapter, and default, second are attached here"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     ll.detach(model)
     model.save_pretrained(str(tmp_path / "base"))

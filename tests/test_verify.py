@@ -96,6 +96,27 @@ class Shared(nn.Module):
         return y + self.v_proj(z)
 
 
+def test_gradients_of_siblings_that_cancel() -> None:
+    """What is left of the input's gradient is rounding."""
+
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.k_proj.load_state_dict(self.q_proj.state_dict())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) - self.k_proj(x)
+
+    model = Difference().half()
+    ll.attach(model, ll.LoRAConfig(r=4))
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(p, std=1e-4)
+    rows = ll.verify(model, torch.randn(256, 64).half())
+    assert "grad_input together" in rows[0].errors
+
+
 def test_what_siblings_read_and_share() -> None:
     model = nn.ModuleDict({"attn": Shared()})
     model.forward = lambda x: model["attn"](x)
@@ -211,4 +232,6 @@ def test_an_output_that_nothing_uses() -> None:
     with pytest.warns(UserWarning, match="an output that nothing uses.*: k_proj"):
         rows = ll.verify(model, torch.randn(3, 8))
     assert all(row.errors["lora_A"] > 0 for row in rows)
+    with pytest.raises(ll.AttachError, match="no floating-point numbers"):
+        ll.verify(model, torch.randn(0, 8))
     ll.verify(model, (torch.randn(3, 8), True))  # each output is one that training may use
