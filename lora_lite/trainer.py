@@ -29,9 +29,9 @@ class AdapterCallback(TrainerCallback):
     """`Trainer(..., callbacks=[AdapterCallback()])`, for trainers of transformers, TRL and sentence-transformers.
 
     A checkpoint has `adapter.safetensors` for `lora_lite.load` (of several adapters a file each, by name, in which `/`
-    is `%2F`, and their order in `adapters.json`), and as the model's weights those that train, to which the Trainer goes back by itself when it resumes or
-    loads the best model. The base weights, which no method changes, are not written: `from_pretrained` of such a folder
-    would draw them. Load the base, and the adapter's file.
+    is `%2F`, and their order in `adapters.json`), and as the model's weights those that train, to which the Trainer
+    goes back by itself when it resumes or loads the best model. The base weights, which no method changes, are not
+    written: `from_pretrained` of such a folder would draw them. Load the base, and the adapter's file.
 
     From the Trainer's start on, and after training, `model.save_pretrained` and so `trainer.save_model` write the
     adapter in the base's stead, until it is detached.
