@@ -103,10 +103,10 @@ class Adapter(Params):
     def _with(self, tensors: Mapping[str, Tensor], cfg: AdapterConfig, layer: nn.Module) -> Primitive:
         """What it would compute in evaluation with these tensors and that config."""
         twin = copy.copy(self)
-        twin.cfg = twin._cfg_at_rest = dataclasses.replace(cfg, dropout=0.0)
-        given = {name: tensors[name].to(getattr(self, name)) for name in self.state_dict() if name in tensors}
+        twin.cfg = dataclasses.replace(cfg, dropout=0.0)
+        given = {name: t.to(getattr(self, name)) for name, t in tensors.items()}
         twin._parameters = {name: nn.Parameter(given.get(name, p), False) for name, p in self._parameters.items()}  # type: ignore[arg-type]
-        twin._buffers = {name: given.get(name, t) for name, t in self._buffers.items()}  # type: ignore[arg-type]
+        twin._buffers = {**self._buffers, **{name: given[name] for name in self._buffers.keys() & given.keys()}}
         twin = _StandIn.made(twin, layer) if self.derives else twin
         with evaluation_mode(twin):
             return twin._outside_autocast(layer, twin.cfg)

@@ -76,8 +76,9 @@ def attach(
     until `use` says otherwise. Low-rank sums on one layer run as one; other adapters nest: each acts on the input that
     the one before it leaves, and on the output likewise.
 
-    After the first backward or, where an optimiser holds the adapters, its first step, one UserWarning names adapted
-    layers that never ran or that no gradient reached.
+    A UserWarning names fields of `cfg` that the method has no use for, and layers that by default are left out since
+    they are narrower than r. After the first backward or, where an optimiser holds the adapters, its first step, one
+    names adapted layers that never ran or that no gradient reached.
 
     Args:
         model: any module with linear layers, or what has their shape: quantised ones, Conv1D, stacks of experts.
@@ -273,13 +274,13 @@ def _built(
     return targets, adapters, reasons
 
 
-_NOBODYS = 16  # of layers narrower than this, routers, gates and heads, no rank is expected
+_NARROW = 16  # nobody expects layers narrower than this (routers, gates, heads) to take a rank
 
 
 def _warn_of_narrow(cfg: AdapterConfig, most: Mapping[str, int]) -> None:
     """A warning where a larger rank means fewer layers, as a comparison of ranks has to know. `most`: the largest that
     layers take which got none."""
-    if narrow := {name: r for name, r in most.items() if r >= _NOBODYS}:
+    if narrow := {name: r for name, r in most.items() if r >= _NARROW}:
         warnings.warn(
             f"attach: r={cfg.r} is larger than these layers allow, and they get no adapter: {listing(list(narrow))}. "
             f"Take r ≤ {min(narrow.values())}, give them less by rank_pattern, or leave them out by exclude_names",

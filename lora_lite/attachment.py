@@ -255,10 +255,10 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
 def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Of the model's state dict, or of one like it, what belongs to its adapters, trains in full with them, or trains
     beside them, since its `requires_grad` was switched on after attach."""
-    whole = {name for each in attachments(model) for name in each.whole.entries}
-    whole |= {plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    names = {name for each in attachments(model) for name in each.whole.entries}
+    names |= {plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
     tensors = model.state_dict() if tensors is None else tensors
-    found = {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in whole}
+    found = {name: t for name, t in tensors.items() if SITE in name.split(".") or plain_name(name) in names}
     for name, module in model.named_modules():
         # HQQ's layers give what they hold themselves, and not what stands on them.
         if SITE in module._modules and type(module).state_dict is not nn.Module.state_dict:

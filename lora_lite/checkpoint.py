@@ -458,9 +458,9 @@ def require_alike(model: nn.Module, attachment: Attachment, path: Path) -> None:
             )
     for target in attachment.targets:
         name, adapter = names[target.name], attachment.adapters[target.name]
-        its, held = cfg.for_layer(name), {key: tensors.get(f"{name}.{key}") for key in adapter.state_dict()}
-        found = {key: t for key, t in held.items() if t is not None}
-        if others := adapter.computed_otherwise(target.layer, its, found):
+        its, keys = cfg.for_layer(name), {key: f"{name}.{key}" for key in adapter.state_dict()}
+        held = {key: tensors[in_file] for key, in_file in keys.items() if in_file in tensors}
+        if others := adapter.computed_otherwise(target.layer, its, held):
             raise CheckpointError(
                 f"{path}: {target.name} has {_fields(its, others)} there, and {_fields(adapter.cfg, others)} here; "
                 "attach with the config that it was trained with, or load it by lora_lite.load"

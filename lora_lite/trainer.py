@@ -19,7 +19,7 @@ from .beside import require_no_peft
 from .calls import callers
 from .checkpoint import apart, mismatches, require_alike, save, save_gathered
 from .errors import AttachError, CheckpointError, first_of
-from .files import replace_files, writing_folder
+from .files import replace_files, writing, writing_folder
 from .merging import merged_parameters
 from .params import SITE
 from .selection import disabled
@@ -274,9 +274,13 @@ def _load_tensors(model: Any, folder: str | os.PathLike[str]) -> None:
 def _save_each(model: nn.Module, folder: Path, gathered: dict[str, Tensor] | None = None) -> None:
     """A file for each adapter. `gathered`: what one process has of a sharded model while the others don't save."""
     found = attachments(model)
-    (folder / _LIST).unlink(missing_ok=True)
-    if len(found) > 1:
-        (folder / _LIST).write_text(json.dumps([each.name for each in found]))
+    listed = folder / _LIST
+    with writing("AdapterCallback", listed):
+        if len(found) > 1:
+            text = json.dumps([each.name for each in found])
+            replace_files({listed: lambda file: file.write_text(text)})
+        else:
+            listed.unlink(missing_ok=True)
     for each in found:
         path = folder / _file_of(each.name, len(found))
         if gathered is None:

@@ -314,6 +314,7 @@ def _compare(calls: list[Call], adapters: Mapping[str, Adapter], rtol: float | N
 
 
 def _alone(call: Call, adapter: Adapter) -> _Run:
+    """A call of a layer by itself."""
     layer, x, segments, dy = cast(Any, call.target.layer), call.x, call.segments, call.dy
     wide = x if is_embedding(layer) else x.to(wider(call.dtype, x.device))
 

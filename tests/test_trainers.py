@@ -91,16 +91,21 @@ SUPERVISED: dict[str, dict[str, Any]] = {
 }
 
 
+def checkpointing(model: Any, folder: Path, steps: int) -> Any:
+    """A Trainer with a checkpoint after each step."""
+    rows = [torch.tensor([3 + i, 4, 5, 6]) for i in range(4)]
+    args = arguments(transformers.TrainingArguments, folder, max_steps=steps, save_strategy="steps", save_steps=1)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_as_another_adapter(tmp_path: Path) -> None:
     """The same tensors, of which another method or another scale makes something else."""
-    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
-
     def trainer(cfg: Any, steps: int) -> Any:
         model = llama()
         ll.attach(model, cfg)
-        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
-        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+        return checkpointing(model, tmp_path, steps)
 
     trainer(ll.LoRAConfig(r=4, alpha=4), 1).train()
     resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
@@ -114,10 +119,8 @@ def test_resumed_as_another_adapter(tmp_path: Path) -> None:
         with pytest.raises(ll.CheckpointError, match=message):
             trainer(cfg, 2).train(**resume)
     trainer(ll.LoRAConfig(r=4, alpha=4, dropout=0.1), 2).train(**resume)
-    args = trainer(ll.LoRAConfig(), 2).args
-    bare = transformers.Trainer(llama(), args, train_dataset=data, callbacks=[AdapterCallback()])
     with pytest.raises(ll.AttachError, match="no adapter is attached"):
-        bare.train(**resume)
+        checkpointing(llama(), tmp_path, 2).train(**resume)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -142,7 +145,7 @@ def test_resumed_with_another_config(before: Any, now: Any, message: str, tmp_pa
     ll.save(model, tmp_path / "adapter.safetensors")
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     ll.detach(model)
-    (attachment,) = (ll.attach(model, now),)
+    attachment = ll.attach(model, now)
     if message:
         with pytest.raises(ll.CheckpointError, match=message):
             require_alike(model, attachment, tmp_path / "adapter.safetensors")
@@ -178,14 +181,11 @@ def test_a_head_that_trains_beside_the_adapter_goes_back_to_the_best_too(tmp_pat
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_under_another_name(tmp_path: Path) -> None:
     """The remedy is to attach under that of the checkpoint."""
-    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
-
     def trainer(steps: int, *names: str) -> Any:
         model = llama()
         for name in names:
             ll.attach(model, ll.LoRAConfig(r=4), name=name)
-        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
-        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+        return checkpointing(model, tmp_path, steps)
 
     trainer(1, "a").train()
     resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
@@ -203,11 +203,9 @@ def test_resumed_under_another_name(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_goes_on_without_adapters(tmp_path: Path) -> None:
     """Once they are detached, and the callback is gone."""
-    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
     model = llama()
     ll.attach(model, ll.LoRAConfig(r=2))
-    args = arguments(transformers.TrainingArguments, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
-    trainer = transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+    trainer = checkpointing(model, tmp_path, 1)
     trainer.train()
     ll.detach(model)
     trainer.remove_callback(AdapterCallback)
@@ -219,16 +217,13 @@ def test_a_trainer_goes_on_without_adapters(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_tensor_that_layers_share_is_in_a_checkpoint(tmp_path: Path) -> None:
     """Of a method of one's own; a checkpoint has one for each."""
-    data = [{"input_ids": torch.tensor([3 + i, 4, 5, 6]), "labels": torch.tensor([3 + i, 4, 5, 6])} for i in range(4)]
-
     def trainer(steps: int) -> Any:
         model = llama()
         attachment = ll.attach(model, ll.LoRAConfig(r=4, target_names=("q_proj",)))
         first, *others = attachment.adapters.values()
         for other in others:
             other.lora_A = first.lora_A
-        args = arguments(transformers.TrainingArguments, tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
-        return transformers.Trainer(model, args, train_dataset=data, callbacks=[AdapterCallback()])
+        return checkpointing(model, tmp_path, steps)
 
     through = trainer(2)
     through.train()

@@ -81,21 +81,6 @@ def test_what_layers_do_together_is_compared_too(what: str, worst: str) -> None:
     ll.verify(model, token_ids())
 
 
-class Shared(nn.Module):
-    """Three layers that read one x, of which one is called twice, and x is written to before the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.sin(x)
-        y = self.q_proj(x) + self.k_proj(x) * self.q_proj(x)
-        with torch.no_grad():
-            z = x.detach().mul_(2)
-        return y + self.v_proj(z)
-
-
 def test_gradients_of_siblings_that_cancel() -> None:
     """What is left of the input's gradient is rounding."""
 
@@ -115,6 +100,21 @@ def test_gradients_of_siblings_that_cancel() -> None:
             nn.init.normal_(p, std=1e-4)
     rows = ll.verify(model, torch.randn(256, 64).half())
     assert "grad_input together" in rows[0].errors
+
+
+class Shared(nn.Module):
+    """Three layers that read one x, of which one is called twice, and x is written to before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        y = self.q_proj(x) + self.k_proj(x) * self.q_proj(x)
+        with torch.no_grad():
+            z = x.detach().mul_(2)
+        return y + self.v_proj(z)
 
 
 def test_what_siblings_read_and_share() -> None:

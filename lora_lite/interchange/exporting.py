@@ -192,8 +192,8 @@ def _sum(attachment: Attachment, adapter: Any, layer: nn.Module, name: str, what
     if type(primitive) is not LowRankAdd:  # a subclass may compute something else of A and B
         raise AttachError(
             f"{what}: {name}: there is nothing in such a file that computes {attachment.cfg.variant}'s "
-            f"{type(primitive).__name__}; use save(model, path) or, where it is "
-            "linear, save_merged(model, folder) for weights with it"
+            f"{type(primitive).__name__}; use save(model, path) or, where it is linear, save_merged(model, folder) for "
+            "weights with it"
         )
     return Sum(primitive.A, primitive.B, primitive.scale)
 
