@@ -102,6 +102,7 @@ def checkpointing(model: Any, folder: Path, steps: int) -> Any:
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_as_another_adapter(tmp_path: Path) -> None:
     """The same tensors, of which another method or another scale makes something else."""
+
     def trainer(cfg: Any, steps: int) -> Any:
         model = llama()
         ll.attach(model, cfg)
@@ -181,6 +182,7 @@ def test_a_head_that_trains_beside_the_adapter_goes_back_to_the_best_too(tmp_pat
 @pytest.mark.filterwarnings("ignore")
 def test_resumed_under_another_name(tmp_path: Path) -> None:
     """The remedy is to attach under that of the checkpoint."""
+
     def trainer(steps: int, *names: str) -> Any:
         model = llama()
         for name in names:
@@ -217,6 +219,7 @@ def test_a_trainer_goes_on_without_adapters(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_tensor_that_layers_share_is_in_a_checkpoint(tmp_path: Path) -> None:
     """Of a method of one's own; a checkpoint has one for each."""
+
     def trainer(steps: int) -> Any:
         model = llama()
         attachment = ll.attach(model, ll.LoRAConfig(r=4, target_names=("q_proj",)))
