@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # what compiled graphs ask for memory
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton import knobs
 from triton.runtime import driver
@@ -112,10 +113,9 @@ class Recording(NamedTuple):
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self.replay(tensors)
-        room, device = torch.empty_strided, tensors[0].device  # the quickest way to memory: strides as plain ints
+        room = _empty_strided_cpu if index < 0 else _empty_strided_cuda
         for shape, strides, dtype, source in self.made:
-            new = room(shape, strides, dtype=dtype, device=device) if source is None else tensors[source].to(dtype)
-            tensors.append(new)
+            tensors.append(room(shape, strides, dtype) if source is None else tensors[source].to(dtype))
         tensors.append(None)
         stream, profiled = self.stream_of(index), _has_hooks()
         for start, its in self.launches:

@@ -50,37 +50,37 @@ def config(method: str) -> Any:
 
 def ours(method: str, backend: str, base: nn.Module) -> nn.Module:
     ll.attach(base, config(method), backend=backend)
-    return base["layer"]  # type: ignore[index]
+    return base
 
 
 def rival(method: str, device: str = "cpu") -> nn.Module | None:
     cfg = peft_config(method, RANK, 32.0, ["layer"])
     base = model(WIDTH, WIDTH, device=device)
-    return None if cfg is None else peft.get_peft_model(base, cfg).base_model.model["layer"]  # type: ignore
+    return None if cfg is None else peft.get_peft_model(base, cfg).base_model.model  # type: ignore
 
 
-def step_of(layer: nn.Module, M: int, K: int) -> Callable[[], None]:
-    """Gradients are dropped after each, as `zero_grad` does."""
-    device = next(layer.parameters()).device
+def step_of(model: Any, M: int, K: int) -> Callable[[], None]:
+    """Of the model's layer. Gradients are dropped after each, as `zero_grad` does."""
+    device = next(model.parameters()).device
     x = torch.randn(M, K, device=device).to(torch.bfloat16).requires_grad_()
     dy = torch.zeros(M, K, dtype=torch.bfloat16, device=device)
-    own = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    own = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     def step() -> None:
-        layer(x).backward(dy)
+        model["layer"](x).backward(dy)  # the model lives, by which an attachment stops to watch its first steps
         for t in own:
             t.grad = None
 
     return step
 
 
-def forward_of(layer: nn.Module) -> Callable[[], None]:
+def forward_of(model: Any) -> Callable[[], None]:
     """Of one token, without gradients."""
-    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=next(layer.parameters()).device)
+    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=next(model.parameters()).device)
 
     def forward() -> None:
         with torch.no_grad():
-            layer(x)
+            model["layer"](x)
 
     return forward
 
@@ -91,17 +91,17 @@ CALLS = 20  # steps of a round
 
 def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callable[[], None]]:
     """Small steps of the bare layer, ours, and PEFT's where it has the method."""
-    return {name: step_of(layer, TOKENS, WIDTH) for name, layer in layers_of(method, backend, device).items()}
+    return {name: step_of(each, TOKENS, WIDTH) for name, each in models_of(method, backend, device).items()}
 
 
-def layers_of(method: str, backend: str, device: str = "cpu") -> dict[str, nn.Module]:
-    """The bare layer, ours, and PEFT's where it has the method."""
-    layers = {
-        "base": model(WIDTH, WIDTH, device=device)["layer"],  # type: ignore[index]
+def models_of(method: str, backend: str, device: str = "cpu") -> dict[str, nn.Module]:
+    """Of the bare layer, of ours, and of PEFT's where it has the method."""
+    models = {
+        "base": model(WIDTH, WIDTH, device=device),
         "ours": ours(method, backend, model(WIDTH, WIDTH, device=device)),
         "peft": rival(method, device),
     }
-    return {name: layer for name, layer in layers.items() if layer is not None}
+    return {name: each for name, each in models.items() if each is not None}
 
 
 def medians(
@@ -129,8 +129,8 @@ def medians(
 def tokens(method: str, backend: str, rounds: int) -> dict[str, float]:
     """CPU µs that each adds to a forward of one token."""
     held = model(WIDTH, WIDTH)
-    layers = {**layers_of(method, backend), "unchanged": ours(method, backend, held)}
-    forwards = {name: forward_of(layer) for name, layer in layers.items()}
+    models = {**models_of(method, backend), "unchanged": ours(method, backend, held)}
+    forwards = {name: forward_of(each) for name, each in models.items()}
     with ll.unchanged(held):  # of one model; the others are under no promise
         took = medians(forwards, rounds)
     return {name: took[name] - took["base"] for name in forwards if name != "base"}
@@ -163,8 +163,8 @@ def row(method: str, backend: str, rounds: int) -> dict[str, Any]:
 def launches(method: str, counts: Any) -> dict[str, Any]:
     """Of a layer and step at the size that is named, casts and sums among them."""
     with block.any_svd():
-        layer = ours(method, "triton", model(COUNTED["K"], COUNTED["N"], CostlessLinear))
-    step = step_of(layer, COUNTED["M"], COUNTED["K"])
+        adapted = ours(method, "triton", model(COUNTED["K"], COUNTED["N"], CostlessLinear))
+    step = step_of(adapted, COUNTED["M"], COUNTED["K"])
     step()
     counts.clear()
     step()

@@ -94,6 +94,16 @@ def test_other_values(name: str) -> None:
     assert len(launching._recordings) == 1
 
 
+def test_memory_is_as_the_mode_has_it() -> None:
+    """Results of inference mode are its own, and what was recorded there is none of what comes after."""
+    for inference in (True, True, True, False):
+        with torch.inference_mode(inference):
+            h = low_rank._shrink(*arguments("shrink"))
+        assert h.is_inference() == inference and not h.requires_grad
+    assert len(recorded()) == 1
+    assert h.mul_(2) is h
+
+
 def test_row_norm() -> None:
     for _ in range(4):
         W, A, B = t(N, K), t(R, K, dtype=torch.float32), t(N, R, dtype=torch.float32)
