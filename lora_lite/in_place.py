@@ -19,13 +19,17 @@ from .segments import Segments
 from .shapes import is_conv1d
 from .stacks import Stack
 
+_WORTH_A_LOOK = 1 << 20  # bytes of a token-sized tensor: of less, new memory takes no longer than to find out
 _ONCE = (LowRankAdd, LowRankAddRescale)  # use x and y once; another primitive may do with them what it likes
 
 
-def serves(primitive: Primitive, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> bool:
-    """Whether these operations may stand in for the reference's, of the only primitive around a layer. `hooks`: the
-    adapter's own."""
+def serves(primitive: Primitive, x: Tensor, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> bool:
+    """Whether these operations may stand in for the reference's, of the only primitive around a layer that gets x, and
+    whether that is worth a look. `hooks`: the adapter's own."""
     if torch.compiler.is_compiling() or type(primitive) not in _ONCE:
+        return False
+    N, K = primitive.B.shape[-2], primitive.A.shape[-1]  # type: ignore[attr-defined]
+    if x.numel() // K * max(K, N) * x.element_size() < _WORTH_A_LOOK:
         return False
     own = {hook.id for hook in hooks}
     return (

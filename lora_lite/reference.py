@@ -46,7 +46,11 @@ _WORTH_THE_HOST = 1 << 20  # likewise: of less, an autograd.Function or a copy o
 
 def _is_worth(t: Tensor, size: int) -> bool:
     """Whether a token-sized tensor has as many bytes. Graphs and transforms know no sizes, and are taken for large."""
-    return torch.compiler.is_compiling() or transformed() or t.numel() * t.element_size() >= size
+    return torch.compiler.is_compiling() or _has_bytes(t, size) or transformed()
+
+
+def _has_bytes(t: Tensor, size: int) -> bool:
+    return t.numel() * t.element_size() >= size
 
 
 def _dtype_for(t: Tensor) -> torch.dtype:
@@ -160,9 +164,9 @@ def _worth_a_function(x: Tensor, dropout: float) -> bool:
     """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
     a recomputation finds as it was decides: it has to save the same tensors again. Of an x in another dtype than that
     of the products it would save all, and not the copy."""
-    if torch.compiler.is_compiling() or transformed() or dropout or not (x.requires_grad and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or dropout or not (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return _is_worth(x, _WORTH_THE_HOST) and _together_dtype(x) == x.dtype
+    return _has_bytes(x, _WORTH_THE_HOST) and not transformed() and _together_dtype(x) == x.dtype
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments, own: bool) -> tuple[Tensor, Tensor]:

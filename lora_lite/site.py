@@ -134,7 +134,10 @@ class Site(nn.ModuleDict):
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
         if compiling:
             caller = call_with(x)
-        shared = share(layer, x, caller) if caller and site.rows is None else None
+        shared = None
+        if caller and site.rows is None and not of_ids:
+            ops = select(acting[0][1].backend, x.device, x.dtype)[0]
+            shared = share(layer, x, caller) if compiling or ops.worth_sharing(x) else None
         pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
         if shared and shared.x is not None:
             x, pieces = shared.x, pieces[1:]
@@ -243,7 +246,7 @@ class Site(nn.ModuleDict):
         one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
         the input that the one before it leaves, and on the output likewise."""
         if self.rows is None and len(acting) == 1:  # as nearly always: nothing to put together
-            return [self._alone(self._piece(acting[0][1], layer, x, routed), layer)]
+            return [self._alone(self._piece(acting[0][1], layer, x, routed), layer, x)]
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
@@ -259,11 +262,11 @@ class Site(nn.ModuleDict):
         found: list[Piece] = []
         for pieces in together:
             found += [_as_one(pieces)] if pieces else self._of_rows(cast(Rows, self.rows), by_row, x, routed)
-        return [self._alone(found[0], layer)] if len(found) == 1 else found
+        return [self._alone(found[0], layer, x)] if len(found) == 1 else found
 
-    def _alone(self, piece: Piece, layer: nn.Module) -> Piece:
+    def _alone(self, piece: Piece, layer: nn.Module, x: Tensor) -> Piece:
         """The only piece around a layer."""
-        serves = piece.ops is reference and in_place.serves(piece.primitive, layer, self.handles)
+        serves = piece.ops is reference and in_place.serves(piece.primitive, x, layer, self.handles)
         return Piece(piece.primitive, in_place) if serves else piece
 
     def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor, routed: Routed | None) -> Piece:

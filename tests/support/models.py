@@ -14,11 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite import reference
+from lora_lite import in_place, reference
 from lora_lite.siblings import SIBLINGS
 
-# As of many tokens, few as they are: layers share x, and multiply in 16 bits where the CPU can.
-reference._WORTH_SHARING = reference._WORTH_16_BITS = 0
+# As of many tokens, few as they are: layers share x, multiply in 16 bits where the CPU can, and are written to.
+reference._WORTH_SHARING = reference._WORTH_16_BITS = in_place._WORTH_A_LOOK = 0
 VOCAB = 61
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
