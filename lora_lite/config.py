@@ -1,7 +1,9 @@
 """AdapterConfig: the fields that all variants share. Each variant's file adds its own in a subclass."""
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +26,17 @@ OF_THE_MODEL = (  # which layers, and how they train; not what one computes
     "divide_r_among_experts", "dropout", "dtype",
 )  # fmt: skip
 OF_THE_SCALE = ("alpha", "alpha_pattern", "rslora")
+_HERE = {  # names of fields in other libraries' configs, and what stands for them
+    "rank": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "target_modules": 'target_names, regular expressions such as r"(q|v)_proj$", or target_roles',
+    "exclude_modules": "exclude_names, regular expressions",
+    "layers_to_transform": "layers",
+    "use_dora": "a method of its own, DoRAConfig",
+    "init_lora_weights": "a method of its own, PiSSAConfig or EVAConfig",
+}
 USUALLY_LEFT_OUT = ("lm_head", "embed", r"cls\.predictions")
 
 
@@ -63,6 +76,7 @@ class AdapterConfig:
     Raises:
         ConfigError: a field's value is of another kind than its annotation says, or out of range; the message names the
             field. numpy's numbers are taken for Python's.
+        TypeError: it has no field of that name; the message says what stands for PEFT's.
     """
 
     variant: ClassVar[str]
@@ -82,6 +96,17 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
     modules_to_save: tuple[str, ...] = ()
     divide_r_among_experts: bool = False
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        takes = inspect.signature(cls.__init__).parameters
+        open_ended = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+        if unknown := [name for name in values if name not in takes and not open_ended]:
+            hints = [f"; {name} is {_HERE[name]} here" for name in unknown if name in _HERE]
+            for name in unknown:
+                hints += [f"; did you mean {near}?" for near in difflib.get_close_matches(name, takes, 1, cutoff=0.85)]
+            known = "" if hints else f"; it has {', '.join(each.name for each in fields(cls))}"
+            raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}{''.join(hints)}{known}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._settle_kinds()

@@ -1,8 +1,10 @@
 """Misuse: each error names the layer or field, what is wrong and the remedy, and leaves the model as it was."""
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import peft
 import pytest
 import torch
 from models import VARIANTS, assert_close, assert_same, config, llama, randomize, snapshot, start_tolerance, token_ids
@@ -432,8 +435,21 @@ def test_bad_field(cls: Any, fields: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_field() -> None:
-    refused(TypeError, lambda: ll.LoRAConfig(rank=8), "rank")  # type: ignore[call-arg]
+    refused(TypeError, lambda: ll.LoRAConfig(rank=8), "LoRAConfig has no field rank; rank is r here")  # type: ignore[call-arg]
     refused(TypeError, lambda: ll.LoRAConfig(8), "positional")  # type: ignore[misc]
+    refused(TypeError, lambda: ll.DoRAConfig.from_common(target_name="q"), "target_name; did you mean target_names?")
+    refused(TypeError, lambda: ll.HRAConfig.from_common(task_type="CAUSAL_LM"), "no field task_type; it has r, alpha, ")
+
+
+def test_unknown_fields_of_peft() -> None:
+    """Each that has a counterpart is told it: a field, or a method."""
+    values = {name: None for name in inspect.signature(peft.LoraConfig).parameters}
+    known = {each.name for each in dataclasses.fields(ll.LoRAConfig)}
+    text = refused(TypeError, lambda: ll.LoRAConfig(**values))
+    told = dict(re.findall(r"; (\w+) is (?:a method of its own, )?(\w+)", text))
+    assert {"lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_dora", "use_rslora"} <= told.keys()
+    assert told.keys() <= values.keys() - known
+    assert all(name in known or hasattr(ll, name) for name in told.values()), told
 
 
 def test_configs_are_frozen(tmp_path: Path) -> None:
