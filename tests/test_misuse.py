@@ -443,7 +443,7 @@ def test_unknown_field() -> None:
 
 def test_unknown_fields_of_peft() -> None:
     """Each that has a counterpart is told it: a field, or a method."""
-    values = {name: None for name in inspect.signature(peft.LoraConfig).parameters}
+    values = dict.fromkeys(inspect.signature(peft.LoraConfig).parameters)
     known = {each.name for each in dataclasses.fields(ll.LoRAConfig)}
     text = refused(TypeError, lambda: ll.LoRAConfig(**values))
     told = dict(re.findall(r"; (\w+) is (?:a method of its own, )?(\w+)", text))
