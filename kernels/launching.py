@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # what compiled graphs ask for memory
+from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda  # as compiled graphs ask for memory
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton import knobs
 from triton.runtime import driver
@@ -113,7 +113,7 @@ class Recording(NamedTuple):
         if index >= 0 and index != torch.cuda.current_device():
             with torch.cuda.device(index):
                 return self.replay(tensors)
-        room = _empty_strided_cpu if index < 0 else _empty_strided_cuda
+        room = _empty_strided_cpu if index < 0 else _empty_strided_cuda  # on the current device
         for shape, strides, dtype, source in self.made:
             tensors.append(room(shape, strides, dtype) if source is None else tensors[source].to(dtype))
         tensors.append(None)

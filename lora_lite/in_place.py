@@ -14,6 +14,7 @@ from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
 from . import reference
+from .operators import watched
 from .primitives import LowRankAdd, LowRankAddRescale, Primitive
 from .segments import Segments
 from .shapes import is_conv1d
@@ -25,11 +26,8 @@ _ONCE = (LowRankAdd, LowRankAddRescale)  # use x and y once; another primitive m
 
 def serves(primitive: Primitive, x: Tensor, layer: nn.Module, hooks: Sequence[RemovableHandle]) -> bool:
     """Whether these operations may stand in for the reference's, of the only primitive around a layer that gets x, and
-    whether that is worth a look. `hooks`: the adapter's own."""
-    if torch.compiler.is_compiling() or type(primitive) not in _ONCE:
-        return False
-    N, K = primitive.B.shape[-2], primitive.A.shape[-1]  # type: ignore[attr-defined]
-    if x.numel() // K * max(K, N) * x.element_size() < _WORTH_A_LOOK:
+    that is worth a look. `hooks`: the adapter's own."""
+    if watched() or type(primitive) not in _ONCE or not _is_worth_a_look(primitive, x):
         return False
     own = {hook.id for hook in hooks}
     return (
@@ -38,6 +36,12 @@ def serves(primitive: Primitive, x: Tensor, layer: nn.Module, hooks: Sequence[Re
         and next(reversed(layer._forward_pre_hooks), None) in own
         and not (layer._backward_hooks or of_all._global_forward_hooks or of_all._global_backward_hooks)
     )
+
+
+def _is_worth_a_look(low_rank: Any, x: Tensor) -> bool:
+    N, K = low_rank.B.shape[-2], low_rank.A.shape[-1]
+    rows = x.numel() // K
+    return rows * max(N, K) * x.element_size() >= _WORTH_A_LOOK
 
 
 def _is_plain(layer: nn.Module) -> bool:

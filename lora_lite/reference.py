@@ -7,6 +7,7 @@ each row takes its own of them; a row that has none passes unchanged.
 """
 
 import functools
+import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,11 +47,12 @@ _WORTH_THE_HOST = 1 << 20  # likewise: of less, an autograd.Function or a copy o
 
 def _is_worth(t: Tensor, size: int) -> bool:
     """Whether a token-sized tensor has as many bytes. Graphs and transforms know no sizes, and are taken for large."""
-    return torch.compiler.is_compiling() or _has_bytes(t, size) or transformed()
+    return torch.compiler.is_compiling() or transformed() or _numel(t) * t.element_size() >= size
 
 
-def _has_bytes(t: Tensor, size: int) -> bool:
-    return t.numel() * t.element_size() >= size
+def _numel(t: Tensor) -> float:
+    """How many numbers it holds; where that is a symbol, as in a trace for any length, infinitely many."""
+    return numel if type(numel := t.numel()) is int else math.inf
 
 
 def _dtype_for(t: Tensor) -> torch.dtype:
@@ -157,16 +159,16 @@ _WORTH_SHARING = 1 << 18  # elements of x: for a smaller one the host's work tak
 
 def worth_sharing(x: Tensor) -> bool:
     """Whether layers that read x had better take x Aᵀ together (`shrink_together`)."""
-    return x.numel() >= _WORTH_SHARING
+    return _numel(x) >= _WORTH_SHARING
 
 
 def _worth_a_function(x: Tensor, dropout: float) -> bool:
     """Whether dh A is better added to the gradient that the layer gives x than by autograd, in memory of its own. What
     a recomputation finds as it was decides: it has to save the same tensors again. Of an x in another dtype than that
     of the products it would save all, and not the copy."""
-    if torch.compiler.is_compiling() or dropout or not (x.requires_grad and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or transformed() or dropout or not (x.requires_grad and torch.is_grad_enabled()):
         return False
-    return _has_bytes(x, _WORTH_THE_HOST) and not transformed() and _together_dtype(x) == x.dtype
+    return _is_worth(x, _WORTH_THE_HOST) and _together_dtype(x) == x.dtype
 
 
 def _shrink_segments(x: Tensor, A: Tensor, dropout: float, segments: Segments, own: bool) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from .backend import select
 from .calls import Call, always_after, begin, end, under_way, with_call
 from .in_place import backend
 from .operators import autocast_dtype, transformed
@@ -27,6 +28,7 @@ from .shapes import shape
 from .targets import Target
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .site import Piece, Site
 
 SIBLINGS = "_lora_lite_siblings"  # attribute of a parent
@@ -146,19 +148,20 @@ class Family:
         if found is None or not _groupable(x) or saving() != self.packing:
             return None
         i, name = found
+        called_before = name in self.read
         self.read[name] = x
-        context = _context(x)
         if i not in self.done:
             made = _shared(parent, self.groups[i], x) if len(self.groups[i]) > 1 else {}
+            context = _context(x) if made else ()
             self.done[i] = _OfGroup(x, context, made, any(each.h is not None for each in made.values()))
         done = self.done[i]
         ready = done.ready.pop(name, None)
-        if done.x is x:
-            as_prepared = ready is not None and done.context == context and ready.off == _off(layer)
-            return ready if as_prepared else None
-        if ready is not None and not torch.compiler.is_compiling():  # and not called a second time
-            self._regroup(name, x)
-        return None
+        if done.x is not x:
+            if not (called_before or torch.compiler.is_compiling()):
+                self._regroup(name, x)
+            return None
+        as_prepared = ready is not None and done.context == _context(x) and ready.off == _off(layer)
+        return ready if as_prepared else None
 
     @property
     def shares(self) -> bool:
@@ -237,16 +240,25 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]:
-    """The pieces of each of these children that acts, and of those that shrink x, x Aᵀ."""
-    ready: dict[str, Shared] = {}
+    """The pieces of each of these children that acts, and of those that shrink x, x Aᵀ. Nothing where none of their
+    backends finds that worth its while."""
+    here: list[tuple[str, nn.Module, Site, list[tuple[str, Adapter]]]] = []
     for name in names:
         layer = parent._modules.get(name)
         site = cast("Site | None", None if layer is None else layer._modules.get(SITE))
         if layer is None or site is None or site.rows is not None or is_managed(layer):
             continue
-        acting = site.acting()
-        if acting and not any(_away(adapter) for _, adapter in acting):
-            ready[name] = Shared(site.pieces(acting, layer, x), site.off)
+        if acting := site.acting():
+            here.append((name, layer, site, acting))
+    if not torch.compiler.is_compiling():
+        backends = {adapter.backend for *_, acting in here for _, adapter in acting}
+        if not any(select(each, x.device, x.dtype)[0].worth_sharing(x) for each in backends):
+            return {}
+    ready = {
+        name: Shared(site.pieces(acting, layer, x), site.off)
+        for name, layer, site, acting in here
+        if not any(_away(adapter) for _, adapter in acting)
+    }
     by_backend: dict[str, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):

@@ -134,10 +134,7 @@ class Site(nn.ModuleDict):
         routed = Routed(kwargs["segments"], kwargs.get("tokens")) if kwargs and isinstance(layer, Stack) else None
         if compiling:
             caller = call_with(x)
-        shared = None
-        if caller and site.rows is None and not of_ids:
-            ops = select(acting[0][1].backend, x.device, x.dtype)[0]
-            shared = share(layer, x, caller) if compiling or ops.worth_sharing(x) else None
+        shared = share(layer, x, caller) if caller and site.rows is None else None
         pieces = shared.pieces if shared else site.pieces(acting, layer, x, routed)
         if shared and shared.x is not None:
             x, pieces = shared.x, pieces[1:]

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from models import assert_close, randomize
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,6 +81,43 @@ def test_it_is_written_to(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(in_place, "expand_add", noted)
     assert model(torch.randn(4, 5, requires_grad=True)).data_ptr() == places[0]
+
+
+def test_a_small_one_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, xs = adapted(nn.Linear(5, 7)), (torch.randn(4, 5), torch.randn(8, 5))
+    large = [model(x) for x in xs]
+    monkeypatch.setattr(in_place, "_WORTH_A_LOOK", 8 * 7 * 4)
+    with mock.patch.object(in_place, "expand_add", wraps=in_place.expand_add) as written:
+        assert all(torch.equal(model(x), y) for x, y in zip(xs, large, strict=True))
+    assert written.call_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+def test_no_size_is_asked_for_in_a_trace(dtype: torch.dtype, trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask picks so many rows as nobody knows."""
+    monkeypatch.setattr(in_place, "_WORTH_A_LOOK", 1 << 20)
+    for name, size in {"_WORTH_16_BITS": 1 << 17, "_WORTH_SHARING": 1 << 18}.items():
+        monkeypatch.setattr(reference, name, size)
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(5, 7), nn.Linear(5, 7)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            picked = x[mask]
+            y = self.q_proj(picked) * self.k_proj(picked)
+            return torch.autograd.grad(y.sum(), x)[0] if trains else y
+
+    model = Pair()
+    ll.attach(model, ll.LoRAConfig(r=3, target_names=("_proj",)))
+    randomize(model)
+    model.to(dtype)
+    x, mask = torch.randn(6, 5).to(dtype).requires_grad_(trains), torch.tensor([True, False] * 3)
+    traced = make_fx(model, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, mask)
+    few = torch.tensor([True, *[False] * 5])
+    torch.testing.assert_close(traced(x, few), model(x, few), rtol=2e-2, atol=2e-2)
 
 
 # ---- somebody else needs the base's output ---------------------------------------------------------------------------

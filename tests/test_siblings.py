@@ -296,15 +296,22 @@ def test_an_x_whose_gradient_goes_elsewhere_from_then_on(between: str) -> None:
     assert_alike(got, want)
 
 
-def test_cross_attention_finds_its_groups() -> None:
-    """q reads one tensor, k and v another: after the first call k and v are a group of their own."""
-    module = attention(PLANS["cross"])
-    xs = torch.randn(2, 5, 16, dtype=F64), torch.randn(2, 5, 16, dtype=F64)
+@pytest.mark.parametrize(
+    ("of_q", "of_k_and_v", "calls"), [(5, 5, [3, 2]), (4, 5, [2]), (5, 4, [3]), (4, 4, [])], ids=str
+)
+def test_cross_attention_finds_its_groups(
+    of_q: int, of_k_and_v: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """q reads one tensor, k and v another: after the first call k and v are a group of their own, also where one of the
+    two tensors, or both, are too small to share."""
+    monkeypatch.setattr(reference, "_WORTH_SHARING", 2 * 5 * 16)
+    module = attention(lambda m, x, o: m.q_proj(x).sum(1) + (m.k_proj(o) * m.v_proj(o)).sum(1))
+    xs = torch.randn(2, of_q, 16, dtype=F64), torch.randn(2, of_k_and_v, 16, dtype=F64)
     with counted() as served:
-        run(module, *xs)
+        module(*xs)
         assert groups(module) == [[["q_proj"], ["k_proj", "v_proj"]]]
-        run(module, *xs)
-    assert served == [3, 2]
+        module(*xs)
+    assert served == calls
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

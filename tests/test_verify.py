@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models import VARIANTS, attach, llama, randomize, snapshot, token_ids
+from models import VARIANTS, attach, config, llama, randomize, snapshot, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
@@ -79,6 +79,24 @@ def test_what_layers_do_together_is_compared_too(what: str, worst: str) -> None:
     ):
         ll.verify(model, token_ids())
     ll.verify(model, token_ids())
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_float64_in_which_sums_have_another_order(variant: str) -> None:
+    """No wider dtype tells what rounding comes to; a product that is off by less than float32 can tell is named."""
+    model = llama().double()
+    ll.attach(model, config(variant, dtype=torch.float64))
+    randomize(model)
+    ids = token_ids(64, 64)
+    ll.verify(model, ids)
+    shrink = in_place.shrink_together
+
+    def off(x: Tensor, *args: Any) -> Any:
+        xs, hs = shrink(x, *args)
+        return xs, [(1 + 1e-11) * h for h in hs]
+
+    with mock.patch.object(in_place, "shrink_together", off), pytest.raises(ll.KernelMismatchError, match="together"):
+        ll.verify(model, ids)
 
 
 def test_gradients_of_siblings_that_cancel() -> None:

@@ -67,7 +67,7 @@ def step_of(model: Any, M: int, K: int) -> Callable[[], None]:
     own = [x, *(p for p in model.parameters() if p.requires_grad)]
 
     def step() -> None:
-        model["layer"](x).backward(dy)  # the model lives, by which an attachment stops to watch its first steps
+        model["layer"](x).backward(dy)  # held, as in training: an attachment is to see the end of its first steps
         for t in own:
             t.grad = None
 
@@ -95,7 +95,7 @@ def steps_of(method: str, backend: str, device: str = "cpu") -> dict[str, Callab
 
 
 def models_of(method: str, backend: str, device: str = "cpu") -> dict[str, nn.Module]:
-    """Of the bare layer, of ours, and of PEFT's where it has the method."""
+    """The bare layer's model, ours, and PEFT's where it has the method."""
     models = {
         "base": model(WIDTH, WIDTH, device=device),
         "ours": ours(method, backend, model(WIDTH, WIDTH, device=device)),
