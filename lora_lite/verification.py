@@ -96,7 +96,8 @@ def verify(
         batch: a dict, tuple or tensor as the model takes it. The backward starts at the output's `loss` where it has
             one (pass labels), otherwise at a fixed random projection of its floating-point tensors.
         rtol: relative norm error allowed. By default twice that of the PyTorch reference in the layer's own dtype, at
-            least four roundings (of fewer than 16 numbers twelve); of the output and the input's gradient at most 0.1.
+            least four roundings (in float64, which has no wider dtype, 256; of fewer than 16 numbers three times as
+            many); of the output and the input's gradient at most 0.1.
         name: of the adapter, where several are attached; the others don't act meanwhile.
         partial: whether the batch may leave adapted layers out. Experts to which it was not routed it may anyway.
 
