@@ -115,8 +115,7 @@ class Site(nn.ModuleDict):
             caller = calls[-1] if calls else None
             begin(layer, running)
             if not site.ran_with_grad:
-                site.ran, site.ran_with_grad = True, torch.is_grad_enabled()
-                site.ran_in_training = site.ran_in_training or layer.training
+                site._note_call(torch.is_grad_enabled(), layer.training)
         acting = site.acting()
         if not acting:
             return None
@@ -194,6 +193,13 @@ class Site(nn.ModuleDict):
             put_name(site.name, error)
             raise
         return y
+
+    def _note_call(self, with_grad: bool, in_training: bool) -> None:
+        """Only what is new: to set an attribute of a module takes as long as a product of one token."""
+        if with_grad or not self.ran:
+            self.ran, self.ran_with_grad = True, with_grad
+        if in_training and not self.ran_in_training:
+            self.ran_in_training = True
 
     def _as_it_ran(self, layer: nn.Module, x: Any, running: _Running) -> list[tuple[Piece, Any]]:
         """The pieces for what other pre-hooks have made of the call since: the base weight, as the older spectral_norm
