@@ -1,13 +1,13 @@
 """AdapterConfig: the fields that all variants share. Each variant's file adds its own in a subclass."""
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -99,13 +99,10 @@ class AdapterConfig:
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         takes = inspect.signature(cls.__init__).parameters
-        open_ended = any(each.kind is each.VAR_KEYWORD for each in takes.values())
-        if unknown := [name for name in values if name not in takes and not open_ended]:
-            hints = [f"; {name} is {_HERE[name]} here" for name in unknown if name in _HERE]
-            for name in unknown:
-                hints += [f"; did you mean {near}?" for near in difflib.get_close_matches(name, takes, 1, cutoff=0.85)]
-            known = "" if hints else f"; it has {', '.join(each.name for each in fields(cls))}"
-            raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}{''.join(hints)}{known}")
+        unknown = [name for name in values if name not in takes]
+        if unknown and not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            hints, known = "".join(_hint(name, takes) for name in unknown), ", ".join(f.name for f in fields(cls))
+            raise TypeError(f"{cls.__name__} has no field {', '.join(unknown)}{hints or f'; it has {known}'}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -243,6 +240,13 @@ class AdapterConfig:
             raise ConfigError(f"{cls.__name__} has no field {', '.join(unknown)}; a newer lora-lite may know it")
         dtype = getattr(torch, str(values.get("dtype", "float32")), None)
         return cls(**{**values, "dtype": dtype})
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    """What a field's name that is not known may stand for; empty: nothing near."""
+    if name in _HERE:
+        return f"; {name} is {_HERE[name]} here"
+    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, known, n=1, cutoff=0.85))
 
 
 def is_number(value: Any) -> bool:

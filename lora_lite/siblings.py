@@ -240,31 +240,23 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]:
-    """The pieces of each of these children that acts, and of those that shrink x, x Aᵀ. Nothing where none of their
-    backends finds that worth its while."""
-    here: list[tuple[str, nn.Module, Site, list[tuple[str, Adapter]]]] = []
+    """The pieces of each of these children that acts, and whose backend finds it worth to share x; and of those that
+    shrink x, x Aᵀ."""
+    ready: dict[str, Shared] = {}
     for name in names:
         layer = parent._modules.get(name)
         site = cast("Site | None", None if layer is None else layer._modules.get(SITE))
         if layer is None or site is None or site.rows is not None or is_managed(layer):
             continue
-        if acting := site.acting():
-            here.append((name, layer, site, acting))
-    if not torch.compiler.is_compiling():
-        backends = {adapter.backend for *_, acting in here for _, adapter in acting}
-        if not any(select(each, x.device, x.dtype)[0].worth_sharing(x) for each in backends):
-            return {}
-    ready = {
-        name: Shared(site.pieces(acting, layer, x), site.off)
-        for name, layer, site, acting in here
-        if not any(_away(adapter) for _, adapter in acting)
-    }
+        acting = site.acting()
+        if acting and _worth_sharing(acting[0][1], x) and not any(_away(adapter) for _, adapter in acting):
+            ready[name] = Shared(site.pieces(acting, layer, x), site.off)
     by_backend: dict[str, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):
             by_backend.setdefault(backend(each.pieces[0].ops).__name__, []).append(each)
     for alike in by_backend.values():
-        if len(alike) > 1 and (torch.compiler.is_compiling() or alike[0].pieces[0].ops.worth_sharing(x)):
+        if len(alike) > 1:
             shrinks = [cast(Shrinks, each.pieces[0].primitive) for each in alike]
             ops = alike[0].pieces[0].ops
             if any(each.pieces[0].ops is not ops for each in alike):
@@ -275,6 +267,11 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             for each, own_x, h in zip(alike, xs, hs, strict=True):
                 each.x, each.h = own_x, h
     return ready
+
+
+def _worth_sharing(adapter: "Adapter", x: Tensor) -> bool:
+    """Graphs know no sizes, and share every x."""
+    return torch.compiler.is_compiling() or select(adapter.backend, x.device, x.dtype)[0].worth_sharing(x)
 
 
 def _off(layer: nn.Module) -> frozenset[str] | None:

@@ -272,18 +272,19 @@ class _Run:
     plain: dict[str, Tensor]
     got: dict[str, Tensor]
     floors: dict[str, float]  # below which a result is nothing
-    roundings: int  # that make no error
     sizes: dict[str, float] = field(default_factory=dict)  # beside which an error counts; the result's own if not named
 
     def errors(self) -> dict[str, float]:
         return {name: self._error(name, got, self.floors.get(name, 0.0)) for name, got in self.got.items()}
 
     def allowed(self, dtype: torch.dtype) -> dict[str, float]:
-        """Twice the reference's own error in that dtype; at least some roundings, and of a few numbers three times as
-        many: they have not many to average over, so that the reference's error there is luck."""
+        """Twice the reference's own error in that dtype; at least four roundings, or 256 where what is wanted is in no
+        wider one: there the reference shows no error, and a sum in another order has one. Of a few numbers three times
+        as many: they have not many to average over, so that the reference's error there is luck."""
         found = {}
+        roundings = 4 if self.want["output"].dtype != dtype else 256
         for name, plain in self.plain.items():
-            least = (3 if plain.numel() < 16 else 1) * self.roundings * torch.finfo(dtype).eps / 2
+            least = (3 if plain.numel() < 16 else 1) * roundings * torch.finfo(dtype).eps / 2
             found[name] = min(max(2 * self._error(name, plain), least), _CEILINGS.get(name, _CEILING))
         return found
 
@@ -318,8 +319,7 @@ def _compare(calls: list[Call], adapters: Mapping[str, Adapter], rtol: float | N
 def _alone(call: Call, adapter: Adapter) -> _Run:
     """A call of a layer by itself."""
     layer, x, segments, dy = cast(Any, call.target.layer), call.x, call.segments, call.dy
-    wide_dtype = wider(call.dtype, x.device)
-    wide = x if is_embedding(layer) else x.to(wide_dtype)
+    wide = x if is_embedding(layer) else x.to(wider(call.dtype, x.device))
 
     def results(run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
         return _results([adapter], lambda x: [run(x)], x, [dy])[0]
@@ -337,8 +337,7 @@ def _alone(call: Call, adapter: Adapter) -> _Run:
         for name, p in adapter.named_parameters()
         if p.ndim < 2
     }
-    # Where no dtype is wider, the reference shows no error of its own; a sum in another order has one.
-    return _Run(want, plain, got, floors, 4 if wide_dtype != call.dtype else 256)
+    return _Run(want, plain, got, floors)
 
 
 def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapter]) -> list[_Run | None]:
@@ -357,7 +356,7 @@ def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapt
     # Of gradients that cancel, rounding may be all that is left.
     sizes = {"grad_input": sum(run.want["grad_input"].double().norm().item() for run in alone)}
     of_each = zip(wants, plains, found, alone, strict=True)
-    return [_Run(want, plain, got, run.floors, run.roundings, sizes) for want, plain, got, run in of_each]
+    return [_Run(want, plain, got, run.floors, sizes) for want, plain, got, run in of_each]
 
 
 def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

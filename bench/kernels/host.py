@@ -59,28 +59,28 @@ def rival(method: str, device: str = "cpu") -> nn.Module | None:
     return None if cfg is None else peft.get_peft_model(base, cfg).base_model.model  # type: ignore
 
 
-def step_of(model: Any, M: int, K: int) -> Callable[[], None]:
-    """Of the model's layer. Gradients are dropped after each, as `zero_grad` does."""
-    device = next(model.parameters()).device
+def step_of(holder: Any, M: int, K: int) -> Callable[[], None]:
+    """Of the layer that a model holds. Gradients are dropped after each, as `zero_grad` does."""
+    device = next(holder.parameters()).device
     x = torch.randn(M, K, device=device).to(torch.bfloat16).requires_grad_()
     dy = torch.zeros(M, K, dtype=torch.bfloat16, device=device)
-    own = [x, *(p for p in model.parameters() if p.requires_grad)]
+    own = [x, *(p for p in holder.parameters() if p.requires_grad)]
 
     def step() -> None:
-        model["layer"](x).backward(dy)  # held, as in training: an attachment is to see the end of its first steps
+        holder["layer"](x).backward(dy)  # held, as in training: an attachment is to see the end of its first steps
         for t in own:
             t.grad = None
 
     return step
 
 
-def forward_of(model: Any) -> Callable[[], None]:
+def forward_of(holder: Any) -> Callable[[], None]:
     """Of one token, without gradients."""
-    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=next(model.parameters()).device)
+    x = torch.randn(1, WIDTH, dtype=torch.bfloat16, device=next(holder.parameters()).device)
 
     def forward() -> None:
         with torch.no_grad():
-            model["layer"](x)
+            holder["layer"](x)
 
     return forward
 
