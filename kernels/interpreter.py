@@ -62,9 +62,55 @@ def install() -> None:
     def builtins_of(owner: Any) -> list[tuple[str, Any]]:
         return [(name, each) for name, each in inspect.getmembers(owner) if tl.core.is_builtin(each)]
 
+    patch_lang = interpreter._patch_lang
+
+    @functools.cache
+    def language_of(fn: Any) -> list[Any]:
+        return [each for each in fn.__globals__.values() if inspect.ismodule(each) and each in (tl, tl.core)]
+
+    def patch_lang_once(fn: Any) -> Any:
+        languages = language_of(fn)
+        if any(tl.core.is_builtin(each.load) for each in languages):
+            return patch_lang(fn)
+        return None  # a device function's call within a launch, whose scope nobody asks for
+
     def patch_builtin(owner: Any, *args: Any) -> None:
         for name, builtin in builtins_of(owner):
             if getattr(owner, name) is builtin:  # and not replaced already
                 interpreter._patch_attr(owner, name, builtin, *args)
 
-    interpreter._patch_builtin = patch_builtin
+    interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_lang_once
+    _remember_types(tl, interpreter)
+
+
+def _remember_types(tl: Any, interpreter: Any) -> None:
+    """Let blocks and tensors of one type share what follows from it, of which each operation makes several anew."""
+    block_init, tensor_init, np_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    blocks: dict[Any, dict[str, Any]] = {}
+    tensors: dict[Any, dict[str, Any]] = {}
+    np_dtypes: dict[str, np.dtype] = {}
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = (size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        key = (element_ty.name, getattr(element_ty, "address_space", None), *sizes)
+        if key not in blocks:
+            block_init(self, element_ty, shape)
+            blocks[key] = {**vars(self), "_lora_lite": key}
+        vars(self).update(blocks[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = getattr(type, "_lora_lite", None)
+        if key not in tensors:
+            tensor_init(self, handle, type)
+            if key is None:
+                return
+            tensors[key] = dict(vars(self))
+        vars(self).update(tensors[key], handle=handle, type=type)
+
+    def get_np_dtype(type: Any) -> np.dtype:
+        name = type.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = np_dtype(type)
+        return np_dtypes[name]
+
+    tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype = init_block, init_tensor, get_np_dtype

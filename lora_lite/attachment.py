@@ -66,6 +66,11 @@ class Attachment:
         """Whether `use` and `disabled` let it act."""
         return any(self.name not in site.off for site in self.sites.values())
 
+    @property
+    def strength(self) -> float:
+        """How many times as much as it has learned it changes its layers; 1 unless `use` was given another."""
+        return next((site.strengths.get(self.name, 1) for site in self.sites.values()), 1)
+
     def parameters(self) -> list[nn.Parameter]:
         """Those for an optimiser."""
         own = [p for adapter in self.adapters.values() for p in adapter.parameters() if p.requires_grad]
@@ -79,8 +84,9 @@ class Attachment:
         """A table with a row a layer: shape, role, trainable parameters, backend in force and why. Below it what is
         left out, largest part first."""
         base = self.beside.size
+        at_strength = "" if self.strength == 1 else f" at strength {self.strength}"
         table = Table(
-            title=f"{self.name}, {self.cfg.variant}: {self.trainable:,} trainable parameters on {len(self.targets)} "
+            title=f"{self.name}, {self.cfg.variant}{at_strength}: {self.trainable:,} trainable parameters on {len(self.targets)} "
             f"layers ({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
         )
         for heading in ("layer", "in → out", "role", "trainable", "backend"):

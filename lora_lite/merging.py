@@ -460,9 +460,12 @@ def _acting(site: Site, layer: nn.Module) -> list[Primitive]:
             f"{site.name}: each entry of a batch has an adapter of its own, and a merged model has one set of weights; "
             "call use(model, name) first"
         )
-    for _, adapter in site.acting():
+    found = []
+    for name, adapter in site.acting():
         require_size(adapter, layer)
-    return [(adapter.alone() if adapter.sharded else adapter).at_rest(layer) for _, adapter in site.acting()]
+        whole = adapter.alone() if adapter.sharded else adapter
+        found.append(site.in_part(name, whole.at_rest(layer)))
+    return found
 
 
 def _through(

@@ -30,7 +30,7 @@ class Primitive:
     """
 
     takes_segments: ClassVar[bool] = True  # not in a subclass with its own on_input or on_output, unless it says so
-    of_a_user: ClassVar[bool] = False  # what it gives is looked at
+    of_a_user = False  # what it gives is looked at
     segments: Segments | None = field(default=None, kw_only=True)
     made: dict[Any, Any] | None = field(default=None, kw_only=True)  # of weights alone, which don't change meanwhile
 
@@ -56,6 +56,10 @@ class Primitive:
             primitive = copy.copy(primitive)  # it is kept for other calls, in other threads too
         primitive.segments = segments
         return primitive
+
+    def times(self, strength: float) -> "Primitive":
+        """This change, that many times as large."""
+        return self if strength == 1 else InPart(self, strength)
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         """The x that the base layer gets, and whatever `on_output` will need of it."""
@@ -223,6 +227,13 @@ class LowRankAdd(Shrinks):
         put = torch.stack if A[0].ndim == 2 else torch.cat
         return cls(put(A), put(B), 1.0, sums[0].dropout, sums[0].padding_idx, segments=segments)
 
+    def times(self, strength: float) -> Primitive:
+        if type(self) is not LowRankAdd or strength == 1:
+            return super().times(strength)
+        own = copy.copy(self)
+        own.scale = strength * self.scale
+        return own
+
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         if not x.is_floating_point():
             return x, self._looked_up(x.flatten())
@@ -239,6 +250,30 @@ class LowRankAdd(Shrinks):
         own = self.segments.matrix_of_rows(len(ids)).clamp_min(0)  # where there is none, `on_output` adds nothing
         h = self.A.mT[own, ids]
         return h if self.padding_idx is None else torch.where((ids == self.padding_idx)[:, None], h.detach(), h)
+
+
+@dataclass
+class InPart(Primitive):
+    """x + strength · (x' − x) and y + strength · (y' − y), x' and y' being what another primitive makes of x and y"""
+
+    inner: Primitive
+    strength: float
+    takes_segments = True
+
+    def __post_init__(self) -> None:
+        self.of_a_user = self.inner.of_a_user
+
+    def on(self, segments: Segments | None) -> Primitive:
+        return InPart(self.inner.on(segments), self.strength)
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        changed, carry = enter(self.inner, x, ops)
+        as_it_was = changed is x or isinstance(self.inner, Shrinks)  # which hands on an alias of x
+        return changed if as_it_was else torch.lerp(x, changed, self.strength), carry
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        changed = leave(self.inner, y, carry, ops)
+        return y if changed is y else torch.lerp(y, changed, self.strength)
 
 
 @dataclass

@@ -3,10 +3,12 @@
 unchanged: that their weights stay as they are for a while.
 """
 
+import math
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, cast
 
 from torch import nn
@@ -20,10 +22,16 @@ from .whole_modules import settle
 
 
 def use(
-    model: nn.Module, *names: str | Sequence[str | None], lengths: Sequence[int] | None = None, batch_dim: int = 0
+    model: nn.Module,
+    *names: str | Mapping[str, float] | Sequence[str | None],
+    lengths: Sequence[int] | None = None,
+    batch_dim: int = 0,
 ) -> None:
     """Let only the adapters of these names act, until the next `use`; within `disabled`, until that ends. The others
     stay attached, without gradients.
+
+    With a dict, `use(model, {"a": 0.7, "b": -1})`, each changes its layers that many times as much: W + 0.7 (W' − W),
+    W' being what the adapter makes of W.
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
@@ -35,18 +43,23 @@ def use(
 
     Args:
         model: with adapters attached.
-        names: of adapters that act on everything, or one list with a name for each entry of a batch.
+        names: of adapters that act on everything, or one dict with the strength of each, or one list with a name for
+            each entry of a batch.
         lengths: tokens of each entry, where sequences are packed into one row (padding-free training).
         batch_dim: which dimension of the layers' inputs counts the entries; 1 where a model puts the sequence first.
 
     Raises:
         AttachError: one of them is not attached, or a module that trains in full is sharded or was resized.
-        ValueError: no name is given, `lengths` or `batch_dim` do not fit, an entry of a batch would need modules that
-            train in full for itself, or the adapters of entries stand on experts alone, which do not see the batch.
+        ValueError: no name is given, a strength is no finite number, `lengths` or `batch_dim` do not fit, an entry of a
+            batch would need modules that train in full for itself, or another strength of them, or the adapters of entries stand on experts alone, which do not see the batch.
     """
+    strengths: Mapping[str, float] = {}
+    if len(names) == 1 and isinstance(names[0], Mapping):
+        strengths = dict(names[0])
+        names = tuple(strengths)
     by_row = len(names) == 1 and not isinstance(names[0], str)
     if by_row and not isinstance(names[0], Sequence):
-        raise ValueError(f"use: name adapters, or give one list of names; got {names[0]!r}")
+        raise ValueError(f"use: name adapters, or give one list of names, or one dict of strengths; got {names[0]!r}")
     of_rows = tuple(names[0] if by_row else names)
     if not of_rows:
         raise ValueError("use: name at least one adapter; disabled(model) is a context without any")
@@ -62,9 +75,10 @@ def use(
         _require_rows(model, rows, wanted)
     elif lengths is not None or batch_dim:
         raise ValueError("use: lengths and batch_dim belong to a list of names, one for each entry")
+    _require_strengths(model, strengths)
     settle([(each.whole, each.name not in off) for each in attachments(model)])
     for site in sites_of(model):
-        site.off, site.rows = off, rows
+        site.off, site.rows, site.strengths = off, rows, strengths
 
 
 def _whole_numbers(lengths: Any, count: int) -> tuple[int, ...] | None:
@@ -78,6 +92,16 @@ def _whole_numbers(lengths: Any, count: int) -> tuple[int, ...] | None:
     if len(found) != count or any(n < 0 for n in found):
         raise ValueError(f"use: lengths must hold a number of tokens for each of {count} names; got {lengths!r}")
     return found
+
+
+def _require_strengths(model: nn.Module, strengths: Mapping[str, float]) -> None:
+    for name, strength in strengths.items():
+        if isinstance(strength, bool) or not isinstance(strength, Real) or not math.isfinite(strength):
+            raise ValueError(f"use: the strength of {name!r} must be a finite number; got {strength!r}")
+        if strength != 1 and require_attachment(model, name).whole.names:
+            raise ValueError(
+                f"use: {name} trains whole modules (modules_to_save), which act as they are; its strength can only be 1"
+            )
 
 
 def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:
@@ -104,7 +128,7 @@ def only(model: nn.Module, name: str) -> Iterator[None]:
     """Within this context the model computes with that adapter alone, on every entry of a batch."""
     with _restored(model):
         for site in sites_of(model):
-            site.off, site.rows = frozenset(site) - {name}, None
+            site.off, site.rows, site.strengths = frozenset(site) - {name}, None, {}
         settle_modules(model)
         yield
 
@@ -158,7 +182,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """After this context the adapters act where they did before. Of contexts that overlap, as two threads' may, the one
     that is left first hands what was before it on to the next."""
     with _changing:
-        sites = [(site, Before(site.off, site.rows)) for site in sites_of(model)]
+        sites = [(site, Before(site.off, site.rows, site.strengths)) for site in sites_of(model)]
         for site, before in sites:
             site.contexts.append(before)
     try:
@@ -168,7 +192,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             for site, before in sites:
                 place = next(i for i, each in enumerate(site.contexts) if each is before)
                 later = site if place == len(site.contexts) - 1 else site.contexts[place + 1]
-                later.off, later.rows = before.off, before.rows
+                later.off, later.rows, later.strengths = before.off, before.rows, before.strengths
                 del site.contexts[place]
             settle_modules(model)
 

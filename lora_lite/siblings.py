@@ -116,7 +116,7 @@ class Shared:
     """What a child of a group finds ready: its pieces, and what `on_input` of the first returns, if that was done."""
 
     pieces: "list[Piece]"
-    off: frozenset[str]  # its adapters that did not act when these were made
+    selection: tuple[Any, ...] | None  # which of its adapters acted when these were made, and how strongly
     x: Tensor | None = None
     h: Tensor | None = None
 
@@ -160,7 +160,7 @@ class Family:
             if not (called_before or torch.compiler.is_compiling()):
                 self._regroup(name, x)
             return None
-        as_prepared = ready is not None and done.context == _context(x) and ready.off == _off(layer)
+        as_prepared = ready is not None and done.context == _context(x) and ready.selection == _selection(layer)
         return ready if as_prepared else None
 
     @property
@@ -250,7 +250,7 @@ def _shared(parent: nn.Module, names: list[str], x: Tensor) -> dict[str, Shared]
             continue
         acting = site.acting()
         if acting and _worth_sharing(acting[0][1], x) and not any(_away(adapter) for _, adapter in acting):
-            ready[name] = Shared(site.pieces(acting, layer, x), site.off)
+            ready[name] = Shared(site.pieces(acting, layer, x), _selection(layer))
     by_backend: dict[str, list[Shared]] = {}
     for each in ready.values():
         if _shrinks(each.pieces[0], x):
@@ -274,9 +274,10 @@ def _worth_sharing(adapter: "Adapter", x: Tensor) -> bool:
     return torch.compiler.is_compiling() or select(adapter.backend, x.device, x.dtype)[0].worth_sharing(x)
 
 
-def _off(layer: nn.Module) -> frozenset[str] | None:
+def _selection(layer: nn.Module) -> tuple[Any, ...] | None:
     """None: another thread has detached the adapter meanwhile."""
-    return getattr(layer._modules.get(SITE), "off", None)
+    site = cast("Site | None", layer._modules.get(SITE))
+    return None if site is None else (site.off, site.strengths)
 
 
 def _away(adapter: nn.Module) -> bool:

@@ -4,7 +4,7 @@ layer's only two hooks.
 The hooks look the site up on the layer that they are called with, so that copies and replicas run their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -52,6 +52,7 @@ class Before:
 
     off: frozenset[str]
     rows: Rows | None
+    strengths: Mapping[str, float]
 
 
 class _Running(list[tuple[Piece, Any]]):
@@ -73,6 +74,7 @@ class Site(nn.ModuleDict):
         self.layer_id = id(layer)  # by which a copy is known
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
+        self.strengths: Mapping[str, float] = {}  # how many times as large the changes of those named here are
         self.contexts: list[Before] = []  # that are entered, the last one last
         # Whether the layer has been called, with gradients, or in training without. A compiled call leaves no trace.
         self.ran = self.ran_with_grad = self.ran_in_training = False
@@ -93,6 +95,7 @@ class Site(nn.ModuleDict):
         del self[name]
         for each in (self, *self.contexts):
             each.off -= {name}
+            each.strengths = {other: its for other, its in each.strengths.items() if other != name}
         if not self:
             for handle in self.handles:
                 handle.remove()
@@ -242,6 +245,10 @@ class Site(nn.ModuleDict):
         # Of a copy, which is made at once: another thread may attach or detach meanwhile.
         return [(name, adapter) for name, adapter in list(adapters.items()) if name not in self.off]
 
+    def in_part(self, name: str, primitive: Primitive) -> Primitive:
+        """The primitive of the adapter of that name, as strong as `use` has it."""
+        return primitive.times(self.strengths.get(name, 1)) if self.strengths else primitive
+
     def pieces(
         self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor, routed: Routed | None = None
     ) -> list[Piece]:
@@ -249,11 +256,11 @@ class Site(nn.ModuleDict):
         one: on all rows with their ranks side by side, on rows of their own as a stack. The rest nests: each acts on
         the input that the one before it leaves, and on the output likewise."""
         if self.rows is None and len(acting) == 1:  # as nearly always: nothing to put together
-            return [self._alone(self._piece(acting[0][1], layer, x, routed), layer, x)]
+            return [self._alone(self._piece(*acting[0], layer, x, routed), layer, x)]
         together: list[list[Piece]] = []
         by_row: dict[str, Piece] = {}
         for name, adapter in acting:
-            piece = self._piece(adapter, layer, x, routed)
+            piece = self._piece(name, adapter, layer, x, routed)
             if self.rows is not None and name in self.rows.names:
                 if not by_row:
                     together.append([])  # their place
@@ -272,7 +279,7 @@ class Site(nn.ModuleDict):
         serves = piece.ops is reference and in_place.serves(piece.primitive, x, layer, self.handles)
         return Piece(piece.primitive, in_place) if serves else piece
 
-    def _piece(self, adapter: Adapter, layer: nn.Module, x: Tensor, routed: Routed | None) -> Piece:
+    def _piece(self, name: str, adapter: Adapter, layer: nn.Module, x: Tensor, routed: Routed | None) -> Piece:
         if adapter.valueless and x.device.type != "meta":
             raise AttachError(
                 f"{self.name}: its adapter is on the meta device, or was given memory there and no values; attach, or "
@@ -286,6 +293,7 @@ class Site(nn.ModuleDict):
         if is_embedding(layer):
             primitive, dtype = on_ids(primitive, layer), token_dtype(layer)
         ops = select(adapter.backend, x.device, dtype)[0]
+        primitive = self.in_part(name, primitive)
         return Piece(primitive.on(routed.segments) if routed else primitive, ops)
 
     def _of_rows(self, rows: Rows, by_row: dict[str, Piece], x: Tensor, routed: Routed | None) -> list[Piece]:

@@ -42,12 +42,13 @@ def train(variant: str, dtype: torch.dtype, backend: str) -> tuple[list[float], 
     return losses, first
 
 
-# In float32 those that PEFT has too follow PEFT, below.
+# In float32 those that PEFT has too follow PEFT, below; and what test_convergence trains for longer does so there.
+CONVERGE = ("lora", "dora", "hra")
 FOLLOWED = [
     (variant, dtype)
     for variant in VARIANTS
     for dtype in TOLERANCE
-    if dtype is torch.bfloat16 or variant not in against_peft.NAMES
+    if variant not in (CONVERGE if dtype is torch.bfloat16 else against_peft.NAMES)
 ]
 
 
@@ -67,7 +68,7 @@ def test_training_follows_the_reference(variant: str, dtype: torch.dtype) -> Non
         assert rel_error(grads[name], want_grad) < of_grads, name
 
 
-@pytest.mark.parametrize("variant", against_peft.NAMES)
+@pytest.mark.parametrize("variant", [name for name in against_peft.NAMES if name not in CONVERGE])
 def test_training_follows_peft(variant: str) -> None:
     """From the same weights, five steps of the same optimiser in float32."""
     ours, theirs, attachment = against_peft.both("llama", variant)

@@ -20,6 +20,7 @@ import lora_lite as ll
 
 runtime, against_peft, several = load_tests("test_runtime"), load_tests("test_peft"), load_tests("test_several")
 dropout, embeddings, own = load_tests("test_dropout"), load_tests("test_embeddings"), load_tests("test_own_methods")
+strengths = load_tests("test_strengths")
 
 test_compile = runtime.test_compile
 test_compile_with_checkpointing = runtime.test_compile_with_checkpointing
@@ -54,6 +55,14 @@ test_one_for_all_experts_is_expanded = own.test_one_for_all_experts_is_expanded
 @pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
 def test_an_adapter_for_each_row(variant: str) -> None:
     several.test_an_adapter_for_each_row(variant)
+
+
+test_strengths_compiled = strengths.test_compiled_checkpointed_and_copied
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_strengths_of_experts(variant: str) -> None:
+    strengths.test_experts(variant)
 
 
 @pytest.mark.parametrize("make", embeddings.MODELS.values(), ids=embeddings.MODELS)

@@ -35,12 +35,15 @@ class Launch:
         }
 
 
-def _elements(t: Tensor) -> np.ndarray:
-    """The address of each element."""
-    offsets = torch.zeros(t.shape, dtype=torch.int64)
-    for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        offsets += (torch.arange(size) * stride).view(-1, *[1] * (t.ndim - dim - 1))
-    return np.unique(t.data_ptr() + offsets.numpy().ravel() * t.element_size())
+def _places(t: Tensor, addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of these are addresses of t's elements, and for each of those its place in t's memory."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    belongs = torch.zeros(extent, dtype=torch.bool)
+    belongs.as_strided(t.shape, t.stride()).fill_(True)
+    before, rest = np.divmod(addresses - t.data_ptr(), t.element_size())
+    mine = (before >= 0) & (before < extent) & (rest == 0)
+    mine[mine] = belongs.numpy()[before[mine]]
+    return mine, before[mine]
 
 
 class _Watcher(Observer):
@@ -64,18 +67,16 @@ class _Watcher(Observer):
     def end(self) -> None:
         launch = self.launches[-1]
         launch.programs = int(np.prod(self.dims))
-        elements = {name: _elements(t) for name, t in launch.tensors.items() if t.numel()}
         for kind, lists in self.touched.items():
-            addresses, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *lists]), return_counts=True)
-            addresses = addresses.astype(np.int64)
-            if kind == "writes" and (counts > 1).any():
-                raise AssertionError(f"{launch.kernel}: {int((counts > 1).sum())} addresses are stored to twice")
-            for name, of_tensor in elements.items():
-                mine = np.isin(addresses, of_tensor, assume_unique=True)
-                getattr(launch, kind)[name] = int(counts[mine].sum())
-                addresses, counts = addresses[~mine], counts[~mine]
-            if len(addresses):
-                raise AssertionError(f"{launch.kernel}: {kind} {len(addresses)} addresses that belong to no argument")
+            addresses = np.concatenate([np.empty(0, np.uint64), *lists]).astype(np.int64)
+            for name, t in ((name, t) for name, t in launch.tensors.items() if t.numel()):
+                mine, places = _places(t, addresses)
+                getattr(launch, kind)[name] = len(places)
+                if kind == "writes" and (twice := np.count_nonzero(np.bincount(places) > 1)):
+                    raise AssertionError(f"{launch.kernel}: {twice} addresses are stored to twice")
+                addresses = addresses[~mine]
+            if outside := len(np.unique(addresses)):
+                raise AssertionError(f"{launch.kernel}: {kind} {outside} addresses that belong to no argument")
 
     def grid(self, *dims: int) -> None:
         self.dims = dims
