@@ -62,7 +62,7 @@ def install() -> None:
     def builtins_of(owner: Any) -> list[tuple[str, Any]]:
         return [(name, each) for name, each in inspect.getmembers(owner) if tl.core.is_builtin(each)]
 
-    patch_lang = interpreter._patch_lang
+    patch_lang, no_changes = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", lambda: None)
 
     @functools.cache
     def language_of(fn: Any) -> list[Any]:
@@ -70,9 +70,8 @@ def install() -> None:
 
     def patch_lang_once(fn: Any) -> Any:
         languages = language_of(fn)
-        if any(tl.core.is_builtin(each.load) for each in languages):
-            return patch_lang(fn)
-        return None  # a device function's call within a launch, whose scope nobody asks for
+        replaced = languages and not any(tl.core.is_builtin(each.load) for each in languages)
+        return no_changes() if replaced else patch_lang(fn)  # replaced: at the call of a device function
 
     def patch_builtin(owner: Any, *args: Any) -> None:
         for name, builtin in builtins_of(owner):
@@ -104,7 +103,7 @@ def _remember_types(tl: Any, interpreter: Any) -> None:
             tensor_init(self, handle, type)
             if key is None:
                 return
-            tensors[key] = dict(vars(self))
+            tensors[key] = {**vars(self), "handle": None}  # whose memory would be held
         vars(self).update(tensors[key], handle=handle, type=type)
 
     def get_np_dtype(type: Any) -> np.dtype:

@@ -84,10 +84,10 @@ class Attachment:
         """A table with a row a layer: shape, role, trainable parameters, backend in force and why. Below it what is
         left out, largest part first."""
         base = self.beside.size
-        at_strength = "" if self.strength == 1 else f" at strength {self.strength}"
+        what = self.cfg.variant if self.strength == 1 else f"{self.cfg.variant} at strength {self.strength}"
         table = Table(
-            title=f"{self.name}, {self.cfg.variant}{at_strength}: {self.trainable:,} trainable parameters on {len(self.targets)} "
-            f"layers ({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
+            title=f"{self.name}, {what}: {self.trainable:,} trainable parameters on {len(self.targets)} layers "
+            f"({100 * self.trainable / max(base, 1):.3f} % of the base's {base:,})"
         )
         for heading in ("layer", "in → out", "role", "trainable", "backend"):
             table.add_column(heading, justify="right" if heading == "trainable" else "left")

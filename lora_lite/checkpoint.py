@@ -182,13 +182,15 @@ def standalone(attachment: Attachment, what: str) -> dict[str, Adapter]:
 
 
 def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors: Mapping[str, Tensor]) -> None:
-    """One warning of what a file with these tensors, the adapter alone, leaves behind, of adapters that do nothing, of a
-    strength that is not 1, and of what is not finite."""
+    """One warning of what a file with these tensors, the adapter alone, leaves behind, such as a strength, of adapters
+    that do nothing, and of what is not finite."""
     held = {name for each in attachments(model) for name in each.whole.entries}
     texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
     if attachment.strength != 1:
         own = {attachment.name: attachment.strength}
-        texts.append(f"a file holds no strength; after load(model, path, name={attachment.name!r}) call use(model, {own})")
+        texts.append(
+            f"a file holds no strength; after load(model, path, name={attachment.name!r}) call use(model, {own})"
+        )
     if shared := _trained_together(attachment):
         texts.append(f"these are one tensor each, and after load one a layer, which train apart: {first_of(shared)}")
     if broken := not_finite(tensors):

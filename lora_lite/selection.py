@@ -31,7 +31,7 @@ def use(
     stay attached, without gradients.
 
     With a dict, `use(model, {"a": 0.7, "b": -1})`, each changes its layers that many times as much: W + 0.7 (W' − W),
-    W' being what the adapter makes of W.
+    W' being what the adapter makes of W. (A method of a user's own that changes input and output does each so.)
 
     With a list, `use(model, ["a", "b", None])`, each entry of the following batches has an adapter of its own, or none.
     Low-rank sums of several adapters then run as one: x and y are looked at once. While transformers' `generate` runs,
@@ -51,7 +51,8 @@ def use(
     Raises:
         AttachError: one of them is not attached, or a module that trains in full is sharded or was resized.
         ValueError: no name is given, a strength is no finite number, `lengths` or `batch_dim` do not fit, an entry of a
-            batch would need modules that train in full for itself, or another strength of them, or the adapters of entries stand on experts alone, which do not see the batch.
+            batch would need modules that train in full for itself, such modules another strength than 1, or the
+            adapters of entries stand on experts alone, which do not see the batch.
     """
     strengths: Mapping[str, float] = {}
     if len(names) == 1 and isinstance(names[0], Mapping):

@@ -1,4 +1,4 @@
-"""`use(model, {"a": 0.7})`: W + 0.7 (W' − W), of every method, on every kind of layer, as it runs and as it is merged."""
+"""`use(model, {"a": 0.7})`: W + 0.7 (W' − W), of every method, on every kind of layer, run and merged."""
 
 import copy
 import dataclasses
@@ -180,9 +180,9 @@ def test_a_method_of_a_users_own(stack: bool) -> None:
     want = gains(layer, cast(Tensor, adapter.lora_g))
     assert_close(layer(x), x @ want.T, 1e-12)
     assert_close(ll.merged_state_dict(layer)["weight"], want, 1e-12)
+    strange = Both(torch.ones(8))
+    strange.on_output = lambda y, carry, ops: y[..., :3]  # type: ignore[method-assign]
     with pytest.raises(ll.AttachError, match=r"Both\.on_output must return an output"):
-        strange = dataclasses.replace(Both(torch.ones(8)))
-        strange.on_output = lambda y, carry, ops: y[..., :3]  # type: ignore[method-assign]
         leave(strange.times(0.5), x, None, None)
 
 

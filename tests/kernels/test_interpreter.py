@@ -1,6 +1,8 @@
 """The bfloat16 shim, and the tool that watches launches: each must catch what it is there for."""
 
 import inspect
+import math
+from typing import Any
 from unittest import mock
 
 import launches
@@ -11,6 +13,7 @@ import triton
 import triton.language as tl
 from operations import poisoned
 from torch import Tensor
+from triton.runtime import interpreter as triton_interpreter
 
 from lora_lite.kernels import interpreter, sums
 
@@ -73,6 +76,33 @@ def test_what_the_interpreter_replaces_is_searched_for_once() -> None:
         _sum[(1,)](2 * x, out, N=64)
     torch.testing.assert_close(out[0], (2 * x).sum())
     assert (tl.load, tl.dot, tl.tensor.to) == builtins
+
+
+@pytest.mark.parametrize("shape", [[4, 8], [8, 4], [tl.constexpr(4), 16]], ids=str)
+@pytest.mark.parametrize(
+    ("element_ty", "dtype"),
+    [
+        (tl.float32, np.float32),
+        (tl.float16, np.float16),
+        (tl.pointer_type(tl.float16), np.uint64),
+        (tl.pointer_type(tl.float16, const=True), np.uint64),
+    ],
+    ids=str,
+)
+def test_what_is_of_one_type_shares_what_follows_from_it(element_ty: Any, dtype: Any, shape: Any) -> None:
+    """And what is of another does not."""
+    sizes = tuple(getattr(size, "value", size) for size in shape)
+    first, second = (tl.block_type(element_ty, shape) for _ in range(2))
+    a, b = tl.tensor("a", first), tl.tensor("b", second)
+    for kind, t, handle in ((first, a, "a"), (second, b, "b")):
+        assert (kind.element_ty, kind.shape, kind.numel) == (element_ty, sizes, math.prod(sizes))
+        assert t.handle == handle
+        assert t.type is kind
+        assert t.dtype == element_ty
+        assert tuple(size.value for size in t.shape) == sizes
+        assert t.numel.value == kind.numel
+    assert triton_interpreter._get_np_dtype(first) == dtype
+    assert a.shape is b.shape
 
 
 def test_watch_counts_and_shuffles() -> None:
