@@ -113,6 +113,7 @@ VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "a
 MATRIX_VARIANTS = tuple(v for v in VARIANTS if not v.startswith("ia3") and v != "road")
 
 
+@functools.cache
 def load_tests(name: str) -> ModuleType:
     """A test module of tests/ by name, to run its tests elsewhere: the tests' folders are no packages."""
     spec = importlib.util.spec_from_file_location(f"again_{name}", Path(__file__).parents[1] / f"{name}.py")
