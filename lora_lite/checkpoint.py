@@ -187,10 +187,8 @@ def warn_of_losses(model: nn.Module, attachment: Attachment, what: str, tensors:
     held = {name for each in attachments(model) for name in each.whole.entries}
     texts = [attachment.beside.lost(model, held), describe(attachment.watch.idle(model))]
     if attachment.strength != 1:
-        own = {attachment.name: attachment.strength}
-        texts.append(
-            f"a file holds no strength; after load(model, path, name={attachment.name!r}) call use(model, {own})"
-        )
+        acting = {each.name: each.strength for each in attachments(model) if each.acts}
+        texts.append(f"a file holds no strength; where it is read, call use(model, {acting}) again")
     if shared := _trained_together(attachment):
         texts.append(f"these are one tensor each, and after load one a layer, which train apart: {first_of(shared)}")
     if broken := not_finite(tensors):

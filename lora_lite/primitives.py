@@ -57,10 +57,6 @@ class Primitive:
         primitive.segments = segments
         return primitive
 
-    def times(self, strength: float) -> "Primitive":
-        """This change, that many times as large."""
-        return self if strength == 1 else InPart(self, strength)
-
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         """The x that the base layer gets, and whatever `on_output` will need of it."""
         return x, None
@@ -189,6 +185,11 @@ class Shrinks(Primitive):
         return ops.shrink(x, self.A, self.dropout, self.segments)
 
 
+def only_shrinks(primitive: Primitive) -> bool:
+    """Whether all that its `on_input` does is x Aᵀ: x is handed on as it came, or an alias of it."""
+    return isinstance(primitive, Shrinks) and type(primitive).on_input in (Shrinks.on_input, LowRankAdd.on_input)
+
+
 @dataclass
 class LowRankAdd(Shrinks):
     """y + scale · (dropout(x) Aᵀ) Bᵀ
@@ -227,13 +228,6 @@ class LowRankAdd(Shrinks):
         put = torch.stack if A[0].ndim == 2 else torch.cat
         return cls(put(A), put(B), 1.0, sums[0].dropout, sums[0].padding_idx, segments=segments)
 
-    def times(self, strength: float) -> Primitive:
-        if type(self) is not LowRankAdd or strength == 1:
-            return super().times(strength)
-        own = copy.copy(self)
-        own.scale = strength * self.scale
-        return own
-
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         if not x.is_floating_point():
             return x, self._looked_up(x.flatten())
@@ -268,12 +262,30 @@ class InPart(Primitive):
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         changed, carry = enter(self.inner, x, ops)
-        as_it_was = changed is x or isinstance(self.inner, Shrinks)  # which hands on an alias of x
-        return changed if as_it_was else torch.lerp(x, changed, self.strength), carry
+        return changed if changed is x or only_shrinks(self.inner) else self._between(x, changed), carry
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
-        changed = leave(self.inner, y, carry, ops)
-        return y if changed is y else torch.lerp(y, changed, self.strength)
+        return self._between(y, leave(self.inner, y.clone() if self.of_a_user else y, carry, ops))  # may write to its y
+
+    def _between(self, t: Tensor, changed: Tensor) -> Tensor:
+        """Rounded once. Not `torch.lerp`, of which a compiled graph holds one strength."""
+        wide = torch.promote_types(torch.promote_types(t.dtype, changed.dtype), torch.float32)
+        start = t.to(wide)
+        return (start + self.strength * (changed.to(wide) - start)).to(changed.dtype)
+
+
+def in_part(primitive: Primitive, strength: float) -> Primitive:
+    """The primitive's change, that many times as large."""
+    if strength == 1:
+        return primitive
+    if type(primitive) is not LowRankAdd:
+        return InPart(primitive, strength)
+    own = copy.copy(primitive)
+    if torch.compiler.is_compiling():  # a graph takes the number that multiplies B, and holds a scale
+        own.B = strength * own.B
+    else:
+        own.scale = strength * own.scale
+    return own
 
 
 @dataclass
@@ -282,6 +294,9 @@ class OfRuns(Primitive):
 
     inner: Primitive
     takes_segments = True
+
+    def __post_init__(self) -> None:
+        self.of_a_user = self.inner.of_a_user
 
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         parts, carries = [], []

@@ -54,9 +54,9 @@ def use(
             batch would need modules that train in full for itself, such modules another strength than 1, or the
             adapters of entries stand on experts alone, which do not see the batch.
     """
-    strengths: Mapping[str, float] = {}
+    strengths: dict[str, float] = {}
     if len(names) == 1 and isinstance(names[0], Mapping):
-        strengths = dict(names[0])
+        strengths = {name: _strength(name, its) for name, its in names[0].items()}
         names = tuple(strengths)
     by_row = len(names) == 1 and not isinstance(names[0], str)
     if by_row and not isinstance(names[0], Sequence):
@@ -76,10 +76,15 @@ def use(
         _require_rows(model, rows, wanted)
     elif lengths is not None or batch_dim:
         raise ValueError("use: lengths and batch_dim belong to a list of names, one for each entry")
-    _require_strengths(model, strengths)
+    for name, strength in strengths.items():
+        if strength != 1 and require_attachment(model, name).whole.names:
+            raise ValueError(
+                f"use: {name} trains whole modules (modules_to_save), which act as they are; its strength can only be 1"
+            )
     settle([(each.whole, each.name not in off) for each in attachments(model)])
     for site in sites_of(model):
-        site.off, site.rows, site.strengths = off, rows, strengths
+        own = {name: its for name, its in strengths.items() if name in site}  # another of that name may come
+        site.off, site.rows, site.strengths = off, rows, own
 
 
 def _whole_numbers(lengths: Any, count: int) -> tuple[int, ...] | None:
@@ -95,14 +100,15 @@ def _whole_numbers(lengths: Any, count: int) -> tuple[int, ...] | None:
     return found
 
 
-def _require_strengths(model: nn.Module, strengths: Mapping[str, float]) -> None:
-    for name, strength in strengths.items():
-        if isinstance(strength, bool) or not isinstance(strength, Real) or not math.isfinite(strength):
-            raise ValueError(f"use: the strength of {name!r} must be a finite number; got {strength!r}")
-        if strength != 1 and require_attachment(model, name).whole.names:
-            raise ValueError(
-                f"use: {name} trains whole modules (modules_to_save), which act as they are; its strength can only be 1"
-            )
+def _strength(name: str, value: Any) -> float:
+    """As Python's number."""
+    try:
+        found = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"use: the strength of {name!r} must be a finite number; got {value!r}")
+    return found
 
 
 def _require_rows(model: nn.Module, rows: Rows, wanted: set[str]) -> None:

@@ -22,7 +22,7 @@ from .in_place import backend
 from .operators import autocast_dtype, transformed
 from .params import SITE
 from .placement import is_managed, is_sharded
-from .primitives import LowRankAdd, Shrinks, require_width
+from .primitives import Shrinks, only_shrinks, require_width
 from .recomputation import is_checkpoints, reentrant, saving
 from .shapes import shape
 from .targets import Target
@@ -287,10 +287,5 @@ def _away(adapter: nn.Module) -> bool:
 
 def _shrinks(piece: "Piece", x: Tensor) -> bool:
     """Whether all that its `on_input` does is x Aᵀ."""
-    primitive = piece.primitive
-    return (
-        isinstance(primitive, Shrinks)
-        and type(primitive).on_input in (Shrinks.on_input, LowRankAdd.on_input)
-        and primitive.segments is None
-        and primitive.A.device == x.device
-    )
+    primitive = cast(Shrinks, piece.primitive)
+    return only_shrinks(primitive) and primitive.segments is None and primitive.A.device == x.device

@@ -22,7 +22,7 @@ from .layer_input import input_key, input_of
 from .operators import transformed, version
 from .params import SITE
 from .placement import execution_device, is_managed
-from .primitives import LowRankAdd, OfRows, Primitive, enter, leave
+from .primitives import LowRankAdd, OfRows, Primitive, enter, in_part, leave
 from .promise import primitive_of
 from .quantized import token_dtype
 from .rows import Rows
@@ -74,7 +74,7 @@ class Site(nn.ModuleDict):
         self.layer_id = id(layer)  # by which a copy is known
         self.off: frozenset[str] = frozenset()  # adapters that don't act
         self.rows: Rows | None = None  # of each entry of a batch the adapter, where they share it
-        self.strengths: Mapping[str, float] = {}  # how many times as large the changes of those named here are
+        self.strengths: Mapping[str, float] = {}  # of those of them whose change is to be that many times as large
         self.contexts: list[Before] = []  # that are entered, the last one last
         # Whether the layer has been called, with gradients, or in training without. A compiled call leaves no trace.
         self.ran = self.ran_with_grad = self.ran_in_training = False
@@ -247,7 +247,7 @@ class Site(nn.ModuleDict):
 
     def in_part(self, name: str, primitive: Primitive) -> Primitive:
         """The primitive of the adapter of that name, as strong as `use` has it."""
-        return primitive.times(self.strengths.get(name, 1)) if self.strengths else primitive
+        return in_part(primitive, self.strengths.get(name, 1)) if self.strengths else primitive
 
     def pieces(
         self, acting: Sequence[tuple[str, Adapter]], layer: nn.Module, x: Tensor, routed: Routed | None = None

@@ -167,6 +167,13 @@ class Watch:
         if not known:
             return
         acting = {layer: each for layer, each in known.items() if self.name not in self.sites[layer].off}
+        if any(self.sites[layer].strengths.get(self.name) == 0 for layer in acting):
+            warnings.warn(
+                f"after {ENOUGH} steps: adapter {self.name!r} acts at strength 0, at which it learns nothing; "
+                f"use(model, {{{self.name!r}: 1}})",
+                stacklevel=2,
+            )
+            return
         trains = {layer: each for layer, each in acting.items() if not _is_frozen(each.adapter)}
         optimizers = _optimizers()
         busy = [each for each in optimizers if self._steps_of[id(each)] >= ENOUGH - 1]

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -22,10 +24,11 @@ from models import (
     token_ids,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.primitives import Primitive, leave
+from lora_lite.primitives import LowRankAdd, Primitive, in_part, leave
 
 runtime, own_methods = load_tests("test_runtime"), load_tests("test_own_methods")
 registered_here = own_methods.registered_here  # each test's own methods are gone after it
@@ -183,7 +186,95 @@ def test_a_method_of_a_users_own(stack: bool) -> None:
     strange = Both(torch.ones(8))
     strange.on_output = lambda y, carry, ops: y[..., :3]  # type: ignore[method-assign]
     with pytest.raises(ll.AttachError, match=r"Both\.on_output must return an output"):
-        leave(strange.times(0.5), x, None, None)
+        leave(in_part(strange, 0.5), x, None, None)
+
+
+@dataclasses.dataclass
+class Written(Primitive):
+    """Of a user's own: g ∘ y, into y."""
+
+    g: Tensor
+
+    def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
+        return y.mul_(self.g)
+
+
+@dataclasses.dataclass
+class Gained(LowRankAdd):
+    """Of a user's own: W (g ∘ x) + scale · (g ∘ x) Aᵀ Bᵀ."""
+
+    g: Any = None
+
+    def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
+        return super().on_input(x * self.g[..., 0].to(x.dtype), ops)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 0.5, -1.0])
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_users_own_that_writes_into_its_output(stack: bool, strength: float) -> None:
+    """What is to be changed in part is not lost."""
+    cfg = own_methods.method(lambda p, layer, cfg: Written(p.lora_B[..., 0]))
+    model: Any = qwen3_moe() if stack else nn.Sequential(nn.Linear(12, 8))
+    run = logits if stack else lambda model: model(x)
+    x = torch.randn(5, 12)
+    base = run(model)
+    ll.attach(model, cfg(r=4, target_names=(r"experts\.down_proj" if stack else "0",)), name="a")
+    randomize(model, by=0.3)
+    full = run(model)
+    ll.use(model, {"a": strength})
+    assert_close(run(model), as_merged(model, qwen3_moe) if stack else base + strength * (full - base), 1e-5)
+    assert (run(model) - full).norm() > 0.01 * full.norm()
+    if not strength:
+        assert_close(run(model), base, 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [0.0, 0.5, -1.0])
+def test_a_users_own_sum_that_changes_its_input_too(strength: float) -> None:
+    cfg = own_methods.method(lambda p, layer, cfg: Gained(p.lora_A, p.lora_B, 1.5, g=p.lora_A.mT))
+    layer, x = nn.Linear(12, 8), torch.randn(5, 12)
+    adapter: Any = ll.attach(layer, cfg(r=4, target_roles=()), name="a").adapters[""]
+    randomize(layer, by=0.3)
+    ll.use(layer, {"a": strength})
+    g = adapter.lora_A[0]
+    want = layer.forward((1 + strength * (g - 1)) * x) + strength * 1.5 * (g * x) @ adapter.lora_A.T @ adapter.lora_B.T
+    assert_close(layer(x), want, 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra", "ia3"])
+@pytest.mark.parametrize("of_a_user", [False, True])
+def test_under_autocast(variant: str, of_a_user: bool) -> None:
+    """Whose dtypes a user's own may mix."""
+    layer, x = nn.Linear(16, 12), torch.randn(5, 16)
+    own = own_methods.method(lambda p, layer, cfg: Both(p.lora_A[0, :12]), None) if of_a_user else None
+    layer = nn.Linear(12, 12) if own else layer
+    x = x[:, :12] if own else x
+    base = layer(x)
+    ll.attach(layer, own(r=4, target_roles=()) if own else config(variant, target_roles=(), target_names=()), name="a")
+    randomize(layer, by=0.3)
+    ll.use(layer, {"a": 0.5})
+    want = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    got.float().sum().backward()
+    assert_close(got, want, 2e-2)
+    assert (want - base).norm() > 0.05 * base.norm()
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hra"])
+def test_one_graph_serves_all(variant: str) -> None:
+    """But the first, which knows of none."""
+    torch._dynamo.reset()
+    model, x = runtime.block(variant), torch.randn(2, 3, 12)
+    (name,) = (each.name for each in ll.attachment.attachments(model))
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    compiled(x)
+    for strength in (0.5, -2, 3, 0.25, 7, 0.1, 0.2, 0.3, 0.4, 12, 0):
+        ll.use(model, {name: strength})
+        assert_close(compiled(x), model(x), 1e-5)
+    assert graphs.frame_count <= 3
 
 
 def test_compiled_checkpointed_and_copied() -> None:
@@ -221,9 +312,9 @@ def test_they_end_with_use_and_with_detach(tmp_path: Path) -> None:
         ll.use(model, "a")
         assert not torch.equal(logits(model), half)
     assert torch.equal(logits(model), weak)
-    with pytest.warns(UserWarning, match=r"save: a file holds no strength; .* call use\(model, \{'b': 2\}\)"):
+    with pytest.warns(UserWarning, match=r"save: a file holds no strength; .* use\(model, \{'a': 0.5, 'b': 2.0\}\)"):
         ll.save(model, tmp_path / "b", name="b")
-    assert "b, lora at strength 2: " in ll.attachment.require_attachment(model, "b").summary()
+    assert "b, lora at strength 2.0: " in ll.attachment.require_attachment(model, "b").summary()
     ll.verify(model, {"input_ids": token_ids()}, name="b")
     assert torch.equal(logits(model), weak)
     ll.detach(model, "b")
@@ -242,7 +333,54 @@ def test_they_end_with_use_and_with_detach(tmp_path: Path) -> None:
     assert_close(rows[0], logits(model)[0], 1e-6)
 
 
-@pytest.mark.parametrize("strength", [None, "0.5", True, float("nan"), float("inf"), [0.5], torch.ones(1)], ids=str)
+def test_another_of_that_name_has_none() -> None:
+    """Also on layers where the first did not stand, and after a context that began before."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("0",)), name="a")
+    ll.attach(model, ll.LoRAConfig(r=2, target_names=("1",)), name="b")
+    ll.use(model, {"a": 0.5, "b": 1})
+    with ll.disabled(model, "b"):
+        ll.detach(model, "a")
+        ll.attach(model, ll.LoRAConfig(r=2, target_names=("0", "1")), name="a")
+    randomize(model, by=0.3)
+    got = model(x)
+    ll.use(model, "a", "b")
+    assert torch.equal(model(x), got)
+
+
+def test_training_at_none_is_told() -> None:
+    model: Any = llama()
+    ll.attach(model, config("lora"), name="a")
+    randomize(model)
+    ll.use(model, {"a": 0})
+    optimizer = torch.optim.AdamW(ll.parameters(model), 1e-2)
+
+    def train() -> None:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"after 10 steps: adapter 'a' acts at strength 0, .* use\(model, ") as told:
+        train()
+    assert len(told) == 1
+
+
+def test_numbers_of_other_kinds() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    ll.attach(layer, ll.HRAConfig(r=2, target_roles=()), name="a")
+    randomize(layer)
+    ll.use(layer, {"a": 0.5})
+    want = layer(x)
+    for half in (Fraction(1, 2), np.float32(0.5), np.float64(0.5)):
+        ll.use(layer, {"a": half})  # type: ignore[dict-item]
+        assert torch.equal(layer(x), want)
+        assert repr(ll.attachment.require_attachment(layer, "a").strength) == "0.5"
+
+
+@pytest.mark.parametrize(
+    "strength", [None, "0.5", True, float("nan"), float("inf"), [0.5], 10**400], ids=lambda s: str(s)[:9]
+)
 def test_what_is_no_strength(strength: Any) -> None:
     model = llama()
     ll.attach(model, config("lora"), name="a")
