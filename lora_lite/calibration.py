@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import CalibrationError, LoraLiteError
 from .layer_input import input_of
@@ -269,6 +270,10 @@ def _require_finite(name: str, rows: Tensor) -> None:
 def _require_inputs(batch: Any) -> None:
     if batch is None or isinstance(batch, str | bytes | int | float):
         raise CalibrationError(f"calibration_data has a batch that is {batch!r:.40}: {_REMEDY}")
+    if any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(batch)):
+        raise CalibrationError(
+            "calibration_data has a batch on the meta device, which holds no values; make it on another"
+        )
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name) if isinstance(batch, Mapping) else None
         if not (mask is None or isinstance(mask, Tensor)):

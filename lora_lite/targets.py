@@ -170,6 +170,8 @@ def _why_not(target: Target, cfg: AdapterConfig, others: list[str]) -> str:
     """Why the layer is not selected; empty: it is. `others`: the names of the candidates that are no embeddings."""
     if target.role == "embedding" and not _is_meant(target.name, cfg, others):
         return _ROLES["embedding"]
+    if target.role == "expert" and not (cfg.names_given or "expert" in cfg.target_roles):
+        return _ROLES["expert"]
     if cfg.target_names and not any(re.search(pattern, target.name) for pattern in cfg.target_names):
         return "not in target_names"
     if target.is_head and cfg.exclude_names and not cfg.names_given:

@@ -29,7 +29,8 @@ from .stacks import Stack
 from .targets import Target
 
 _REMEDIES = {
-    True: "The reference ran: its base layer's own forward or backward is not what its weight says",
+    True: "The reference ran: its base layer's own forward or backward is not what its weight says; or, of what is "
+    "compared together, what it shares with layers that read the same x is wrong",
     False: 'attach(..., backend="reference") avoids the kernels',
 }  # by whether it is the reference that is off
 # No rounding explains a larger error, however wrong the layer's own weight is. The other gradients are sums over the
@@ -271,7 +272,9 @@ class _Run:
     want: dict[str, Tensor]
     plain: dict[str, Tensor]
     got: dict[str, Tensor]
-    floors: dict[str, float]  # below which a result is nothing
+    rows: int  # from which a gradient comes
+    floors: dict[str, float]  # an error that is nothing
+    joined: bool = False  # with layers that read the same x
     sizes: dict[str, float] = field(default_factory=dict)  # beside which an error counts; the result's own if not named
 
     def errors(self) -> dict[str, float]:
@@ -279,20 +282,23 @@ class _Run:
 
     def allowed(self, dtype: torch.dtype) -> dict[str, float]:
         """Twice the reference's own error in that dtype; at least four roundings, or 256 where what is wanted is in no
-        wider one: there the reference shows no error, and a sum in another order has one. Of a few numbers three times
-        as many: they have not many to average over, so that the reference's error there is luck."""
+        wider one: there the reference shows no error, and a sum in another order has one. Three times as much
+        where the reference's error is luck: of a few numbers, and of parameters whose gradient comes from a few rows,
+        there is not much to average over; and several layers as one add up in another order."""
         found = {}
         roundings = 4 if self.want["output"].dtype != dtype else 256
         for name, plain in self.plain.items():
-            least = (3 if plain.numel() < 16 else 1) * roundings * torch.finfo(dtype).eps / 2
-            found[name] = min(max(2 * self._error(name, plain), least), _CEILINGS.get(name, _CEILING))
+            least = roundings * torch.finfo(dtype).eps / 2
+            few = plain.numel() < 16 or (name not in _CEILINGS and self.rows < 16)
+            luck = (3 if few else 1) * (3 if name not in _CEILINGS and self.joined else 1)
+            found[name] = min(luck * max(2 * self._error(name, plain), least), _CEILINGS.get(name, _CEILING))
         return found
 
     def _error(self, name: str, result: Tensor, floor: float = 0.0) -> float:
-        """‖result − want‖ / ‖want‖; 0 where both are no larger than a floor."""
+        """‖result − want‖ / ‖want‖; 0 where the difference is no larger than a floor."""
         result, want = result.double(), self.want[name].double()
         difference, size = (result - want).norm().item(), self.sizes.get(name) or want.norm().item()
-        if size <= floor and difference <= floor:
+        if difference <= floor:
             return 0.0
         return difference / size if size else math.inf
 
@@ -330,14 +336,15 @@ def _alone(call: Call, adapter: Adapter) -> _Run:
         plain = results(lambda x: adapter.by_reference(layer, x, False, segments), x)
         got = results(layer if segments is None else lambda x: layer(x, segments=segments), x)
     # A gain's gradient is a sum over the tokens, or two that cancel, of terms as large as dy ∘ y. Less than their
-    # rounding is nothing.
+    # rounding is nothing; for a few numbers, less than what `allowed` has for those.
     terms = torch.finfo(call.dtype).eps * (dy.double() * want["output"].double()).norm().item()
     floors = {
-        name: terms / max(p.detach().double().square().mean().sqrt().item(), 1.0)
+        name: (6 if p.numel() < 16 else 1) * terms / max(p.detach().double().square().mean().sqrt().item(), 1.0)
         for name, p in adapter.named_parameters()
         if p.ndim < 2
     }
-    return _Run(want, plain, got, floors)
+    rows = int(dy.reshape(-1, dy.shape[-1]).any(-1).sum())
+    return _Run(want, plain, got, rows, floors)
 
 
 def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapter]) -> list[_Run | None]:
@@ -356,7 +363,7 @@ def _together(calls: list[Call], alone: list[_Run], adapters: Mapping[str, Adapt
     # Of gradients that cancel, rounding may be all that is left.
     sizes = {"grad_input": sum(run.want["grad_input"].double().norm().item() for run in alone)}
     of_each = zip(wants, plains, found, alone, strict=True)
-    return [_Run(want, plain, got, run.floors, sizes) for want, plain, got, run in of_each]
+    return [_Run(want, plain, got, run.rows, run.floors, True, sizes) for want, plain, got, run in of_each]
 
 
 def _summed(adapters: list[Adapter], alone: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

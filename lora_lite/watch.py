@@ -60,7 +60,8 @@ class Watch:
         self._backward, self._stepped_within = -1, False  # at whose end to look, and whether optimisers step within
         self._kinds: dict[str, type] = {}  # of weights at attach
         self._model: Any = lambda: None
-        self._handles: list[Any] = []
+        self._handles: dict[str, list[Any]] = {}  # of each layer's parameters
+        self._patient = True  # whether ends of backwards are looked at
         self._at_rest: set[str] = set()  # layers that were reached in evaluation mode, and have dropout
 
     def start(self, model: nn.Module) -> None:
@@ -78,24 +79,31 @@ class Watch:
                     watch.reached.add(layer)
                     if (adapter := watch.adapters[layer]).cfg.dropout and not adapter.training:
                         watch._at_rest.add(layer)
-                watch._await_the_end()
+                if watch._patient:
+                    watch._await_the_end()
 
             return hook
 
         for layer, adapter in self.adapters.items():
             for p in adapter.parameters():
                 if p.requires_grad and p.is_leaf:
-                    self._handles.append(p.register_post_accumulate_grad_hook(reached(layer)))
+                    self._handles.setdefault(layer, []).append(p.register_post_accumulate_grad_hook(reached(layer)))
 
     def stop(self) -> None:
         """Look no further."""
-        _watching.discard(self)
-        self._unhook()
+        self._rest()
+        self._unhook(set(self._handles))
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _rest(self) -> None:
+        """Only note of layers without a gradient so far that one has come: they may have their turn later."""
+        _watching.discard(self)
+        self._patient = False
+        self._unhook(self.reached)
+
+    def _unhook(self, layers: set[str]) -> None:
+        for layer in layers:
+            for handle in self._handles.pop(layer, ()):
+                handle.remove()
 
     def _await_the_end(self) -> None:
         """Look once this backward is over."""
@@ -125,7 +133,8 @@ class Watch:
             self._report_recast()
             self._report_bases_without_backward()
         if self.backwards >= _PATIENCE:
-            self._unhook()
+            self._patient = False
+            self._unhook(self.reached)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step of an optimiser."""
@@ -191,7 +200,7 @@ class Watch:
             self._report("after the first step", self.idle(model, _PATIENCE))
         else:
             self._report(f"after {self.steps} steps", self.idle(model, _PATIENCE), everything=within)
-            self.stop()
+            self._rest()
 
     def _held(self, parameters: Iterable[Any]) -> set[str]:
         """Layers of whose adapters a tensor is among these."""
@@ -291,7 +300,7 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks of parameters are neither copied nor pickled.
-        return {**vars(self), "_handles": [], "_model": None, "_backward": -1}
+        return {**vars(self), "_handles": {}, "_model": None, "_backward": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -546,3 +546,10 @@ def test_the_bare_model_runs_whatever_is_attached() -> None:
         ll.attach(model, ll.EVAConfig(r=4), name="eva", calibration_data=batches)
         starts.append(ll.state_dict(model, "eva"))
     assert all(torch.equal(t, starts[1][name]) for name, t in starts[0].items())
+
+
+def test_batches_without_values() -> None:
+    """PyTorch computes with a meta tensor on a CPU, on memory that nobody has written."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ll.CalibrationError, match="a batch on the meta device, which holds no values"):
+        ll.attach(model, ll.EVAConfig(r=2, target_roles=()), calibration_data=[torch.empty(64, 8, device="meta")])

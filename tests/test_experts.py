@@ -1,5 +1,6 @@
 """A mixture's stacked experts: every method on them, against dense weights expert by expert."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -694,3 +695,15 @@ def test_what_peft_has_not_on_experts(tmp_path: Path) -> None:
     of_peft("qwen3_moe", ("down_proj",)).save_pretrained(tmp_path / "b")
     with pytest.raises(ll.CheckpointError, match=r"no stacked experts experts.down_proj \(target_parameters\)"):
         ll.import_peft(llama(), tmp_path / "b")
+
+
+def test_experts_are_in_no_default() -> None:
+    """Whatever names a method looks for by itself."""
+    model = mixture()
+    for kind in ll.REGISTRY.values():
+        with contextlib.suppress(ll.AttachError, ll.CalibrationError):
+            attached = ll.attach(model, kind.config(), name=kind.name)
+            assert not any(target.role == "expert" for target in attached.targets), kind.name
+    ll.attach(model, ll.IA3FFConfig(target_roles=("expert",)), name="asked for")
+    with pytest.raises(ll.AttachError, match=r"no layer matches .*down_proj"):
+        ll.attach(mixture(), ll.IA3FFConfig())

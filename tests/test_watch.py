@@ -1,6 +1,7 @@
 """Who is judged by which step: turns, all kinds of optimisers, backwards that fail; adapters that do not change."""
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -466,3 +467,36 @@ def test_not_trained_after_a_look_in_evaluation(tmp_path: Path) -> None:
     (text,) = warned(lambda: ll.save(model, tmp_path / "adapter.safetensors"))
     assert text.startswith("save: these ran, but no gradient reached their adapters")
     assert ": head. " in text
+
+
+def test_a_turn_that_comes_late() -> None:
+    """After the watch has ended: a tower that later batches use, a layer that is unfrozen later."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.tower, self.head = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+            h = self.text(x)
+            return self.head(h if image is None else h + self.tower(image))
+
+    model = Two()
+    attachment = ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    own = [p for name, p in model.named_parameters() if name.startswith("text.lora_lite")]
+    optimizer = torch.optim.AdamW(ll.parameters(model), lr=1e-2)
+    for i in range(30):
+        for p in own:
+            p.requires_grad_(i >= 25)
+        image = torch.randn(4, 8) if i >= 25 else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the first steps, in which the tower has no turn
+            model(torch.randn(4, 8), image).square().mean().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    assert not attachment.watch.idle(model)["unreached"]
+    assert not attachment.watch.idle(model)["never"]
+    ll.state_dict(model)
+    assert [row.idle for row in ll.diagnose(model).rows] == [""] * 3
+    ll.detach(model)
+    assert not any(p._post_accumulate_grad_hooks for p in attachment.parameters())
