@@ -37,7 +37,8 @@ class LeftOut:
     @property
     def matters(self) -> bool:
         """Whether a user may take it for a linear layer: no embedding, convolution or small table."""
-        return not self.why.startswith(("an embedding", "a convolution", "read by"))
+        small = self.why.startswith("read by") and self.share < 0.05
+        return not (small or self.why.startswith(("an embedding", "a convolution")))
 
     def __str__(self) -> str:
         return f"{self.kind} ×{self.count} ({100 * self.share:.1f} %): {self.why}"

@@ -254,3 +254,17 @@ def test_bitsandbytes(kind: str) -> None:
     assert B.grad.any()
     ll.detach(model)
     assert_same(model, before)
+
+
+def test_weights_that_a_module_reads_by_itself_are_named() -> None:
+    """Where they are most of a model that has no linear layer, as in Moshi's depth decoder."""
+
+    class Flexible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 32, 32))
+
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 32), "layer": Flexible(), "norm": nn.LayerNorm(32)})
+    with pytest.raises(ll.AttachError, match=r"layer ×1: not adaptable, read by Flexible") as said:
+        ll.attach(model, ll.LoRAConfig(r=4))
+    assert "norm" not in str(said.value)
