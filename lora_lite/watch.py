@@ -61,7 +61,7 @@ class Watch:
         self._kinds: dict[str, type] = {}  # of weights at attach
         self._model: Any = lambda: None
         self._handles: dict[str, list[Any]] = {}  # of each layer's parameters
-        self._patient = True  # whether ends of backwards are looked at
+        self._looking = True  # at the ends of backwards
         self._at_rest: set[str] = set()  # layers that were reached in evaluation mode, and have dropout
 
     def start(self, model: nn.Module) -> None:
@@ -79,7 +79,7 @@ class Watch:
                     watch.reached.add(layer)
                     if (adapter := watch.adapters[layer]).cfg.dropout and not adapter.training:
                         watch._at_rest.add(layer)
-                if watch._patient:
+                if watch._looking:
                     watch._await_the_end()
 
             return hook
@@ -91,16 +91,13 @@ class Watch:
 
     def stop(self) -> None:
         """Look no further."""
-        self._rest()
-        self._unhook(set(self._handles))
-
-    def _rest(self) -> None:
-        """Only note of layers without a gradient so far that one has come: they may have their turn later."""
         _watching.discard(self)
-        self._patient = False
-        self._unhook(self.reached)
+        self._unhook(self.adapters)
 
-    def _unhook(self, layers: set[str]) -> None:
+    def _unhook(self, layers: Iterable[str]) -> None:
+        """Look at no more backwards. Of layers that are not among these it is still noted that a gradient has come:
+        they may have their turn later."""
+        self._looking = False
         for layer in layers:
             for handle in self._handles.pop(layer, ()):
                 handle.remove()
@@ -133,7 +130,6 @@ class Watch:
             self._report_recast()
             self._report_bases_without_backward()
         if self.backwards >= _PATIENCE:
-            self._patient = False
             self._unhook(self.reached)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -200,7 +196,8 @@ class Watch:
             self._report("after the first step", self.idle(model, _PATIENCE))
         else:
             self._report(f"after {self.steps} steps", self.idle(model, _PATIENCE), everything=within)
-            self._rest()
+            _watching.discard(self)
+            self._unhook(self.reached)
 
     def _held(self, parameters: Iterable[Any]) -> set[str]:
         """Layers of whose adapters a tensor is among these."""

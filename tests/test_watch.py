@@ -469,7 +469,7 @@ def test_not_trained_after_a_look_in_evaluation(tmp_path: Path) -> None:
     assert ": head. " in text
 
 
-def test_a_turn_that_comes_late() -> None:
+def test_a_turn_that_comes_late(tmp_path: Path) -> None:
     """After the watch has ended: a tower that later batches use, a layer that is unfrozen later."""
 
     class Two(nn.Module):
@@ -496,7 +496,7 @@ def test_a_turn_that_comes_late() -> None:
         optimizer.zero_grad()
     assert not attachment.watch.idle(model)["unreached"]
     assert not attachment.watch.idle(model)["never"]
-    ll.state_dict(model)
+    ll.save(model, tmp_path / "late")  # without a warning, which would be an error here
     assert [row.idle for row in ll.diagnose(model).rows] == [""] * 3
     ll.detach(model)
     assert not any(p._post_accumulate_grad_hooks for p in attachment.parameters())
