@@ -7,7 +7,7 @@ any token-sized tensor where it does not matter which it is.
 import math
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def split(size: int, block: int, wanted: int) -> tuple[int, int]:
     return max(cdiv(size, each), 1), each
 
 
-@cache
+@lru_cache(maxsize=4096)  # the lengths of batches may vary without end
 def full_waves(processors: int, blocks: int, size: int, block: int, most: int = sys.maxsize) -> int:
     """Into how many parts, `most` at the most, to share `size` for `blocks` × parts programs, so that none of the
     `processors` has much more to do than the others: the fewest that leave the busiest at most 10 % above its share, or

@@ -109,9 +109,14 @@ def make_runs(ends: Tensor, which: Tensor | None, M: int, G: int) -> list[Tensor
 
 @make_runs.register_fake
 def _(ends: Tensor, which: Tensor | None, M: int, G: int) -> list[Tensor]:
-    blocks, parts = (-(-M // each) + len(ends) + 1 for each in (SHARE, _rows_of_a_part(M, ends)))
+    blocks, parts = (_most_shares(M, each, len(ends)) for each in (SHARE, _rows_of_a_part(M, ends)))
     new = ends.new_empty
     return [t.int() for t in (new(blocks, 3), new(parts, 3), new(parts), new(G + 1))]
+
+
+def _most_shares(M: int, each: int, S: int) -> int:
+    """Of S runs and what is behind them; no more of these have rows than there are rows. A grid is never empty."""
+    return -(-M // each) + torch.sym_max(torch.sym_min(S + 1, M), 1)
 
 
 def _shares(ends: Tensor, which: Tensor | None, M: int, each: int) -> Int[Tensor, "shares 3"]:
@@ -120,7 +125,7 @@ def _shares(ends: Tensor, which: Tensor | None, M: int, each: int) -> Int[Tensor
     ends = torch.cat([ends, ends.new_full((1,), M)]).clamp_max(M)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     after = ((ends - starts + each - 1) // each).cumsum(0, dtype=torch.int32)
-    share = torch.arange(-(-M // each) + S + 1, device=device, dtype=torch.int32)
+    share = torch.arange(_most_shares(M, each, S), device=device, dtype=torch.int32)
     run = torch.searchsorted(after, share, right=True)
     over, run = run > S, run.clamp_max(S)
     before = torch.cat([after.new_zeros(1), after[:-1]])

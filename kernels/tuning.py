@@ -161,10 +161,10 @@ _DEEP: dict[str, dict[int, Rows]] = {
     "rotate_backward": {256: (Config(32, 256, 8), Config(16, 256, 4))},
 }
 
-# Hopper's: the rows that were the fastest on an H200 (bench/results/rows.json, `just gpu-day rows`), at r = 16, 64 and
-# 256, and what lies between them. Tiles of 64 rows, and three stages: with two a loop waits for each tile. At r = 256
-# what is read again, from cache, takes most of the time: beside those rows stand some, not timed yet, with tiles of
-# twice the size, which read half as much again.
+# Hopper's: first the row that was the fastest on an H200 (bench/results/rows.json, `just gpu-day rows`), or within 5 %
+# (`expand` at r = 64: 13 %), at r = 16, 64 and 256, and what lies between them. Tiles of 64 rows, and three stages:
+# with two a loop waits for each tile. At r = 256 what is read again, from cache, takes most of the time: beside those
+# rows stand some, not timed yet, with tiles of twice the size, which read half as much again.
 _HOPPER: dict[str, dict[int, Rows]] = {
     **_DEEP,
     "shrink": {

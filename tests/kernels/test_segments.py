@@ -16,7 +16,7 @@ from operations import DTYPES, SEGMENTED, Case, G, Runs, poisoned
 from lora_lite import reference
 from lora_lite.kernels import expand, low_rank, ops, rotate, row_norm, scale, shrink, shrink_expand, tuning
 from lora_lite.kernels.expand_backward import launch_expand_backward
-from lora_lite.kernels.segments import SHARE
+from lora_lite.kernels.segments import SHARE, make_runs
 from lora_lite.kernels.segments import Runs as Shares
 from lora_lite.kernels.shrink_backward import launch_shrink_backward
 from lora_lite.segments import Segments
@@ -157,6 +157,15 @@ def test_tables() -> None:
         mine = runs.parts[runs.order[starts[matrix] : starts[matrix + 1]].long()]
         assert (mine[:, 2] == matrix).all()
         assert (mine[:, 1] - mine[:, 0]).sum() == (of_rows == matrix).sum()
+
+
+def test_no_more_shares_than_rows() -> None:
+    """A token of a large mixture visits few of its experts, and an idle share would walk through all of K."""
+    segments = segments_of([1, 1, *[0] * 126], None)
+    for M, most in ((2, 3), (0, 1)):
+        for table in make_runs(segments.ends.clamp_max(M), None, M, 128)[:2]:
+            assert len(table) <= most
+    assert len(make_runs(torch.full((70_000,), 9, dtype=torch.int32), None, 9, 70_000)[1]) <= 65_535  # a grid's y
 
 
 def test_opcheck() -> None:
