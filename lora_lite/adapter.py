@@ -14,7 +14,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
 from .backend import select
-from .calibration import evaluation_mode
 from .calls import called_by
 from .config import OF_THE_MODEL, AdapterConfig
 from .embeddings import looked_up, on_ids
@@ -23,7 +22,7 @@ from .operators import autocast_anywhere, memory, transformed, version
 from .params import SITE, Init, Params, ParamSpec
 from .placement import brought, execution_device, is_managed, is_sharded, running, whole
 from .primitives import Primitive, enter, leave, require_stacks, same
-from .quantized import bias_of, dense_weight, token_dtype, weight_of
+from .quantized import bias_of, dense_weight, evaluation_mode, stored_tensor, token_dtype, weight_of
 from .segments import Segments
 from .shapes import copies, is_embedding, shape
 from .stacks import Stack, grouped_linear
@@ -125,12 +124,13 @@ class Adapter(Params):
             yield self.of(i), layer.expert(i)
 
     def derive(self, layer: nn.Module) -> None:
-        """What the variant derives from the base weight."""
-        for name, spec in self.specs.items():  # left behind where others were assigned: load_state_dict(assign=True)
-            if spec.derived and (t := getattr(self, name)).device != self.device:
-                self._buffers[name] = torch.empty_like(t, device=self.device)
-        for p, each in self.each(layer):
-            self.variant.derive(p, each, self.cfg)
+        """What the variant derives from the base weight, in new memory: a backward may hold what was derived before."""
+        with torch.inference_mode(False):
+            for name in [name for name, spec in self.specs.items() if spec.derived]:
+                self._buffers[name] = torch.empty_like(getattr(self, name), device=self.device)
+        with reference.without_autocast(self.device):
+            for p, each in self.each(layer):
+                self.variant.derive(p, each, self.cfg)
         if self.derives:
             _derived_from[self] = _mark(_stored(layer))
 
@@ -269,8 +269,9 @@ class _StandIn(Adapter):
         own, names = copy.copy(adapter), [name for name, spec in adapter.specs.items() if spec.derived]
         own.__class__ = cls
         own._buffers = adapter._buffers | {name: torch.empty_like(getattr(adapter, name)) for name in names}
-        for p, each in own.each(layer):
-            own.variant.derive(p, each, own.cfg)
+        with reference.without_autocast(own.device):
+            for p, each in own.each(layer):
+                own.variant.derive(p, each, own.cfg)
         return cast(_StandIn, own)
 
     def fill(self, name: str, value: Tensor) -> None:
@@ -295,6 +296,11 @@ def _require_specs(method: str, specs: Any) -> None:
             raise AttachError(f"{method}.param_specs: {name} of {spec.dtype} can't train; make it as_buffer=True")
 
 
+def named_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Layers' tensors by the names that a file has for them, "<layer>.<tensor>"."""
+    return {f"{layer}.{key}": t for layer, adapter in adapters.items() for key, t in adapter.state_dict().items()}
+
+
 def require_size(adapter: Adapter, layer: nn.Module) -> None:
     """Raise an AttachError where the layer was resized since the adapter was made for it."""
     if adapter.shape != shape(layer):
@@ -316,13 +322,8 @@ def _mark(weight: Tensor) -> tuple[Any, ...]:
     return *memory(weight), version(weight)
 
 
-def stored(layer: Any) -> Tensor | None:
-    """The tensor that holds the layer's weight; None: it can't be read."""
-    return getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
-
-
 def _stored(layer: Any) -> Tensor:
-    if (weight := stored(layer)) is None:
+    if (weight := stored_tensor(layer)) is None:
         raise AttachError(
             f"the weight of its {type(layer).__name__} can't be read, and this method needs it; detach before"
         )

@@ -4,9 +4,9 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -38,6 +38,7 @@ from .left_out import left_out
 from .params import SITE
 from .placement import replicate
 from .quantized import is_dense, weight_of
+from .reference import without_autocast
 from .rows import Rows
 from .selection import disabled
 from .shapes import shape
@@ -101,14 +102,14 @@ def attach(
     model = unwrap(model)
     if calibration_data is not None:
         require_batches(calibration_data)
-        _warn_of_unused(cfg)
+        _warn_of_unused_data(cfg)
     if isinstance(cfg, Mapping):
         if name != DEFAULT:
             raise AttachError(f"attach: name={name!r} is for one config; a dict has its adapters' names for keys")
         return _attach_all(model, cfg, backend, calibration_data)
     check_backend(backend)
     variant = variant_of(cfg)
-    _warn_of_idle(variant, cfg)
+    _warn_of_unused_fields(variant, cfg)
     cfg.require_storable()
     require_loadable(cfg)
     check_free(model, name)
@@ -121,7 +122,7 @@ def attach(
             cfg = planned
             targets, adapters, reasons = _built(model, variant, cfg, backend, planned=True)
         for t in targets:
-            _calibrate(adapters[t.name], t.layer, gathered[t.name])
+            _calibrate(adapters[t.name], t, gathered[t.name])
     else:
         init(targets, adapters)
     derive(targets, adapters)
@@ -130,7 +131,7 @@ def attach(
     return install(model, name, cfg, backend, targets, adapters, reasons, whole)
 
 
-def _warn_of_unused(cfg: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
+def _warn_of_unused_data(cfg: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
     """A warning where none of the methods takes calibration data."""
     variants = [variant_of(each) for each in (cfg.values() if isinstance(cfg, Mapping) else [cfg])]
     if all(variant.calibration == "none" for variant in variants):
@@ -142,7 +143,7 @@ def _warn_of_unused(cfg: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
         )
 
 
-def _warn_of_idle(variant: type[Variant], cfg: AdapterConfig) -> None:
+def _warn_of_unused_fields(variant: type[Variant], cfg: AdapterConfig) -> None:
     """A warning where the user gave a field that the method has no use for."""
     if idle := cfg.idle:
         given = ", ".join(f"{name}={value!r}" for name, value in idle.items())
@@ -158,7 +159,7 @@ def _gathered(
     """The statistic of each target's input."""
     statistics = {}
     for t in targets:
-        with naming(t.label):
+        with _making(adapters[t.name], t.label, "statistic"):
             statistics[t.name] = (t.layer, _statistic(adapters[t.name], t.layer))
     with joined(stacks_among(targets)), disabled(model) if attachments(model) else nullcontext():
         return gather(model, statistics, data)
@@ -316,12 +317,10 @@ def init(targets: list[Target], adapters: dict[str, Adapter]) -> None:
     at a time are done side by side, where the method allows it and the weights are dense already."""
 
     def of(t: Target) -> None:
-        with naming(t.label):
-            adapter = adapters[t.name]
-            before = _names_on(adapter)
+        adapter = adapters[t.name]
+        with _making(adapter, t.label, "init"):
             for p, layer in adapter.each(t.layer):
                 adapter.variant.init(p, layer, adapter.cfg)
-            _require_declared(adapter, before)
 
     threads = torch.get_num_threads()
     workers = min(threads, 4)
@@ -343,14 +342,18 @@ def _names_on(adapter: Adapter) -> set[str]:
     return {*vars(adapter), *adapter._parameters, *adapter._buffers, *adapter._modules}
 
 
-def _require_declared(adapter: Adapter, before: set[str]) -> None:
-    """Raise an AttachError where a method's `init` has put something on the adapter that no file holds. `before`: what
-    was there before it."""
-    if more := sorted(_names_on(adapter) - before):
-        raise AttachError(
-            f"{adapter.variant.__name__}.init has set {', '.join(more)}, which no file would hold: give a tensor a "
-            "ParamSpec in param_specs, derived=True for what `derive` makes of the weight; keep notes in cfg"
-        )
+@contextmanager
+def _making(adapter: Adapter, label: str, step: str) -> Iterator[None]:
+    """Around a method's own code: what it raises names the layer, autocast does not reach it, and what it puts on the
+    adapter that no file holds is an AttachError."""
+    before = _names_on(adapter)
+    with naming(label), without_autocast(adapter.device):
+        yield
+        if more := sorted(_names_on(adapter) - before):
+            raise AttachError(
+                f"{adapter.variant.__name__}.{step} has set {', '.join(more)}, which no file would hold: give a tensor "
+                "a ParamSpec in param_specs, derived=True for what `derive` makes of the weight; keep notes in cfg"
+            )
 
 
 def _require_dropout(targets: Sequence[Target], adapters: Mapping[str, Adapter]) -> None:
@@ -383,10 +386,11 @@ def _statistic(adapter: Adapter, layer: nn.Module) -> Statistic:
     return OfExperts(found) if isinstance(layer, Stack) else found[0]
 
 
-def _calibrate(adapter: Adapter, layer: nn.Module, statistic: Statistic) -> None:
+def _calibrate(adapter: Adapter, target: Target, statistic: Statistic) -> None:
     found = statistic.of if isinstance(statistic, OfExperts) else [statistic]
-    for (p, _), each in zip(adapter.each(layer), found, strict=True):
-        adapter.variant.calibrate(p, each, adapter.cfg)
+    with _making(adapter, target.label, "calibrate"):
+        for (p, _), each in zip(adapter.each(target.layer), found, strict=True):
+            adapter.variant.calibrate(p, each, adapter.cfg)
 
 
 def whole_modules(model: nn.Module, names: list[str]) -> WholeModules:
@@ -420,6 +424,12 @@ def install(
     in_force(targets, backend)  # warns now, and not in the middle of a forward, where "triton" has to fall back
     others = attachments(model)
     beside = others[0].beside if others else Beside(model)
+    if both := [each.name for each in others if each.whole.entries.keys() & whole.entries.keys()]:
+        warnings.warn(
+            f"attach: modules that train in full with {name!r} do so with {', '.join(both)} too; the last attached "
+            "that acts counts: use(model, name) says which",
+            stacklevel=3,
+        )
     without = left_out(model, reasons, adapters)
     if not others:
         beside.freeze(model)
@@ -435,12 +445,6 @@ def install(
     watch = Watch(name, targets, adapters, sites, whole)
     cfg = dataclasses.replace(cfg)  # with patterns of its own: nothing that becomes of the caller's reaches a file
     attachment = Attachment(name, cfg, backend, targets, adapters, without, sites, watch, beside, whole)
-    if both := [each.name for each in others if each.whole.entries.keys() & whole.entries.keys()]:
-        warnings.warn(
-            f"attach: modules that train in full with {name!r} do so with {', '.join(both)} too; the last attached "
-            "that acts counts: use(model, name) says which",
-            stacklevel=3,
-        )
     record(model, attachment)
     settle_modules(model)
     _settle_siblings(model)

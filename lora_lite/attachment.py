@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, named_tensors
 from .backend import select
 from .beside import Beside
 from .config import AdapterConfig
@@ -64,7 +64,7 @@ class Attachment:
     @property
     def acts(self) -> bool:
         """Whether `use` and `disabled` let it act."""
-        return any(self.name not in site.off for site in self.sites.values())
+        return self.watch.acts
 
     @property
     def strength(self) -> float:
@@ -184,11 +184,6 @@ def chosen(model: nn.Module, name: str | None) -> list[Attachment]:
     return [require_attachment(model, name)]
 
 
-def adapters_of(model: nn.Module, name: str | None) -> list[Adapter]:
-    """The layers' adapters of that name, or of all; an AttachError where there is none."""
-    return [adapter for each in chosen(model, name) for adapter in each.adapters.values()]
-
-
 def sites_of(model: nn.Module) -> list[Site]:
     """Every layer's site."""
     return list({id(site): site for each in attachments(model) for site in each.sites.values()}.values())
@@ -230,7 +225,8 @@ def param_groups(
     trained = [
         (p, key == "lora_B", len(adapter.specs[key].shape) < 2)
         for adapter in (adapter for each in found for adapter in each.adapters.values())
-        for key, p in adapter.named_parameters()
+        for path, p in adapter.named_parameters()
+        for key in [path.removeprefix("parametrizations.").partition(".")[0]]
         if p.requires_grad
     ]
     if lr_ratio != 1 and not any(is_B for _, is_B, _ in trained):
@@ -254,8 +250,7 @@ def state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         AttachError: nothing is attached, nothing of that name, or several adapters are and none is named.
     """
     attachment = require_attachment(unwrap(model), name)
-    own = {f"{layer}.{key}": t for layer, a in attachment.adapters.items() for key, t in a.state_dict().items()}
-    return own | {name: t.detach() for name, t in attachment.whole.tensors().items()}
+    return named_tensors(attachment.adapters) | {name: t.detach() for name, t in attachment.whole.tensors().items()}
 
 
 def own_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from .errors import AttachError
 from .params import Params
 from .quantized import is_dense, widened
-from .renaming import named_modules, named_parameters
+from .renaming import dotted, named_modules, named_parameters
 
 _LARGE = 1 << 20  # elements: statistics are smaller, and larger buffers would cost their size again
 
@@ -121,7 +121,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
         for key, t in module.named_buffers(recurse=False):
             if t is None or is_lazy(t) or t.is_meta or t.numel() > _LARGE or key in module._non_persistent_buffers_set:
                 continue
-            found[f"{path}.{key}" if path else key] = t
+            found[dotted(path, key)] = t
     return found
 
 

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from .errors import CalibrationError, LoraLiteError
 from .layer_input import input_of
 from .linalg import top_svd
+from .quantized import evaluation_mode
+from .reference import without_autocast
 from .segments import Segments
 
 CalibrationData = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Tensor]
@@ -245,7 +247,8 @@ class _Watch:
             mask, tokens = self.masks[-1].own, kwargs["tokens"]
             kept = None if mask is None or mask.numel() != tokens.total else mask.flatten()[tokens.of_rows]
             _require_finite(name, x if kept is None else x[kept])
-            return statistic.update_runs(x.detach(), kept, kwargs["segments"])
+            with without_autocast(x.device):
+                return statistic.update_runs(x.detach(), kept, kwargs["segments"])
         if not self.settled and self.previous is not None and self.previous[1] is x and statistic.key is not None:
             other = self.leader[self.previous[0]]
             if self.wanted[other][1].key == statistic.key:
@@ -256,7 +259,8 @@ class _Watch:
             rows = rows if mask is None else rows[mask.flatten()]
             _require_finite(name, rows)  # but not what is left out: rows of padding may be NaN
             if len(rows):
-                statistic.update(rows.detach())
+                with without_autocast(rows.device):
+                    statistic.update(rows.detach())
 
 
 def _require_finite(name: str, rows: Tensor) -> None:
@@ -317,21 +321,3 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Any:
-    """Each module's own training flag comes back afterwards, not one flag for all.
-
-    4-bit linears stay in training mode: in evaluation bitsandbytes packs their weights anew on some CPUs, for good.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, _ in flags:
-        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
-            module.training = True
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -15,17 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import heads
-from .adapter import Adapter, require_size
+from .adapter import Adapter, named_tensors, require_size
 from .attaching import build, check_free, derive, install, whole_modules
 from .attachment import DEFAULT, Attachment, attachments, require_attachment, state_dict, unwrap
 from .backend import check_backend
 from .beside import require_no_peft
 from .config import AdapterConfig
 from .errors import AttachError, CheckpointError, LoraLiteError, first_of, naming
-from .files import read_json, read_tensors, replace_files, writing
+from .files import apart, read_json, read_tensors, replace_files, writing
 from .fitness import unfit
 from .idle import astray, current_names, describe
 from .params import SITE
+from .placement import is_sharded
 from .quantized import widened
 from .renaming import Renaming, named_modules, plain_name, proposal
 from .shapes import copies, shape
@@ -57,8 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str | None = N
         and torch.distributed.is_initialized()
     )
     alone = standalone(attachment, "save")
-    tensors = {f"{layer}.{key}": t for layer, adapter in alone.items() for key, t in adapter.state_dict().items()}
-    contents = _contents(model, attachment, tensors | attachment.whole.stored())
+    contents = _contents(model, attachment, named_tensors(alone) | attachment.whole.stored())
     warn_of_losses(model, attachment, "save", contents[0])
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # until the first process has written
@@ -122,8 +122,7 @@ def _contents(
 def _write(path: Path, contents: tuple[dict[str, Tensor], dict[str, str]]) -> None:
     tensors, metadata = contents
     with writing("save", path):
-        own = apart(tensors)
-        replace_files({path: lambda temporary: save_file(own, temporary, metadata=metadata)})
+        replace_files({path: lambda temporary: save_file(apart(tensors), temporary, metadata=metadata)})
 
 
 def _dtype(attachment: Attachment) -> torch.dtype:
@@ -135,12 +134,6 @@ def _dtype(attachment: Attachment) -> torch.dtype:
         if spec.dtype is None and len(spec.shape) > 1
     }
     return dtypes.pop() if len(dtypes) == 1 else attachment.cfg.dtype
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each in memory of its own: safetensors takes no two of one, as a method's may be for all layers."""
-    count = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
-    return {name: t.clone() if count[t.untyped_storage().data_ptr()] > 1 else t for name, t in tensors.items()}
 
 
 def names_now(model: nn.Module, attachment: Attachment, what: str) -> dict[str, str]:
@@ -272,6 +265,11 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
         )
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"load_state_dict: tensors must be a dict by name; got {type(tensors).__name__}")
+    if apart := [key for key, t in mine.items() if is_sharded(t) != is_sharded(tensors.get(key, t))]:
+        raise CheckpointError(
+            f"load_state_dict: {first_of(apart)} is sharded here or there, and not in both; "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict takes whole tensors with full_state_dict=True"
+        )
     if problems := mismatches(mine, tensors):
         raise CheckpointError(f"load_state_dict: the tensors are not those of what is attached: {first_of(problems)}")
     for key, t in mine.items():
@@ -514,20 +512,13 @@ def require_layers(model: nn.Module, names: Iterable[str], layers: Container[str
 def fill(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
     """Copy "<layer>.<tensor>" into the adapters; a CheckpointError where one is missing, unexpected, misshapen or of
     another kind of number."""
-    wanted = {f"{name}.{key}": t for name, a in adapters.items() for key, t in a.state_dict().items()}
-    problems = []
-    for name, t in wanted.items():
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-        elif tensors[name].shape != t.shape and not t.numel() == tensors[name].numel() == 1:  # λ of older files: ()
-            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(t.shape)}")
-        elif problem := _another_kind(name, t, tensors[name]):
-            problems.append(problem)
-    problems += [f"{name} is unexpected" for name in tensors if name not in wanted]
-    if problems:
+    wanted = named_tensors(adapters)
+    single = {name: t.shape for name, t in wanted.items() if t.numel() == 1}  # λ, of shape () in older files
+    tensors = {n: t.view(single[n]) if n in single and t.numel() == 1 else t for n, t in tensors.items()}
+    if problems := mismatches(wanted, tensors):
         raise CheckpointError(f"its tensors do not fit its config: {first_of(problems)}")
     for name, t in wanted.items():
-        t.copy_(tensors[name].view(t.shape))
+        t.copy_(tensors[name])
 
 
 def _shape(layer: Any) -> list[int]:

@@ -9,7 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import CheckpointError
@@ -79,6 +81,24 @@ def replace_files(writers: Mapping[Path, Callable[[Path], Any]]) -> None:
             ready.append((temporary, path))
         for temporary, path in ready:
             os.replace(temporary, path)
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, each in memory of its own: safetensors takes no two of one."""
+    taken: set[int] = set()
+    found = {}
+    for name, t in tensors.items():
+        storage = t.untyped_storage().data_ptr()
+        found[name] = t.clone(memory_format=torch.contiguous_format) if storage in taken else t.contiguous()
+        taken.add(storage)
+    return found
+
+
+def write_weights(what: str, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A model's weights as libraries read them: model.safetensors in the folder."""
+    own, path = apart(tensors), folder / "model.safetensors"
+    with writing_folder(what, folder):
+        replace_files({path: lambda file: save_file(own, file, metadata={"format": "pt"})})
 
 
 def replace_folder(folder: Path, write: Callable[[Path], Any], obsolete: Callable[[str, set[str]], bool]) -> None:

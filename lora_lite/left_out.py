@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .params import Params
-from .renaming import plain_name
+from .renaming import dotted, named_modules
 from .shapes import SHAPELESS, shape
 from .stacks import Stack
 from .targets import candidates, fold, is_linear, is_shapeless
@@ -67,7 +67,7 @@ def unreachable(model: nn.Module) -> tuple[LeftOut, ...]:
 def out_of_reach(model: nn.Module, pattern: str) -> str:
     """What a pattern finds that belongs to no linear layer, and why; empty: nothing."""
     linear = {target.name for target in candidates(model)}
-    found = {plain_name(path if _is_weight(name) else name): why for path, name, _, why in _weights(model) if why}
+    found = {path if _is_weight(name) else name: why for path, name, _, why in _weights(model) if why}
     named = [f"{name}: {why}" for name, why in found.items() if re.search(pattern, name) and name not in linear]
     return "; ".join(named[:3])
 
@@ -80,12 +80,12 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, str, int, str]]:
     """(module's name, weight's name, number of parameters, why it is out of reach) of each parameter; of vectors and of
     linear layers' weights the reason is empty."""
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, Params | Stack):
             continue
         linear: Any = module if is_linear(module) else None
         for key, t in _own(module):
-            name, tied = f"{path}.{key}" if path else key, id(t) in seen
+            name, tied = dotted(path, key), id(t) in seen
             seen.add(id(t))
             if linear is not None and _is_weight(key):
                 yield path, name, 0 if tied else math.prod(shape(linear)), ""

@@ -16,18 +16,17 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
-from .adapter import require_size
+from .adapter import named_tensors, require_size
 from .attachment import chosen, unwrap
 from .beside import require_no_peft
 from .checkpoint import not_finite
 from .errors import AttachError, first_of, naming
-from .files import replace_files, replace_folder, writing_folder
+from .files import apart, replace_folder, write_weights, writing_folder
 from .fitness import run_one_row
 from .idle import describe
 from .linalg import departure
@@ -35,7 +34,7 @@ from .params import SITE, Params
 from .placement import brought, is_managed, whole
 from .primitives import Primitive, enter, leave
 from .quantized import bias_of, dense_weight, is_dense, token_dtype, weight_of
-from .renaming import named_modules, named_parameters
+from .renaming import dotted, named_modules, named_parameters
 from .shapes import is_conv1d, is_conv1d_in_files, is_embedding
 from .site import Site
 from .stacks import STACKS, Stack, stacks_of
@@ -51,6 +50,9 @@ def merged_state_dict(model: nn.Module, *, dtype: torch.dtype | None = None) -> 
     Weights of adapted layers are new tensors, made one layer at a time in float64 and rounded once; so are those of
     quantised layers, made dense. The rest are the base's own, in whose memory nothing changes, and what modules that
     have a `get_extra_state` give.
+
+    Where a model also reads an adapted layer's weight by itself, as Perceiver's output does its embedding, it computes
+    something else with the merged one: only a batch could tell.
 
     Warns by name about adapters that do nothing in the adapted model, about numbers beyond float16's range, and about
     weights that are tied there and not in the merged one: a model that ties them would take one for the other.
@@ -80,7 +82,7 @@ def _state_dict(model: nn.Module, dtype: torch.dtype | None, what: str) -> dict[
         if id(module) not in of_module:
             with naming(path or type(model).__name__):
                 of_module[id(module)] = _merged(module, dtype)
-        found |= {f"{path}.{key}" if path else key: t for key, t in of_module[id(module)].items()}
+        found |= {dotted(path, key): t for key, t in of_module[id(module)].items()}
     weights = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     narrow = {name: t for name, t in found.items() if name in weights and t.dtype == torch.float16}
     if beyond := not_finite(narrow):
@@ -116,7 +118,7 @@ def _parameters(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[s
         no_parameters = {*tied, *module._buffers, *_written(module), _EXTRA}
         for key, t in found.items():
             if key not in no_parameters:
-                yield f"{path}.{key}" if path else key, t
+                yield dotted(path, key), t
 
 
 def save_merged(
@@ -150,18 +152,14 @@ def save_merged(
             )
         _require_unfused(model)
         _warn_of_parted(model, "save_merged")
-        tensors = _apart(_for_a_file(_state_dict(model, dtype, "save_merged")))
-        with writing_folder("save_merged", folder):
-            replace_files(
-                {folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})}
-            )
+        write_weights("save_merged", folder, _for_a_file(_state_dict(model, dtype, "save_merged")))
         return
     if parted := _parted(model):
         _require_untied(model, parted)
     tensors = _for_a_file(_state_dict(model, dtype, "save_merged"))
     plain = _skeleton(model, tensors, tied=not parted)
     if parted:  # under all their names, also those that stay equal: nothing ties them when they are loaded
-        tensors = _apart(tensors)
+        tensors = apart(tensors)
     if options.get("push_to_hub"):
         options = {"repo_id": folder.absolute().name, **options}  # and not that of the folder for the time being
     with writing_folder("save_merged", folder):
@@ -194,17 +192,6 @@ def _for_a_file(found: dict[str, Any]) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if name not in others}
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with memory of its own for each, since a file has no two names for one tensor."""
-    taken: set[int] = set()
-    found = {}
-    for name, t in tensors.items():
-        storage = t.untyped_storage().data_ptr()
-        found[name] = t.clone(memory_format=torch.contiguous_format) if storage in taken else t.contiguous()
-        taken.add(storage)
-    return found
-
-
 def _check(model: nn.Module, what: str, dtype: torch.dtype | None) -> None:
     """A TypeError where the dtype is none for weights. An AttachError where there is nothing to merge, or PEFT is on
     the model, or an adapter is not finite; one warning of adapters that do nothing, for which the merged model is not
@@ -221,9 +208,8 @@ def _check(model: nn.Module, what: str, dtype: torch.dtype | None) -> None:
             "on layers that are no longer part of the model",
             stacklevel=3,
         )
-    adapters = [(name, adapter) for each in acting for name, adapter in each.adapters.items()]
-    tensors = {f"{name}.{key}": whole(t) for name, adapter in adapters for key, t in adapter.state_dict().items()}
-    if broken := not_finite(tensors):
+    of_each = ({name: whole(t) for name, t in named_tensors(each.adapters).items()} for each in acting)
+    if broken := [name for tensors in of_each for name in not_finite(tensors)]:
         raise AttachError(
             f"{what}: there is NaN or infinity in {first_of(broken)}, which would leave no weight of such a layer as "
             "it is; load an earlier file"
@@ -252,7 +238,7 @@ def _parted(model: Any) -> list[str]:
         site = module._modules.get(SITE)
         for key, p in module._parameters.items():
             if p is not None:
-                name = f"{path}.{key}" if path else key
+                name = dotted(path, key)
                 source = first_name.setdefault(id(p), sources.get(name, name))
                 tied.setdefault(source, []).append(name)
                 adapted |= {source} if isinstance(site, Site) and site.acting() else set()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AttachError
+from .renaming import named_modules
 
 # ---- sharded ---------------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def mesh_of(model: nn.Module, name: str, weight: Any) -> Any:
     from torch.distributed.tensor import Shard
 
     shards = [placement for placement in weight.placements if isinstance(placement, Shard)]
-    holders = [path for path, module in model.named_modules() if isinstance(module, FSDPModule)]
+    holders = [path for path, module in named_modules(model) if isinstance(module, FSDPModule)]
     inside = any(path == "" or name.startswith(f"{path}.") for path in holders)
     return weight.device_mesh if inside and name not in holders and len(shards) <= 1 else None
 

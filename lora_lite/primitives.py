@@ -305,11 +305,12 @@ class OfRuns(Primitive):
             out, carry = enter(part, rows, ops)
             parts.append(out)
             carries.append((part, carry))
-        return torch.cat(parts), carries
+        return (torch.cat(parts) if parts else x), carries
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         rows = (rows for _, rows in self._runs(y))
-        return torch.cat([leave(part, each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)])
+        parts = [leave(part, each, kept, ops) for each, (part, kept) in zip(rows, carry, strict=True)]
+        return torch.cat(parts) if parts else y
 
     def _runs(self, t: Tensor) -> Iterator[tuple[int | None, Tensor]]:
         assert self.segments is not None
@@ -328,12 +329,12 @@ class OfRows(Primitive):
     def on_input(self, x: Tensor, ops: Any) -> tuple[Tensor, Any]:
         flat = self._flat(x)
         part, carry = enter(self.inner, flat.index_select(self.batch_dim, self.rows), ops)
-        return flat.index_copy(self.batch_dim, self.rows, part).view(x.shape), carry
+        return flat.index_copy(self.batch_dim, self.rows, part.to(flat.dtype)).view(x.shape), carry
 
     def on_output(self, y: Tensor, carry: Any, ops: Any) -> Tensor:
         flat = self._flat(y)
         part = leave(self.inner, flat.index_select(self.batch_dim, self.rows), carry, ops)
-        return flat.index_copy(self.batch_dim, self.rows, part).view(y.shape)
+        return flat.index_copy(self.batch_dim, self.rows, part.to(flat.dtype)).view(y.shape)
 
     def _flat(self, t: Tensor) -> Tensor:
         return t.reshape(-1, t.shape[-1]) if self.packed else t

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .adapter import Adapter, stored
+from .adapter import Adapter
 from .errors import AttachError
 from .operators import version
 from .placement import is_managed
 from .primitives import Primitive
+from .quantized import stored_tensor
 from .segments import once
 from .targets import Target
 
@@ -54,13 +55,13 @@ class Kept:
     def __init__(self, adapter: Adapter, target: Target) -> None:
         adapter.follow(target.layer)  # now, and not in the first call
         self.name, self.tensors, self.made = target.name, _tensors(adapter), {}
-        self.weight = id(stored(target.layer))
+        self.weight = id(stored_tensor(target.layer))
         self.ids, self.versions, self.places = _ids(self.tensors), self._versions(), self._places()
         self.holders = 0  # contexts, which may overlap
 
     def primitive(self, adapter: Adapter, layer: nn.Module) -> Primitive:
         """Without gradients one that was made before."""
-        if _ids(_tensors(adapter)) != self.ids or id(stored(layer)) != self.weight:
+        if _ids(_tensors(adapter)) != self.ids or id(stored_tensor(layer)) != self.weight:
             return adapter.primitive(layer)  # others stand in for them: torch.func.functional_call
         if self._versions() != self.versions:
             raise AttachError(

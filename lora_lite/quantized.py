@@ -1,18 +1,20 @@
 """A base layer's weight, whatever it is stored as: as it is, or made dense. The weight itself is never changed."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int8, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Linear
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import shapes
 from .errors import AttachError
 from .placement import brought, whole
+from .stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,16 @@ def weight_of(layer: Any) -> Tensor | None:
     return None
 
 
+def stored_tensor(layer: Any) -> Tensor | None:
+    """`weight_of`; of a stack the parameter itself, of which `weight` is another view each time."""
+    return getattr(layer.experts, layer.key) if isinstance(layer, Stack) else weight_of(layer)
+
+
 def _of_parametrisation(layer: Any) -> Float[Tensor, "N K"]:
     """A parametrised weight as it is in evaluation."""
     made = layer.parametrizations.weight
-    training = [(module, module.training) for module in made.modules()]
-    try:
-        made.eval()
+    with evaluation_mode(made):
         return made().detach()
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def is_dense(t: Tensor) -> bool:
@@ -251,3 +253,21 @@ def dense_weight(layer: Any, dtype: torch.dtype | None = None, rows: slice = sli
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.values[rows], weight.factor[rows]).dense(dtype)
     return weight.dense(dtype)[rows]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Any:
+    """Each module's own training flag comes back afterwards, not one flag for all.
+
+    4-bit linears stay in training mode: in evaluation bitsandbytes packs their weights anew on some CPUs, for good.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, _ in flags:
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

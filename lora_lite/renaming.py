@@ -17,6 +17,11 @@ T = TypeVar("T")
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", STACKS)
 
 
+def dotted(*parts: object) -> str:
+    """The parts of a name with dots between them; the model itself is ""."""
+    return ".".join(str(part) for part in parts if part != "")
+
+
 def plain_name(name: str) -> str:
     """The name without the wrappers that torch.compile and checkpointing put around modules."""
     return ".".join(part for part in name.split(".") if part not in WRAPPED)

@@ -107,8 +107,8 @@ class Site(nn.ModuleDict):
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook. Without kwargs where another library has registered it again so."""
         compiling = torch.compiler.is_compiling()
-        while waiting and not compiling and torch._C._current_graph_task_id() == -1:
-            waiting.pop()()  # but not while a backward computes a block again
+        if waiting and not compiling and torch._C._current_graph_task_id() == -1:
+            _do_waiting()  # but not while a backward computes a block again
         # A layer that another library made in this one's stead has no site, and keeps these adapters.
         site = cast(Site, layer._modules.get(SITE, self))
         running: list[tuple[Piece, Any]] = [] if compiling else _Running()
@@ -302,19 +302,29 @@ class Site(nn.ModuleDict):
         names, pieces, ops = list(by_row), list(by_row.values()), next(iter(by_row.values())).ops
         sums = [piece.primitive for piece in pieces if type(piece.primitive) is LowRankAdd and piece.ops is ops]
         as_one = len(sums) == len(pieces) and len({each.dropout for each in sums}) == 1
-        if routed is not None:
-            if as_one:
-                segments = rows.of_experts(*routed, names, self.name)
-                return [Piece(LowRankAdd.stacked(sums, segments), ops)]
-            own = {name: rows.of_experts(*routed, [name], self.name) for name in names}
-            return [Piece(piece.primitive.on(own[name]), piece.ops) for name, piece in by_row.items()]
-        if as_one and rows.batch_dim == 0:
-            return [Piece(LowRankAdd.stacked(sums, rows.segments(x, names, self.name)), ops)]
+
+        def runs(of: Sequence[str]) -> Segments:
+            return rows.of_experts(*routed, of, self.name) if routed else rows.segments(x, of, self.name)
+
+        if as_one and (routed or rows.batch_dim == 0):
+            return [Piece(LowRankAdd.stacked(sums, runs(names)), ops)]
+        if routed:
+            return [Piece(piece.primitive.on(runs([name])), piece.ops) for name, piece in by_row.items()]
         packed = rows.lengths is not None
         return [
             Piece(OfRows(piece.primitive, rows.entries(x, name, self.name), rows.batch_dim, packed), piece.ops)
             for name, piece in by_row.items()
         ]
+
+
+def _do_waiting() -> None:
+    """Another thread may do some of it meanwhile."""
+    while waiting:
+        try:
+            now = waiting.pop()
+        except IndexError:
+            return
+        now()
 
 
 def _same(a: Tensor, b: Tensor, untold: bool) -> bool:

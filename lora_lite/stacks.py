@@ -100,7 +100,7 @@ def grouped_linear(
 
 
 def stacks_of(experts: nn.Module) -> dict[str, Stack]:
-    """Its projections as layers, by the names of their parameters: those that stand there, or new ones. None
+    """Its projections as layers, by the names of their parameters: those that stand there, or new ones; none
     where they are no 3-D parameters."""
     if (joined := experts._modules.get(STACKS)) is not None:
         return dict(joined.items())  # type: ignore[return-value]

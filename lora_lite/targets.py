@@ -19,7 +19,7 @@ from .config import USUALLY_LEFT_OUT, AdapterConfig, Role
 from .errors import AttachError, first_of
 from .placement import mesh_of
 from .quantized import weight_of
-from .renaming import WRAPPED, named_modules, named_parameters
+from .renaming import WRAPPED, dotted, named_modules, named_parameters
 from .shapes import SHAPELESS, described, features, is_embedding, shape
 from .stacks import STACKS, Stack, is_experts, stacks_of
 from .whole_modules import inside, matched
@@ -84,8 +84,9 @@ def candidates(model: nn.Module) -> list[Target]:
     others: dict[str, Role] = {name: role for name, layer in everything.items() if (role := _role_of_kind(layer))}
     linears = {name: layer for name, layer in everything.items() if name not in others}
     by_weight: dict[int, list[str]] = {}
-    for name, layer in linears.items():
-        by_weight.setdefault(id(weight_of(layer)), []).append(name)
+    weights = {name: weight_of(layer) for name, layer in linears.items()}  # held: an id is nobody else's meanwhile
+    for name, weight in weights.items():
+        by_weight.setdefault(id(weight), []).append(name)
     outer = {name for alike in by_weight.values() for name in alike if any(_is_within(other, name) for other in alike)}
     linears = {name: layer for name, layer in linears.items() if name not in outer}
     widths, blocks, heads = _Widths(model, linears), _Blocks(model, linears), _heads(model)
@@ -96,7 +97,7 @@ def candidates(model: nn.Module) -> list[Target]:
             others.get(name) or _role(name, layer, widths.of(name)),
             mesh_of(model, name, weight_of(layer)),
             blocks.of(name),
-            name in linears and (id(layer) in heads or id(weight_of(layer)) in heads),
+            name in linears and (id(layer) in heads or id(weights[name]) in heads),
             isinstance(parent_of(model, name), nn.Sequential),
         )
         for name, layer in everything.items()
@@ -115,7 +116,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if is_linear(module) or is_embedding(module):
             yield name, module
         elif is_experts(module) and STACKS not in module._modules:
-            yield from ((f"{name}.{key}" if name else key, stack) for key, stack in stacks_of(module).items())
+            yield from ((dotted(name, key), stack) for key, stack in stacks_of(module).items())
 
 
 def stacks_among(targets: Iterable[Target]) -> list[Stack]:
@@ -284,7 +285,7 @@ class _Blocks:
         for name in linears:
             for prefix, number in _numbered(name):
                 if number not in classes.setdefault(prefix, {}):
-                    sibling = model.get_submodule(f"{prefix}.{number}" if prefix else str(number))
+                    sibling = model.get_submodule(dotted(prefix, number))
                     classes[prefix][number] = type(sibling)
         self.length: Counter[str] = Counter()
         for prefix, siblings in classes.items():
@@ -318,7 +319,7 @@ class _Widths:
 
     @staticmethod
     def _around(name: str) -> list[str]:
-        return [f"{prefix}.{number}" if prefix else str(number) for prefix, number in _numbered(name)]
+        return [dotted(prefix, number) for prefix, number in _numbered(name)]
 
     def _most(self, counter: Counter[int]) -> int | None:
         weighed = {width: count * (2 if width in self.declared else 1) for width, count in counter.items()}

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from .attachment import attachments, chosen, own_tensors, parameters, unwrap
 from .beside import require_no_peft
 from .calls import callers
-from .checkpoint import apart, mismatches, require_alike, save, save_gathered
+from .checkpoint import mismatches, require_alike, save, save_gathered
 from .errors import AttachError, CheckpointError, first_of
-from .files import replace_files, writing, writing_folder
+from .files import apart, replace_files, write_weights, writing
 from .merging import merged_parameters
 from .params import SITE
 from .selection import disabled
@@ -224,9 +224,7 @@ def _save_tensors(model: Any, folder: str | os.PathLike[str], *args: Any, **kwar
         model.save_pretrained(folder, *args, **kwargs)
         return
     folder = Path(folder)
-    tensors = apart({name: t.cpu().contiguous() for name, t in own_tensors(model).items()})
-    with writing_folder("AdapterCallback", folder):
-        replace_files({folder / "model.safetensors": lambda file: save_file(tensors, file, metadata={"format": "pt"})})
+    write_weights("AdapterCallback", folder, {name: t.cpu() for name, t in own_tensors(model).items()})
     _save_each(model, folder)
 
 

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from .adapter import Adapter, wider
 from .attachment import require_attachment, unwrap
 from .beside import buffers, differs
-from .calibration import evaluation_mode, run_batch
+from .calibration import run_batch
 from .errors import AttachError, KernelMismatchError, naming
 from .idle import here_and_gone, listing, whole_kinds
 from .layer_input import input_of
 from .operators import version
-from .quantized import weight_of
+from .quantized import evaluation_mode, weight_of
 from .segments import Segments
 from .selection import only
 from .shapes import is_embedding
@@ -183,41 +183,52 @@ def _require_all(model: nn.Module, calls: list[Call], targets: list[Target], par
 def _record(model: nn.Module, batch: Any, targets: list[Target]) -> list[Call]:
     """Each call of an adapted layer."""
     seen: list[tuple[Target, Tensor, Segments | None, tuple[nn.Module, Family] | None]] = []
-    outputs: list[Tensor] = []
+    outputs: dict[int, Tensor] = {}  # by the call's place in `seen`
+    running: list[int] = []  # places: a layer may call another, or itself
 
     def before(target: Target) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             segments = kwargs["segments"] if isinstance(module, Stack) else None
+            running.append(len(seen))
             seen.append((target, input_of(target.name, args, kwargs), segments, family_under_way()))
 
         return hook
 
-    def after(module: nn.Module, args: Any, y: Tensor) -> None:
-        outputs.append(y)
+    def after(module: nn.Module, args: Any, y: Tensor | None) -> Tensor | None:
+        place = running.pop()
+        if y is None:  # the call has raised, and somebody catches that
+            return None
+        outputs[place] = y
+        return y.clone()  # a write into a view of y would lead its gradient past it
 
     handles = []
     for target in targets:
         handles.append(target.layer.register_forward_pre_hook(before(target), with_kwargs=True, prepend=True))
-        handles.append(target.layer.register_forward_hook(after))
+        handles.append(target.layer.register_forward_hook(after, always_call=True))
     try:
         with torch.enable_grad(), _without_checkpointing(model):
             loss = _loss(run_batch(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-    live = [y for y in outputs if y.requires_grad]
+    ended = sorted(outputs)
+    live = [outputs[i] for i in ended if outputs[i].requires_grad]
     found = torch.autograd.grad(loss, live, allow_unused=True) if live and loss.requires_grad else [None] * len(live)
     grads = iter(found)
-    calls, without = [], []
-    for (target, x, segments, family), y in zip(seen, outputs, strict=True):
+    calls, with_gradient = [], set[str]()
+    for i in ended:
+        (target, x, segments, family), y = seen[i], outputs[i]
         dy = next(grads) if y.requires_grad else None
-        if dy is None or (dy.numel() and not dy.any()):
+        if dy is not None and dy.any():
+            with_gradient.add(target.name)
+        elif dy is not None and dy.numel():
             dy = None
-            without.append(target.name)
         parent, of_call = family or (None, None)
         dy = y.detach() if dy is None else dy
         calls.append(Call(target, x.detach(), segments, dy, parent, (id(of_call), id(x), version(x))))
-    if without:
+    # A layer may run without gradients for once, as a target, or on no rows.
+    names = dict.fromkeys(call.target.name for call in calls if call.x.numel())
+    if without := [name for name in names if name not in with_gradient]:
         warnings.warn(
             "verify: these layers ran without gradients (under no_grad, detached, or an output that nothing uses), and "
             f"their adapters would not train: {listing(without)}. They are compared on a gradient of their own",

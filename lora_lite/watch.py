@@ -139,7 +139,7 @@ class Watch:
             return self.stop()
         mine = {id(p) for module in (model, *self.adapters.values()) for p in module.parameters()}
         own = [p for p in _parameters(optimizer) if id(p) in mine]
-        if not self._acts():
+        if not self.acts:
             return None
         self._look_for_changes()
         if not own:
@@ -204,7 +204,9 @@ class Watch:
         ids = {id(p) for p in parameters}
         return {layer for layer, a in self.adapters.items() if any(id(p) in ids for p in a.parameters())}
 
-    def _acts(self) -> bool:
+    @property
+    def acts(self) -> bool:
+        """Whether `use` and `disabled` let the adapter act."""
         return any(self.name not in site.off for site in self.sites.values())
 
     # ---- what is idle ----

@@ -17,7 +17,7 @@ from .errors import AttachError
 from .params import SITE, Params
 from .placement import is_sharded, whole
 from .quantized import widened
-from .renaming import named_modules, plain_name
+from .renaming import dotted, named_modules, plain_name
 from .shapes import SHAPELESS
 
 
@@ -197,7 +197,7 @@ def standing(model: nn.Module) -> Iterator[tuple[_Place, Tensor]]:
     """Where the model's parameters and persistent buffers stand, by each of their names."""
     for name, module in named_modules(model, remove_duplicate=False):
         for held, key, t in _held(module):
-            yield _Place(f"{name}.{key}" if name else key, held, key), t
+            yield _Place(dotted(name, key), held, key), t
 
 
 def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

@@ -474,6 +474,7 @@ def test_values_that_are_not_finite_are_said(tmp_path: Path) -> None:
     for write in (ll.save, ll.export_peft, ll.export_diffusers):
         with pytest.warns(UserWarning, match=rf"{write.__name__}: there is NaN or infinity in {Q0}\.lora_B"):
             write(model, tmp_path / write.__name__)
+    ll.attach(model, ll.LoRAConfig(r=4), name="another")
     with pytest.raises(ll.AttachError, match=rf"merged_state_dict: there is NaN or infinity in {Q0}\.lora_B"):
         ll.merged_state_dict(model)
 

@@ -42,10 +42,11 @@ def started(variant: str, name: str, folder: Path) -> Any:
 
 
 def test_same_as_one_process(tmp_path: Path) -> None:
-    """Each way to spread and adapt a model; and first what is refused, with the model as it was."""
+    """Each way to spread and adapt a model; and first what is refused, with the model as it was, and wrapped blocks."""
     folders = {case: tmp_path / str(i) for i, case in enumerate(CASES)}
     models = {case: started(*case[1:], folder) for case, folder in folders.items()}
-    cases = [("refused", "lora", "llama", str(tmp_path)), *((*case, str(folder)) for case, folder in folders.items())]
+    alone = [(kind, "lora", "llama", str(tmp_path)) for kind in ("refused", "wrapped")]  # they compare by themselves
+    cases = [*alone, *((*case, str(folder)) for case, folder in folders.items())]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run([*torchrun, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=300)

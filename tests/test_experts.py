@@ -509,6 +509,10 @@ def test_a_primitive_that_knows_no_segments() -> None:
     got, carry = primitive.on_input(x, None)
     assert torch.equal(got, torch.cat([2 * x[:2], x[2:]]))
     assert torch.equal(primitive.on_output(y, carry, None), torch.cat([y[:2] + b[1], y[2:]]))
+    of_none = Shift(b).on(Segments(torch.zeros(2, dtype=torch.int32), whole=True))
+    got, carry = of_none.on_input(x[:0], None)
+    assert got.shape == (0, 4)
+    assert of_none.on_output(y[:0], carry, None).shape == (0, 3)
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
@@ -597,8 +601,10 @@ def test_feed_forwards_that_peft_takes_for_experts(name: str, experts: bool, tmp
     assert len(feed_forwards) >= 6
     randomize(model)
     want = logits(model)
-    ll.export_peft(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"PEFT has no dropout in a file with target_parameters .*: the file says 0"):
+        ll.export_peft(model, tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["lora_dropout"] == 0
     assert {f"{layer}.weight" for layer in feed_forwards} <= set(written["target_parameters"])
     theirs = by_peft(CONVERTED[name](), tmp_path)
     assert_close(logits(theirs), want, 1e-5)

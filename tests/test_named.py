@@ -9,6 +9,7 @@ import torch
 from models import llama
 from situations import Inference, refused
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from zoo import ZOO
 
 import lora_lite as ll
@@ -149,6 +150,24 @@ def test_names_with_brackets_are_shown() -> None:
 def test_a_base_layer_of_ones_own() -> None:
     model = nn.ModuleDict({"base_layer": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
     assert len(ll.attach(model, L(r=2, target_roles=())).targets) == 2
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q_proj, self.up = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 48)
+
+
+@pytest.mark.parametrize("names", [("q_proj",), ("embed", "q_proj")], ids=" ".join)
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+def test_what_is_left_out_of_wrapped_blocks(wrap: Any, names: tuple[str, ...]) -> None:
+    """It is the same without the wrappers, and says so by the same names."""
+    found = []
+    for around in (lambda block: block, wrap):
+        model = nn.ModuleDict({"layers": nn.ModuleList([around(Block()) for _ in range(2)])})
+        found.append(ll.attach(model, L(r=2, target_names=names)).left_out)
+    assert [each.kind for each in found[0]] == ["layers.*.up", "layers.*.embed"][: 3 - len(names)]
+    assert found[1] == found[0]
 
 
 def test_a_weight_that_is_a_buffer_is_left_out_aloud() -> None:

@@ -18,6 +18,7 @@ from models import (
     token_ids,
 )
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import lora_lite as ll
 
@@ -129,6 +130,19 @@ def test_param_groups() -> None:
     for name, lr in (("lora_A", 1e-3), ("lora_B", 1e-2)):
         p = getattr(adapter, name)
         assert_close(before[name] - p, lr * p.grad, 1e-4, name)
+
+
+def test_param_groups_of_a_parametrised_adapter() -> None:
+    """What stands for B, its directions and their lengths, is of B's group."""
+    layer = nn.Linear(8, 8)
+    attach(layer, "lora", target_roles=())
+    adapter = only_adapter(layer)
+    for name in ("lora_A", "lora_B"):
+        parametrizations.weight_norm(adapter, name)
+    groups = ll.param_groups(layer, lr=1e-3, lr_ratio=8)
+    assert [group["lr"] for group in groups] == [1e-3, 8e-3]
+    for group, name in zip(groups, ("lora_A", "lora_B"), strict=True):
+        assert {id(p) for p in group["params"]} == {id(p) for p in adapter.parametrizations[name].parameters()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

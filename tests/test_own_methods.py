@@ -9,13 +9,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import assert_close, qwen3_moe, randomize, token_ids
+from models import assert_close, assert_same, qwen3_moe, randomize, snapshot, token_ids
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import gelu, linear
+from torch.nn.utils import parametrizations
 
 import lora_lite as ll
+from lora_lite.calibration import InputPCA
 from lora_lite.primitives import LowRankAdd, Primitive, RotatePairs, ScaleInput, ScaleOutput
+from lora_lite.quantized import dense_weight
 from lora_lite.variant import REGISTRY
 
 
@@ -363,19 +367,42 @@ def test_specs_that_no_tensor_can_be_made_of(spec: ll.ParamSpec, message: str) -
         ll.attach(model(), cfg(r=4))
 
 
+def calibrated(step: str, own: Any) -> Any:
+    """The config's class of a method that needs calibration, `own` being its init, its statistic or its calibrate."""
+    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B))
+    steps = {"statistic": lambda p, layer, cfg: InputPCA(2), "calibrate": lambda p, statistic, cfg: None, step: own}
+    for name, each in steps.items():
+        setattr(REGISTRY["own"], name, staticmethod(each))
+    REGISTRY["own"].calibration = "none" if step == "init" else "required"
+    return cfg
+
+
 @pytest.mark.parametrize("what", ["attribute", "parameter", "buffer", "module"])
-def test_what_init_sets_and_no_file_holds(what: str) -> None:
-    def init(p: Any, layer: Any, cfg: Any) -> None:
+@pytest.mark.parametrize("step", ["init", "statistic", "calibrate"])
+def test_what_a_method_sets_and_no_file_holds(step: str, what: str) -> None:
+    def own(p: Any, *_: Any) -> InputPCA:
         if what == "buffer":
             p.register_buffer("extra", torch.ones(2))
         else:
             p.extra = {"attribute": 3, "parameter": nn.Parameter(torch.ones(2)), "module": nn.Identity()}[what]
+        return InputPCA(2)
 
-    cfg = method(lambda p, layer, cfg: LowRankAdd(p.lora_A, p.lora_B))
-    REGISTRY["own"].init = staticmethod(init)  # type: ignore[method-assign]
-    net = model()
-    with pytest.raises(ll.AttachError, match=r"^0.*: Own\.init has set extra, which no file would hold"):
-        ll.attach(net, cfg(r=4))
+    net, cfg = model(), calibrated(step, own)
+    before, data = snapshot(net), None if step == "init" else [torch.randn(20, 12)]
+    with pytest.raises(ll.AttachError, match=rf"^0 \(12 → 16\): Own\.{step} has set extra, which no file would hold"):
+        ll.attach(net, cfg(r=4), calibration_data=data)
+    assert_same(net, before)
+
+
+@pytest.mark.parametrize("step", ["init", "statistic", "calibrate"])
+def test_what_a_method_raises_as_it_starts_has_the_layers_name(step: str) -> None:
+    def own(p: Any, *_: Any) -> Any:
+        raise ll.AttachError("not on this one")
+
+    data = None if step == "init" else [torch.randn(20, 12)]
+    cfg = calibrated(step, own)
+    with pytest.raises(ll.AttachError, match=r"^0 \(12 → 16\): not on this one"):
+        ll.attach(model(), cfg(r=4), calibration_data=data)
 
 
 def test_a_tensor_that_layers_share_is_one_for_an_optimizer() -> None:
@@ -389,6 +416,83 @@ def test_a_tensor_that_layers_share_is_one_for_an_optimizer() -> None:
     assert len({id(p) for p in ll.parameters(net)}) == len(ll.parameters(net)) == 5
     groups = ll.param_groups(net, 1e-3)
     assert sum(len(group["params"]) for group in groups) == 5
+
+
+# ---- what is derived of the weight ----
+
+
+def deriving(seen: list[Tensor]) -> Any:
+    """The config's class of a method that derives G = W Wᵀ, whose primitives' G go into `seen`: y + G B A x."""
+
+    def specs(in_features: int, out_features: int, cfg: Any) -> dict[str, ll.ParamSpec]:
+        return {
+            "lora_A": ll.ParamSpec((cfg.r, in_features), init="kaiming"),
+            "lora_B": ll.ParamSpec((out_features, cfg.r), init="kaiming"),
+            "lora_G": ll.ParamSpec((out_features, out_features), init="zeros", derived=True),
+        }
+
+    def derive(p: Any, layer: Any, cfg: Any) -> None:
+        W = dense_weight(layer, torch.float32)
+        p.fill("lora_G", W @ W.t())
+
+    def primitive(p: Any, layer: Any, cfg: Any) -> Primitive:
+        seen.append(p.lora_G.clone())
+        return LowRankAdd(p.lora_A, p.lora_G @ p.lora_B, cfg.scale)
+
+    cfg = method(primitive, specs)
+    REGISTRY["own"].derive = staticmethod(derive)  # type: ignore[method-assign]
+    return cfg
+
+
+@pytest.mark.parametrize("how", ["at attach", "anew in a call", "of a weight that stands in", "of a parametrisation"])
+def test_what_is_derived_is_not_of_autocasts_dtype(how: str) -> None:
+    seen: list[Tensor] = []
+    net, x = model(), torch.randn(5, 12)
+    if how == "of a parametrisation":
+        parametrizations.weight_norm(net[0])  # type: ignore[index,arg-type]
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "at attach"):
+        ll.attach(net, deriving(seen)(r=4, target_names=("0",)))
+    W = net[0].weight.detach().clone()  # type: ignore[index,union-attr]
+    if how == "anew in a call":
+        W *= 1.5
+        with torch.no_grad():
+            net[0].weight.mul_(1.5)  # type: ignore[index,union-attr,operator]
+    weights = {"0.weight": W.mul_(2)} if how == "of a weight that stands in" else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        functional_call(net, weights, (x,))
+    assert torch.equal(seen[-1], W @ W.t())
+
+
+@pytest.mark.parametrize("parametrised", [False, True], ids=["plain", "parametrised"])
+def test_two_calls_before_a_backward_keep_what_each_derived(parametrised: bool) -> None:
+    """As of a loss over two batches; a parametrised weight is made anew in each call."""
+    net, x = model(), torch.randn(2, 5, 12)
+    if parametrised:
+        parametrizations.weight_norm(net[0])  # type: ignore[index,arg-type]
+    attachment = ll.attach(net, deriving([])(r=4, target_names=("0",)))
+    adapter = attachment.adapters["0"]
+    (net(x[0]).square().sum() + net(x[1]).square().sum()).backward()
+    got = [p.grad for p in (adapter.lora_A, adapter.lora_B)]
+    want = torch.autograd.grad(net(x).square().sum(), [adapter.lora_A, adapter.lora_B])
+    for mine, its in zip(got, want, strict=True):
+        assert_close(mine, its, 1e-5)
+
+
+@pytest.mark.parametrize("how", ["loaded", "written to"])
+def test_a_graph_takes_what_was_derived_of_a_parametrised_weight_last(how: str) -> None:
+    """It derives nothing by itself: loading does, and a call does."""
+    torch._dynamo.reset()
+    net, x = model(), torch.randn(5, 12)
+    parametrizations.weight_norm(net[0])  # type: ignore[index,arg-type]
+    ll.attach(net, deriving([])(r=4, target_names=("0",)))
+    with torch.no_grad():
+        if how == "loaded":
+            net.load_state_dict({k: 2 * t if "original" in k else t for k, t in net.state_dict().items()})
+        else:
+            net[0].parametrizations.weight.original0.mul_(2)  # type: ignore[index,union-attr,operator]
+            net(x)
+        got = torch.compile(net, backend="eager", fullgraph=True)(x)
+        assert_close(got, net(x), 1e-5)
 
 
 # ---- on a stack of experts ----

@@ -175,44 +175,6 @@ def test_base_is_frozen_and_only_the_adapter_trains() -> None:
     assert all(p.grad is None for p in base.values())
 
 
-# ---- detach, disabled ----
-
-
-@EACH_VARIANT
-def test_detach_restores_everything(variant: str) -> None:
-    """Also a mix of requires_grad flags, which freezing everything and thawing everything would lose."""
-    model = Block()
-    model.k_proj.weight.requires_grad_(False)
-    model.down_proj.bias.requires_grad_(False)
-    model.k_proj.eval()
-    before = snapshot(model)
-    for _ in range(2):
-        attach(model, variant, [torch.randn(64, 12)] if variant == "eva" else None)
-        randomize(model)
-        model(torch.randn(3, 12)).sum().backward()
-        ll.detach(model)
-        assert_same(model, before)
-
-
-@EACH_VARIANT
-def test_disabled_is_the_base_model(variant: str) -> None:
-    model, x = Block(), torch.randn(3, 12)
-    base = model(x)
-    attach(model, variant, [torch.randn(64, 12)] if variant == "eva" else None)
-    randomize(model)
-    adapted = model(x)
-    assert not torch.allclose(adapted, base, atol=1e-3)
-    with ll.disabled(model):
-        assert torch.equal(model(x), base)
-        with ll.disabled(model):
-            assert torch.equal(model(x), base)
-        assert torch.equal(model(x), base), "the inner context switched the adapter on"
-    assert torch.equal(model(x), adapted)
-    with pytest.raises(KeyError), ll.disabled(model):
-        raise KeyError
-    assert torch.equal(model(x), adapted)
-
-
 # ---- Copies, dtypes ----
 
 

@@ -97,10 +97,18 @@ def test_the_same_as_alone(variant: str) -> None:
 
 
 def test_no_further_from_float64_than_eager_in_bfloat16() -> None:
-    exact = step(adapted())
-    ours, single = (step(each) for each in (adapted(dtype=torch.bfloat16), alone(adapted(dtype=torch.bfloat16))))
-    for name, want in exact.items():
-        assert rel_error(ours[name].double(), want) <= 1.1 * rel_error(single[name].double(), want) + 2e-3, name
+    """Over several batches: of one, either may be the further by the luck of its roundings."""
+    models = (adapted(), adapted(dtype=torch.bfloat16), alone(adapted(dtype=torch.bfloat16)))
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(6):
+        ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(seed))
+        exact, ours, single = (step(model, ids) for model in models)
+        for name, want in exact.items():
+            pair = (rel_error(ours[name].double(), want), rel_error(single[name].double(), want))
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        mine, eager = (sum(of_one) for of_one in zip(*pairs, strict=True))
+        assert mine <= 1.1 * eager, (name, mine / eager)
 
 
 def test_members_of_several_methods_and_ranks() -> None:
@@ -659,3 +667,12 @@ def test_a_small_x_is_read_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(served) == (worth == 0)
     for together, alone_ in zip(*found, strict=True):
         assert rel_error(together, alone_) < 1e-5
+
+
+def test_a_block_that_has_left_the_model() -> None:
+    """detach takes off what stands on it, hooks of the block too."""
+    model = adapted(dtype=torch.float32)
+    gone = model.model.layers[1]
+    model.model.layers = model.model.layers[:1]
+    ll.detach(model)
+    assert not any(SIBLINGS in vars(module) or module._forward_hooks for module in gone.modules())

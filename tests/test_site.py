@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.calls import _thread
+from lora_lite.site import waiting
 
 EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -87,6 +88,24 @@ def test_two_threads_that_generate(variant: str) -> None:
         for run in runs:
             assert torch.equal(run.sequences, alone.sequences)
             assert all(torch.equal(a, b) for a, b in zip(run.logits, alone.logits, strict=True))
+
+
+def test_two_threads_that_both_see_what_waits() -> None:
+    """It is done once, whichever call comes first."""
+    model, done = mlp(), []
+    both, real = threading.Barrier(2), torch._C._current_graph_task_id
+    late = threading.local()
+
+    def slow() -> int:  # so that both have looked before either goes on
+        if not vars(late):
+            late.once = True
+            both.wait(20)
+        return real()
+
+    waiting.append(lambda: done.append(1))
+    with mock.patch.object(torch._C, "_current_graph_task_id", slow):
+        in_threads([lambda: model(torch.randn(5, 24))] * 2, 1)
+    assert done == [1]
 
 
 # ---- replicas and copies ----
@@ -224,6 +243,7 @@ def test_an_inner_call_that_raises_and_is_caught() -> None:
     ll.attach(layer, config("ia3", target_names=()))
     randomize(layer)
     assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias) * layer.lora_lite["default"].lora_g, 1e-6)  # type: ignore[index,union-attr]
+    assert len(ll.verify(layer, x)) == 1
 
 
 def test_output_that_is_no_tensor() -> None:
@@ -478,6 +498,23 @@ def test_hra_is_orthogonal_under_autocast() -> None:
         primitive = layer.lora_lite["default"].primitive(layer)  # type: ignore[index,union-attr]
     Q = torch.eye(64, dtype=torch.float64) + (primitive.B @ primitive.A).double()
     assert rel_error(Q @ Q.t(), torch.eye(64)) < 1e-6
+
+
+@pytest.mark.parametrize(("variant", "calibrated"), [*((v, v == "eva") for v in VARIANTS), ("antipasto", True)])
+def test_attach_within_autocast_starts_as_without(variant: str, calibrated: bool) -> None:
+    """Where a trainer's `with torch.autocast` has begun already. Wide enough that SVDs are sketched."""
+    x = torch.randn(300, 256) @ torch.diag(torch.logspace(0, -2, 256))
+
+    def started(enabled: bool) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(256, 256))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            attach(model, variant, [x] if calibrated else None, target_names=("0",))
+        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    got, want = started(True), started(False)
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name
 
 
 def test_doras_norm_is_not_of_autocasts_dtype() -> None:

@@ -229,6 +229,33 @@ def test_structure_decides_not_class() -> None:
     assert [t.name for t in candidates(nn.ModuleDict(no_linear))] == []
 
 
+class Computed(nn.Module):
+    """A layer whose weight is made anew whenever it is asked for, around another one."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 8
+        self.raw = nn.Parameter(torch.randn(8, 8))
+        self.inner = inner
+
+    @property
+    def weight(self) -> Tensor:
+        return self.raw * 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = nn.functional.linear(input, self.weight)
+        return y if self.inner is None else y + self.inner(input)
+
+
+def test_weights_that_are_made_anew_are_of_layers_apart() -> None:
+    """One that is gone may leave its place in memory to the next."""
+    model = nn.Sequential(*(Computed(Computed()) for _ in range(20)))
+    wanted = [name for i in range(20) for name in (f"{i}", f"{i}.inner")]
+    assert [target.name for target in candidates(model)] == wanted
+    attachment = ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    assert list(attachment.adapters) == wanted
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 def test_bitsandbytes(kind: str) -> None:

@@ -144,6 +144,53 @@ def test_what_siblings_read_and_share() -> None:
     ll.verify(model, torch.randn(5, 8))
 
 
+class Gated(nn.Linear):
+    """A layer whose forward asks another one, of another width, how much of its output is to count."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+        self.gate = nn.Linear(8, 10)
+        self.share: Any = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.share = self.gate(input).mean(-1, keepdim=True)
+        return super().forward(input)
+
+
+def test_a_layer_that_calls_another() -> None:
+    """The inner one's call ends before the outer one's."""
+    model = nn.Sequential(Gated())
+    model.forward = lambda x: model[0](x) * model[0].share  # type: ignore[method-assign]
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    rows = ll.verify(model, torch.randn(4, 8))
+    assert sorted(row.layer for row in rows) == ["0", "0.gate"]
+    assert all(row.errors.keys() == {"output", "grad_input", "lora_A", "lora_B"} for row in rows)
+
+
+@pytest.mark.parametrize("case", ["a target", "no rows", "written to"])
+def test_gradients_that_one_call_of_a_layer_has(case: str) -> None:
+    """It also runs without gradients, or on no rows; or a view of its output is written to. No warning says that it
+    would not train."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(x: Tensor) -> Tensor:
+        y = model[0](x).view(2, 2, 4).transpose(0, 1)
+        if case == "written to":
+            y *= 2
+        elif case == "a target":
+            with torch.no_grad():
+                y = y - model[1](model[0](x)).view(2, 2, 4)
+        else:
+            model[1](model[0](x[:0]))
+        return model[1](y.transpose(0, 1).reshape(2, 8).tanh())
+
+    model.forward = forward  # type: ignore[method-assign,assignment]
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    randomize(model)
+    ll.verify(model, torch.randn(2, 8))
+
+
 class Twice(nn.Module):
     """One layer that runs twice, and one that never runs."""
 

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,12 @@ def test_two_adapters_with_a_head_each(tmp_path: Path) -> None:
     ll.attach(model, config("lora", **fields), name="a")
     randomize(model, seed=1)
     of_a = model(x)
+    with_a = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'b' do so with a too"):
+            ll.attach(model, config("ia3", **fields), name="b")
+    assert_same(model, with_a)
     with pytest.warns(UserWarning, match="'b' do so with a too"):
         ll.attach(model, config("ia3", **fields), name="b")
     ll.use(model, "b")

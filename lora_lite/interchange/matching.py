@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..params import SITE
-from ..renaming import named_modules, plain_name
+from ..renaming import dotted, named_modules, plain_name
 from ..stacks import Stack
 from ..targets import Target
 
@@ -105,7 +105,7 @@ def in_two_places(model: nn.Module, targets: Iterable[Target]) -> list[str]:
     places: dict[int, list[str]] = {}
     for name, module in named_modules(model):
         for key, child in module._modules.items():
-            places.setdefault(id(child), []).append(plain_name(f"{name}.{key}" if name else key))
+            places.setdefault(id(child), []).append(plain_name(dotted(name, key)))
         for key, value in vars(module).items() if not isinstance(module, Stack) else ():
             for i, each in enumerate(value if type(value) in (list, tuple) else ()):
                 if isinstance(each, nn.Module):

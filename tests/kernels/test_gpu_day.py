@@ -12,6 +12,7 @@ import gpu_day
 import gpu_parts
 import launches
 import pytest
+import random_models
 import rows as bench_rows
 import torch
 from gpu_day import Found, Settings
@@ -104,7 +105,7 @@ def test_every_operation_and_method_is_there() -> None:
     for dtype in ("bfloat16", "float16", "float32"):
         for detail in ("-dropout0.3", "-runs[", "row 1", "-M2048-", "-R300-"):
             assert [name for name in names["kernels"] if dtype in name and detail in name], (dtype, detail)
-    for part, methods in (("verify", gpu_parts.VARIANTS), ("layers", gpu_parts.METHODS)):
+    for part, methods in (("verify", random_models.VARIANTS), ("layers", random_models.METHODS)):
         for method in methods:
             assert [name for name in names[part] if method in name.split()], (part, method)
     for contender in ("lora_lite", "peft", "eager", "eager compiled", "lora_lite captured", "peft captured"):

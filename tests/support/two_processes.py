@@ -7,13 +7,14 @@ writes losses and gradients; the adapter is saved by `ll.save`. All cases in one
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import environment  # noqa: F401  (before models, which imports transformers)
 import pytest
 import torch
 import torch.distributed as dist
-from models import attach, llama, qwen3_moe, randomize, token_ids
+from models import assert_close, attach, llama, qwen3_moe, randomize, token_ids
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -34,8 +35,8 @@ def main(kind: str, variant: str, name: str, folder: Path) -> None:
     torch.manual_seed(0)  # as the tests do
     make, fields = MODELS[name]
     model: Any = make()
-    if kind == "refused":
-        refusals(model)
+    if alone := {"refused": refusals, "wrapped": wrapped_blocks}.get(kind):
+        alone(model)
         return
     wrapped = model
     match kind:
@@ -131,6 +132,36 @@ def refusals(model: Any) -> None:
         with pytest.raises(ll.AttachError, match=f"{layer}.*sharded over processes.*attach before"):
             ll.attach(sharded, ll.LoRAConfig(r=4, target_roles=(), target_names=(f"layers.1.*{layer}",)))
         assert list(dict(sharded.named_modules())) == modules
+
+
+def wrapped_blocks(model: Any) -> None:
+    """Blocks that are sharded and then wrapped by checkpointing, in a model that is not: adapted as without a wrapper.
+    Refused, as without one, where their linears are sharded one by one; and whole tensors for sharded ones."""
+
+    def sharded(by_linear: bool) -> Any:
+        made: Any = llama()
+        for i, block in enumerate(made.model.layers):
+            if by_linear:
+                fully_shard(block.self_attn.q_proj)
+            made.model.layers[i] = checkpoint_wrapper(fully_shard(block))
+        return made
+
+    both, ids = (model, sharded(by_linear=False)), token_ids()
+    for each in both:
+        torch.manual_seed(0)
+        attached(each, "lora")
+        each(input_ids=ids, labels=ids).loss.backward()
+    for p, alone in zip(ll.parameters(both[1]), ll.parameters(model), strict=True):
+        assert p.grad is not None
+        assert_close(p.grad, alone.grad, 1e-4)
+    late: Any = llama()
+    attached(late, "lora")
+    fully_shard(late)
+    with pytest.raises(ll.CheckpointError, match=r"lora_A; .* is sharded here or there, and not in both"):
+        ll.load_state_dict(late, {name: cast(Any, t).full_tensor() for name, t in ll.state_dict(late).items()})
+    other = fully_shard(sharded(by_linear=True))
+    with pytest.raises(ll.AttachError, match=r"q_proj.*sharded over processes.*attach before"):
+        attach(other, "lora", target_names=("q_proj",))
 
 
 if __name__ == "__main__":
