@@ -40,16 +40,22 @@ qwen-probe *args:
 bnb-smoke *args:
     {{python}} bench/training/bnb_smoke.py "$@"
 
-# The tests: the library's, then the kernels' in Triton's interpreter; a process a core. Exit 5: nothing selected.
+# The tests: the library's, then the kernels' in Triton's interpreter; a process a core. -k may select from one alone.
 test *args:
-    OMP_NUM_THREADS=1 {{python}} -m pytest -n auto -m "not slow" "$@"
-    TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} -m pytest -n auto -m "not slow" tests/kernels "$@" || [ $? = 5 ]
+    #!/usr/bin/env bash
+    set -x
+    export OMP_NUM_THREADS=1
+    {{python}} -m pytest -n auto -m "not slow" "$@" || library=$?
+    [[ ${library:-5} = 5 ]] || exit $library
+    TRITON_INTERPRET=1 {{python}} -m pytest -n auto -m "not slow" tests/kernels "$@" || kernels=$?
+    [[ ${kernels:-5} = 5 ]] || exit $kernels
+    [[ -z ${library:-} || -z ${kernels:-} ]] || exit 5  # neither had any
 
 # The inner loop: lint, types, and the tests that the working tree's changes concern; since another commit, if named.
 test-quick since="HEAD": lint
-    OMP_NUM_THREADS=1 {{python}} tests/support/changed.py {{since}} | xargs -r {{python}} -m pytest -q -n auto
+    OMP_NUM_THREADS=1 {{python}} tests/support/changed.py {{since}} | xargs -r {{python}} -m pytest -q -n auto -m "not slow"
     TRITON_INTERPRET=1 OMP_NUM_THREADS=1 {{python}} tests/support/changed.py --kernels {{since}} \
-        | xargs -r {{python}} -m pytest -q -n auto
+        | xargs -r {{python}} -m pytest -q -n auto -m "not slow"
 
 # The tests, and those that take over a minute.
 test-all *args:
@@ -79,7 +85,7 @@ bench-kernels *args: device-model
     {{python}} bench/kernels/block.py
     {{python}} bench/kernels/kernel_bench.py "$@"
 
-# The device time of each adapter's step on four GPUs, modelled from real grids and compiled kernels.
+# The device time of each adapter's step on five GPUs, modelled from real grids and compiled kernels.
 device-model *args:
     {{python}} bench/kernels/device_model.py "$@"
 

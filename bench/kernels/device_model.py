@@ -1,4 +1,4 @@
-"""A model of an adapter's time on a GPU, without one: `just bench-kernels` runs it after the counted bytes.
+"""A model of an adapter's time on a GPU, without one: `just device-model`, with which `just bench-kernels` begins.
 
 Modelled, not measured. The launchers run on tensors without storage and their launches are recorded, so grids and parts
 are the real ones; what a program needs comes from the compiled kernels (kernels_report.json). A launch takes
@@ -314,8 +314,8 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, str]:
         "parts at most 0.35 of a token-sized tensor's traffic": (at, lambda r: r["parts"] <= 0.35),
         "parts at most 96 MiB": (at, lambda r: r["parts_mib"] <= 96),
         "at least 24 KiB in flight": (at, lambda r: r["in_flight_kib"] >= 24),
-        "at most 1.3 times the bound, r ≤ 64": (few, lambda r: r["us"] <= 1.3 * r["bound_us"]),
-        "at most 2 times the bound, r > 64": (many, lambda r: r["us"] <= 2 * r["bound_us"]),
+        "at most 1.3 times the bound, r ≤ 64, HRA aside": (few, lambda r: r["us"] <= 1.3 * r["bound_us"]),
+        "at most 2 times the bound, r > 64, HRA aside": (many, lambda r: r["us"] <= 2 * r["bound_us"]),
     }
     return {name: f"{sum(map(holds, of))} of {len(of)}" for name, (of, holds) in within.items()}
 

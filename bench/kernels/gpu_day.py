@@ -22,9 +22,10 @@ from typing import Any
 
 import machine
 import operations
+import random_models
 import torch
 import tyro
-from gpu_parts import PARTS, VARIANTS, Bench
+from gpu_parts import PARTS, Bench
 from kernel_times import Shape
 from rich.console import Console
 from rich.table import Table
@@ -229,7 +230,7 @@ def kernels_table(rows: list[dict[str, Any]]) -> Table:
 def verify_table(rows: list[dict[str, Any]]) -> Table:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     made = table("ll.verify on a small Llama: the worst error, of what is allowed", "method", *dtypes)
-    for variant in VARIANTS:
+    for variant in random_models.VARIANTS:
         of = {row["dtype"]: number(row["excess"], 2) for row in rows if row["variant"] == variant}
         made.add_row(variant, *(of.get(dtype, "–") for dtype in dtypes))
     return made

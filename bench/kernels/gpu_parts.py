@@ -40,8 +40,6 @@ from lora_lite.kernels import tuning
 Rows = list[dict[str, Any]]
 Cases = dict[str, Callable[[], Rows]]
 
-VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
-METHODS = ("lora", "pissa", "dora", "hra", "ia3", "road", "antipasto")
 DECOMPOSING = ("pissa", "antipasto")
 # The kernel's name in kernel_times, and whose step in device_model has it.
 MODELLED = {
@@ -177,7 +175,7 @@ def verified(b: Bench) -> Cases:
     """`ll.verify` of every method on a small Llama with random weights, in 16 bit: float32 is what it compares with."""
     return {
         f"{variant} {str(dtype).removeprefix('torch.')}": partial(_verify, b, variant, dtype)
-        for variant, dtype in product(VARIANTS, b.dtypes)
+        for variant, dtype in product(random_models.VARIANTS, b.dtypes)
         if dtype != torch.float32
     }
 
@@ -365,10 +363,10 @@ def layer_times(b: Bench) -> Cases:
     for s in b.layer_shapes:
         found[f"kernels {_size(s)}"] = partial(_kernels, b, s)
     found["mixture"] = partial(_mixture_times, b)
-    for method in METHODS:
+    for method in random_models.METHODS:
         for s in b.layer_shapes:
             found[f"layer {method} {_size(s)}"] = partial(_layer, b, method, s)
-    for method in METHODS:
+    for method in random_models.METHODS:
         found[f"host {method}"] = partial(_host, b, method)
     # What takes a singular value decomposition of a large matrix comes last.
     late = [f"layer {method} {_size(s)}" for s in b.layer_shapes if s.K > 1024 for method in DECOMPOSING]

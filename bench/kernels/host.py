@@ -24,15 +24,12 @@ import torch
 from block import CostlessLinear
 from launch_path import torch_launches, without_launching
 from machine import RESULTS, write
+from random_models import METHODS
 from rivals import peft_config
 from torch import nn
 
 import lora_lite as ll
 
-METHODS = {
-    "lora": ll.LoRAConfig, "pissa": ll.PiSSAConfig, "dora": ll.DoRAConfig,
-    "hra": ll.HRAConfig, "ia3": ll.IA3Config, "road": ll.RoadConfig, "antipasto": ll.AntiPaSTOConfig,
-}  # fmt: skip
 WIDTH, TOKENS, RANK = 64, 8, 16
 COUNTED = {"M": 8192, "K": 4096, "N": 4096, "r": RANK}
 
@@ -43,9 +40,8 @@ def model(K: int, N: int, kind: type[nn.Linear] = nn.Linear, device: str = "cpu"
 
 
 def config(method: str) -> Any:
-    rank = {} if method in ("ia3", "road") else {"r": RANK}
-    alpha = {} if method in ("ia3", "road", "antipasto") else {"alpha": 32.0}
-    return METHODS[method](target_names=(r"layer",), dtype=torch.float32, **rank, **alpha)
+    fields = {"r": RANK, "alpha": 32.0, "target_names": (r"layer",), "dtype": torch.float32}
+    return ll.REGISTRY[method].config.from_common(**fields)
 
 
 def ours(method: str, backend: str, base: nn.Module) -> nn.Module:
@@ -191,8 +187,9 @@ def main() -> None:
         print(f"{'':21} a token: {token}", flush=True)
     with without_launching() as counts:
         whole = {
-            name: {how: block.launched(counts, COUNTED["M"], how == "together", METHODS[name]) for how in HOW}
-            for name in ("lora", "pissa", "dora")
+            name: {how: block.launched(counts, COUNTED["M"], how == "together", variant.config) for how in HOW}
+            for name, variant in ll.REGISTRY.items()
+            if name in ("lora", "pissa", "dora")
         }
     print(f"launches of ours for a block of Llama-3-8B: {whole}")
     if not arguments.dry:

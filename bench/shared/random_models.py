@@ -7,6 +7,9 @@ import lora_lite as ll
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """All linear layers of a block of these models."""
+VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
+METHODS = ("lora", "pissa", "dora", "hra", "ia3", "road", "antipasto")
+"""Of those the ones whose layers are timed: EVA's are LoRA's, IA³-FF's nearly IA³'s, DeLoRA's nearly LoRA's."""
 
 
 def our_config(variant: str, r: int, dtype: torch.dtype = torch.float32) -> ll.AdapterConfig:

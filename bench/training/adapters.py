@@ -43,7 +43,7 @@ class Settings:
     models: tuple[str, ...] = ("llama", pretrained.SMOLLM2)
     """llama: random weights, of the width and layers below; qwen3_moe: random mixtures, LoRA on their experts. Else a
     model's name or folder, whole."""
-    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
+    variants: tuple[str, ...] = random_models.VARIANTS
     """Which to measure."""
     dtypes: tuple[str, ...] = field(
         default_factory=lambda: tuple(dict.fromkeys((pretrained.default_dtype("cpu"), "float32")))
@@ -78,19 +78,10 @@ def _pretrained(name: str) -> nn.Module:
     return pretrained.load(name, torch.bfloat16, "cpu")  # the smallest to keep beside the models that are measured
 
 
-def step(model: nn.Module, x: torch.Tensor) -> float:
-    """CPU seconds of one forward and backward."""
-    x.grad = None
-    model.zero_grad()
-    start = time.process_time()
-    model(inputs_embeds=x).logits.float().square().mean().backward()
-    return time.process_time() - start
-
-
 def peak(model: nn.Module, x: torch.Tensor) -> int:
     """Bytes resident at most during a step."""
     machine.reset_peak_memory()
-    step(model, x)
+    mixtures.step(model, x)
     model.zero_grad()
     return machine.peak_memory()
 
@@ -216,13 +207,13 @@ def rounds(models: dict[str, nn.Module], x: torch.Tensor, s: Settings) -> dict[s
     with mixtures.one_thread():
         for _ in range(2):
             for model in models.values():
-                step(model, x)
+                mixtures.step(model, x)
         start = time.perf_counter()
         for i in range(s.steps):
             if i >= 3 and time.perf_counter() - start > s.seconds:
                 break
             for side, model in models.items():
-                times[side].append(step(model, x))
+                times[side].append(mixtures.step(model, x))
     return times
 
 

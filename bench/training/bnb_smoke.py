@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pretrained
+import random_models
 import torch
 import tyro
 from rich.console import Console
@@ -30,7 +31,7 @@ LEARNING_RATES = {
 class Settings:
     """Attach, train, detach, save and load each method on a quantised base."""
 
-    variants: tuple[str, ...] = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
+    variants: tuple[str, ...] = random_models.VARIANTS
     kinds: tuple[str, ...] = ("4bit", "8bit")
     layers: int = 2
     """Of the model's 30; the rest is left off."""

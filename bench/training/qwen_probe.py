@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 
-VARIANTS = ("lora", "pissa", "dora", "delora", "eva", "ia3", "ia3_ff", "hra", "antipasto", "road")
 CHECKS = {
     "adapter_only": "only the adapter trains",
     "perturbed": "a perturbed adapter changes the logits",
@@ -36,7 +35,7 @@ class Settings:
     it; the base gets no gradient; the saved adapter, loaded into a fresh model, gives the same logits.
     """
 
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = random_models.VARIANTS
     """Which to check."""
     model: str = "Qwen/Qwen3-0.6B"
     """A name on the Hub or a folder."""
