@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .embeddings import unfit_embedding
 from .errors import AttachError
+from .operators import is_plain
 from .placement import is_managed, is_sharded
 from .quantized import token_dtype, weight_of
 from .shapes import is_embedding, shape
@@ -81,7 +82,7 @@ def run_one_row(layer: Any) -> tuple[Tensor | None, Any]:
     of layers of bitsandbytes, which pack their weights anew at their first forward, nor where the weight is not whole.
     None: the layer can't run it."""
     weight: Any = weight_of(layer)
-    plain = type(layer).forward is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter)
+    plain = type(layer).forward is nn.Linear.forward and is_plain(weight)
     if plain or type(weight).__name__ in ("Params4bit", "Int8Params") or is_sharded(weight) or weight.is_meta:
         return None, None
     cuda = [weight.device] if weight.is_cuda else []

@@ -14,7 +14,7 @@ from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
 from . import reference
-from .operators import watched
+from .operators import is_plain, watched
 from .primitives import LowRankAdd, LowRankAddRescale, Primitive
 from .segments import Segments
 from .shapes import is_conv1d
@@ -53,11 +53,7 @@ def _is_plain(layer: nn.Module) -> bool:
         getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__
         and nn.functional.linear is torch._C._nn.linear  # type: ignore[attr-defined]
     )
-    return (
-        (kind is Stack or (linear and as_written))
-        and "forward" not in vars(layer)
-        and type(layer.weight) in (Tensor, nn.Parameter)
-    )
+    return (kind is Stack or (linear and as_written)) and "forward" not in vars(layer) and is_plain(layer.weight)
 
 
 def backend(ops: Any) -> Any:

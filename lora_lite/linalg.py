@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .operators import transformed, watched
+from .operators import is_plain, transformed, watched
 from .segments import once
 
 SVD = Literal["randomized", "exact"]
@@ -171,7 +171,7 @@ def _constants(key: tuple[str, int], like: Tensor, make: Callable[[], tuple[Tens
         with torch.inference_mode(False):
             return make()
 
-    if watched() or type(like) not in (Tensor, torch.nn.Parameter):
+    if watched() or not is_plain(like):
         return outside()
     return once(_made, (*key, like.dtype, like.device), outside)
 

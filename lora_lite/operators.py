@@ -28,6 +28,11 @@ _tracing_state = torch._C._get_tracing_state
 _dispatching = False
 
 
+def is_plain(t: object) -> bool:
+    """Whether it is a tensor of no class of its own: what PyTorch's operators do with it is known."""
+    return type(t) in _PLAIN
+
+
 @contextmanager
 def dispatched() -> Iterator[None]:
     """Every call is the operator's: for tests, which run both ways."""

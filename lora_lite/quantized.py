@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import shapes
 from .errors import AttachError
+from .operators import is_plain
 from .placement import brought, whole
 from .stacks import Stack
 
@@ -116,7 +117,7 @@ def _of_parametrisation(layer: Any) -> Float[Tensor, "N K"]:
 
 def is_dense(t: Tensor) -> bool:
     """Whether t holds plain floating-point values: not quantised, not in 8 bits, of no class of its own."""
-    return type(t) in (Tensor, torch.nn.Parameter) and t.is_floating_point() and t.dtype.itemsize > 1
+    return is_plain(t) and t.is_floating_point() and t.dtype.itemsize > 1
 
 
 def widened(t: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def stored_weight(layer: Any) -> Float[Tensor, "N K"] | Int8Weight | FourBitWeig
         weight = brought(layer, "weight")
     elif is_parametrized(layer, "weight"):
         weight = _of_parametrisation(layer)
-    elif type(weight) not in (Tensor, torch.nn.Parameter) and "torchao" in type(weight).__module__:
+    elif not is_plain(weight) and "torchao" in type(weight).__module__:
         weight = weight.dequantize()  # its tensors pass for dense ones, but multiply only as a layer's weight
     elif not isinstance(getattr(layer, "weight", None), Tensor) and hasattr(layer, "dequantize"):
         weight = layer.dequantize()  # HQQ

@@ -19,7 +19,7 @@ from .calls import always_after, begin, call_with, end, forget, under_way, with_
 from .embeddings import on_ids
 from .errors import AttachError, put_name
 from .layer_input import input_key, input_of
-from .operators import transformed, version
+from .operators import is_plain, transformed, version
 from .params import SITE
 from .placement import execution_device, is_managed
 from .primitives import LowRankAdd, OfRows, Primitive, enter, in_part, leave
@@ -332,7 +332,7 @@ def _same(a: Tensor, b: Tensor, untold: bool) -> bool:
     `untold`: what to take where none can be asked for, as within a transform."""
     if a is b or a.shape != b.shape:
         return a is b
-    if transformed() or not (type(a) in (Tensor, nn.Parameter) and type(b) in (Tensor, nn.Parameter)):
+    if transformed() or not (is_plain(a) and is_plain(b)):
         return untold
     return a.data_ptr() == b.data_ptr() or torch.equal(a.detach().to(b.dtype), b.detach())
 

@@ -472,9 +472,7 @@ def _check_ties(model: nn.Module, targets: list[Target]) -> None:
 
 def _check_embedding(target: Target, adapter: Adapter) -> None:
     """Raise where the file has for an embedding what lora-lite can't put there."""
-    if target.role != "embedding":
-        return
-    if adapter.variant.name not in ("lora", "pissa"):
+    if target.role == "embedding" and adapter.variant.name not in ("lora", "pissa"):
         raise CheckpointError(
             f"{target.name}: lora-lite has no {adapter.variant.name} on an embedding; merge it with PEFT"
         )

@@ -129,13 +129,7 @@ def test_passes() -> None:
         scale.launch_scale_backward(torch.randn(M, N).to(bf16), y, g, True, True, runs)
         rotate.launch_rotate(y, g, bias, 64, runs)
         rotate.launch_rotate_backward(torch.randn(M, N).to(bf16), y, g, bias, 64, True, True, runs)
-    found = set()
-    for launch in seen:
-        for name, passes in launch.passes().items():
-            if launch.tensors[name].numel() in (M * K, M * N) and not name.startswith("parts"):
-                assert passes == wanted[name], (launch.kernel, name)
-                found.add(name)
-    assert found == wanted.keys()
+    launches.assert_passes(seen, (M * K, M * N), wanted)
 
 
 def test_tables() -> None:

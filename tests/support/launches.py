@@ -101,6 +101,17 @@ def main(seen: list[Launch]) -> list[Launch]:
     return [launch for launch in seen if launch.kernel not in ("_sum_parts_kernel", "_root_kernel")]
 
 
+def assert_passes(seen: list[Launch], sizes: tuple[int, ...], wanted: dict[str, tuple[int, int]]) -> None:
+    """Each tensor of as many numbers, parts aside, is read and written as often as wanted; all are seen."""
+    found = set()
+    for launch in seen:
+        for name, passes in launch.passes().items():
+            if launch.tensors[name].numel() in sizes and not name.startswith("parts"):
+                assert passes == wanted[name], (launch.kernel, name)
+                found.add(name)
+    assert found == wanted.keys()
+
+
 class _Names(Observer):
     def __init__(self) -> None:
         self.names: list[str] = []
