@@ -175,6 +175,28 @@ def test_base_is_frozen_and_only_the_adapter_trains() -> None:
     assert all(p.grad is None for p in base.values())
 
 
+# ---- disabled ----
+
+
+@EACH_VARIANT
+def test_disabled_is_the_base_model(variant: str) -> None:
+    model, x = Block(), torch.randn(3, 12)
+    base = model(x)
+    attach(model, variant, [torch.randn(64, 12)] if variant == "eva" else None)
+    randomize(model)
+    adapted = model(x)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    with ll.disabled(model):
+        assert torch.equal(model(x), base)
+        with ll.disabled(model):
+            assert torch.equal(model(x), base)
+        assert torch.equal(model(x), base), "the inner context switched the adapter on"
+    assert torch.equal(model(x), adapted)
+    with pytest.raises(KeyError), ll.disabled(model):
+        raise KeyError
+    assert torch.equal(model(x), adapted)
+
+
 # ---- Copies, dtypes ----
 
 

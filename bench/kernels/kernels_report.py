@@ -392,6 +392,8 @@ class Settings:
     ranks: tuple[int, ...] = (16, 32, 64, 128, MOST)
     first_only: bool = False
     """Only the row of the table that is taken untimed."""
+    in_turn: bool = False
+    """Each kernel for one of the architectures alone, in their order."""
     unaligned: bool = False
     """Also at sizes that 16 does not divide, which takes twice as long: spills there are shown, and no row is bad."""
     save: bool = True
@@ -400,6 +402,9 @@ class Settings:
 
 def main(s: Settings) -> int:
     work = list(jobs(list(s.architectures), list(s.dtypes), list(s.kernels), list(s.ranks), s.first_only))
+    if s.in_turn:
+        turn = {kernel: s.architectures[i % len(s.architectures)] for i, kernel in enumerate(s.kernels)}
+        work = [job for job in work if turn[job[2]] == job[0]]
     rows = list(report(work, sys.stdout.isatty(), s.unaligned))
     table = Table(title=f"{len(rows)} kernels, compiled")
     headings = ("kernel", "architecture", "dtype", "rank", "rows", "cols", "num_warps", "num_stages", "registers")

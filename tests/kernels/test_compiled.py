@@ -111,11 +111,11 @@ def compiled_anew(*options: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("vendor", ["sm", "gfx"])
 def test_compiles_here(vendor: str) -> None:
-    """Every kernel at r=32 with the row that is taken untimed."""
+    """Every kernel at r=32 with the row that is taken untimed, each for one of the vendor's architectures."""
     architectures = [name for name in ARCHITECTURES if name.startswith(vendor)]
-    done = compiled_anew("--ranks", "32", "--architectures", *architectures)
+    done = compiled_anew("--ranks", "32", "--in-turn", "--architectures", *architectures)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{50 * len(architectures)} kernels, compiled" in done.stdout
+    assert "50 kernels, compiled" in done.stdout
 
 
 @pytest.mark.parametrize(
