@@ -124,10 +124,10 @@ class Adapter(Params):
             yield self.of(i), layer.expert(i)
 
     def derive(self, layer: nn.Module) -> None:
-        """What the variant derives from the base weight, in new memory: a backward may hold what was derived before."""
-        with torch.inference_mode(False):
-            for name in [name for name, spec in self.specs.items() if spec.derived]:
-                self._buffers[name] = torch.empty_like(getattr(self, name), device=self.device)
+        """What the variant derives from the base weight."""
+        for name, spec in self.specs.items():  # left behind where others were assigned: load_state_dict(assign=True)
+            if spec.derived and (t := getattr(self, name)).device != self.device:
+                self._buffers[name] = torch.empty_like(t, device=self.device)
         with reference.without_autocast(self.device):
             for p, each in self.each(layer):
                 self.variant.derive(p, each, self.cfg)
@@ -150,7 +150,14 @@ class Adapter(Params):
             require_size(self, layer)
             if transformed() or called_by("_functional_call", "torch.nn.utils.stateless"):
                 return _StandIn.made(self, layer)
-            self.derive(layer)
+            if is_parametrized(layer):  # at each call, and a backward may hold what was derived at the one before
+                made = _StandIn.made(self, layer)._buffers
+                with torch.inference_mode(False), torch.no_grad():  # what inference derives, a graph may train with
+                    fresh = {name: made[name].clone() for name, spec in self.specs.items() if spec.derived}
+                self._buffers.update(fresh)
+                _derived_from[self] = _mark(weight)
+            else:
+                self.derive(layer)
         return self
 
     def _primitive(self, layer: nn.Module, cfg: AdapterConfig) -> Primitive:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .site import Piece, Site
 
 SIBLINGS = "_lora_lite_siblings"  # attribute of a parent
-_parents: WeakSet[nn.Module] = WeakSet()  # that have it, in whatever model
 
 
 class Siblings:
@@ -48,7 +47,6 @@ class Siblings:
             always_after(parent, self.leave, -2),
         ]
         vars(parent)[SIBLINGS] = self
-        _parents.add(parent)
 
     def enter(self, parent: nn.Module, args: Any, kwargs: Any = None) -> Any:
         """Forward pre-hook of the parent."""
@@ -111,7 +109,6 @@ class Siblings:
         for handle in self.handles:
             handle.remove()
         del vars(parent)[SIBLINGS]
-        _parents.discard(parent)
 
 
 @dataclass
@@ -225,9 +222,6 @@ def settle_siblings(model: nn.Module, targets: Iterable[Target]) -> None:
             standing.groups, standing.regrouped = groups, None
         elif standing is not None:
             standing.remove(parent)
-    for parent in list(_parents):  # also of a block that has left the model
-        if not any(child is not None and SITE in child._modules for child in parent._modules.values()):
-            vars(parent)[SIBLINGS].remove(parent)
 
 
 def _groupable(x: Tensor) -> bool:

@@ -84,7 +84,7 @@ def candidates(model: nn.Module) -> list[Target]:
     others: dict[str, Role] = {name: role for name, layer in everything.items() if (role := _role_of_kind(layer))}
     linears = {name: layer for name, layer in everything.items() if name not in others}
     by_weight: dict[int, list[str]] = {}
-    weights = {name: weight_of(layer) for name, layer in linears.items()}  # held: an id is nobody else's meanwhile
+    weights = {name: _held_weight(layer) for name, layer in linears.items()}
     for name, weight in weights.items():
         by_weight.setdefault(id(weight), []).append(name)
     outer = {name for alike in by_weight.values() for name in alike if any(_is_within(other, name) for other in alike)}
@@ -117,6 +117,12 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
         elif is_experts(module) and STACKS not in module._modules:
             yield from ((dotted(name, key), stack) for key, stack in stacks_of(module).items())
+
+
+def _held_weight(layer: Any) -> Any:
+    """A linear layer's weight, whose id tells who else has it; where it makes one anew each time, the layer itself."""
+    weight = weight_of(layer)
+    return weight if weight_of(layer) is weight else layer
 
 
 def stacks_among(targets: Iterable[Target]) -> list[Stack]:

@@ -667,12 +667,3 @@ def test_a_small_x_is_read_by_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(served) == (worth == 0)
     for together, alone_ in zip(*found, strict=True):
         assert rel_error(together, alone_) < 1e-5
-
-
-def test_a_block_that_has_left_the_model() -> None:
-    """detach takes off what stands on it, hooks of the block too."""
-    model = adapted(dtype=torch.float32)
-    gone = model.model.layers[1]
-    model.model.layers = model.model.layers[:1]
-    ll.detach(model)
-    assert not any(SIBLINGS in vars(module) or module._forward_hooks for module in gone.modules())

@@ -71,6 +71,25 @@ def test_two_threads(variant: str, lengths: tuple[int, int]) -> None:
         assert all(torch.equal(each, y) for each in got)
 
 
+@pytest.mark.parametrize("base", ["weight_norm", "written to"])
+def test_two_threads_that_derive(base: str) -> None:
+    """None sees what another has not derived yet."""
+    model, x = mlp("dora", 32), torch.randn(3, 32)
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    if base == "weight_norm":
+        for layer in layers:
+            torch.nn.utils.parametrizations.weight_norm(layer)
+    for _ in range(1 if base == "weight_norm" else 20):
+        with torch.no_grad():
+            if base == "written to":
+                for layer in layers:
+                    layer.weight.mul_(1.1)
+            want = copy.deepcopy(model)(x)
+        call = torch.no_grad()(lambda: model(x))
+        for got in in_threads([call] * 4, 100 if base == "weight_norm" else 1):
+            assert all(torch.allclose(y, want, atol=1e-5) for y in got)
+
+
 @EACH_VARIANT
 def test_two_threads_that_generate(variant: str) -> None:
     model: Any = llama()
