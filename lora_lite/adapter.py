@@ -151,7 +151,7 @@ class Adapter(Params):
             if transformed() or called_by("_functional_call", "torch.nn.utils.stateless"):
                 return _StandIn.made(self, layer)
             if is_parametrized(layer):  # at each call, and a backward may hold what was derived at the one before
-                made = _StandIn.made(self, layer)._buffers
+                made: Any = _StandIn.made(self, layer)._buffers
                 with torch.inference_mode(False), torch.no_grad():  # what inference derives, a graph may train with
                     fresh = {name: made[name].clone() for name, spec in self.specs.items() if spec.derived}
                 self._buffers.update(fresh)
