@@ -148,7 +148,7 @@ def test_host_time(tmp_path: Path) -> None:
     rows = {(row["method"], row["backend"]): row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {("lora", "triton"), ("ia3", "triton"), ("road", "triton"), ("lora", "reference")}
     for row in rows.values():
-        assert min(row["base_us"], row["added_us"]["ours"], row["added_us"]["peft"]) > 0
+        assert row["base_us"] > 0  # what is added to it is a difference, and of one round may be noise
         assert row["ratio"] == pytest.approx(row["added_us"]["ours"] / row["added_us"]["peft"])
         assert row["peft_launches"] > 0
     kernels = {name: row["launches"] for (name, backend), row in rows.items() if backend == "triton"}
