@@ -128,11 +128,14 @@ class Adapter(Params):
         for name, spec in self.specs.items():  # left behind where others were assigned: load_state_dict(assign=True)
             if spec.derived and (t := getattr(self, name)).device != self.device:
                 self._buffers[name] = torch.empty_like(t, device=self.device)
+        self._fill_derived(layer)
+        if self.derives:
+            _derived_from[self] = _mark(_stored(layer))
+
+    def _fill_derived(self, layer: nn.Module) -> None:
         with reference.without_autocast(self.device):
             for p, each in self.each(layer):
                 self.variant.derive(p, each, self.cfg)
-        if self.derives:
-            _derived_from[self] = _mark(_stored(layer))
 
     def follow(self, layer: nn.Module) -> "Adapter":
         """Itself, derived anew where the layer has another weight by now, or PyTorch has seen a write to it: a
@@ -276,9 +279,7 @@ class _StandIn(Adapter):
         own, names = copy.copy(adapter), [name for name, spec in adapter.specs.items() if spec.derived]
         own.__class__ = cls
         own._buffers = adapter._buffers | {name: torch.empty_like(getattr(adapter, name)) for name in names}
-        with reference.without_autocast(own.device):
-            for p, each in own.each(layer):
-                own.variant.derive(p, each, own.cfg)
+        own._fill_derived(layer)
         return cast(_StandIn, own)
 
     def fill(self, name: str, value: Tensor) -> None:

@@ -265,9 +265,9 @@ def load_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], *, name: st
         )
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"load_state_dict: tensors must be a dict by name; got {type(tensors).__name__}")
-    if apart := [key for key, t in mine.items() if is_sharded(t) != is_sharded(tensors.get(key, t))]:
+    if unlike := [key for key, t in mine.items() if is_sharded(t) != is_sharded(tensors.get(key, t))]:
         raise CheckpointError(
-            f"load_state_dict: {first_of(apart)} is sharded here or there, and not in both; "
+            f"load_state_dict: {first_of(unlike)} is sharded here or there, and not in both; "
             "torch.distributed.checkpoint.state_dict.set_model_state_dict takes whole tensors with full_state_dict=True"
         )
     if problems := mismatches(mine, tensors):

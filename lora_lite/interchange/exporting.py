@@ -306,14 +306,15 @@ def _other_fields(model: Any, attachments: list[Attachment], kind: str, by_weigh
         config["target_parameters"] = parameters
     if kind in ("LORA", "IA3"):
         config["fan_in_fan_out"] = any(is_conv1d(t.layer) for each in attachments for t in each.targets)
-    if kind in DROPOUT and parameters and attachments[0].cfg.dropout:
-        warnings.warn(
-            f"export_peft: PEFT has no dropout in a file with target_parameters ({parameters[0]}): the file says 0, "
-            "for all layers, and whoever trains it on trains without",
-            stacklevel=3,
-        )
     if kind in DROPOUT:
-        config[DROPOUT[kind]] = 0.0 if parameters else attachments[0].cfg.dropout
+        dropout = attachments[0].cfg.dropout
+        if dropout and parameters:
+            warnings.warn(
+                f"export_peft: PEFT has no dropout in a file with target_parameters ({parameters[0]}): the file says "
+                "0, for all layers, and whoever trains it on trains without",
+                stacklevel=3,
+            )
+        config[DROPOUT[kind]] = 0.0 if parameters else dropout
     if kind == "IA3":
         inputs = [layer for variant, layer in layers if variant == "ia3_ff"]
         return {**config, "feedforward_modules": listed(inputs, set(names) - set(inputs), ends)}
